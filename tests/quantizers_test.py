@@ -1,0 +1,399 @@
+"""The quantizers against brute force, and the promises their docstrings make."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from vqrae_jax.models import quantizers
+from vqrae_jax.models.quantizers import EMAVQ, FSQ, CodebookState, SimVQ, nearest_code, update_ema_codebook
+
+WIDTH = 16
+
+
+def tokens(*shape, seed=0):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def make(name, **options):
+    rngs = nnx.Rngs(0)
+    if name == "fsq":
+        return FSQ(width=WIDTH, levels=(8, 5, 5), rngs=rngs, **options)
+    cls = SimVQ if name.startswith("simvq") else EMAVQ
+    dim = 8 if name.endswith("projected") else WIDTH
+    return cls(width=WIDTH, size=64, dim=dim, rngs=rngs, **options)
+
+
+NAMES = ["simvq", "simvq_projected", "emavq", "emavq_projected", "fsq"]
+VARIANTS = [(name, {}) for name in NAMES] + [
+    ("simvq", {"search": "cosine"}), ("simvq", {"input_projection": True}), ("simvq", {"project": True}),
+    ("simvq", {"block_tokens": 7}), ("simvq_projected", {"gradient": "rotation"}), ("emavq", {"gradient": "rotation"})]
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "train"))
+def forward(graphdef, state, z, *, train):
+    return nnx.merge(graphdef, state)(z, train=train)
+
+
+def run(module, z, *, train=True):
+    """The forward pass as training calls it: merged inside a pure jitted function."""
+    return forward(*nnx.split(module), z, train=train)
+
+
+def brute_force(z, codes, metric="euclidean"):
+    z, codes = np.asarray(z, np.float64), np.asarray(codes, np.float64)
+    if metric == "cosine":
+        z, codes = (v / np.linalg.norm(v, axis=-1, keepdims=True) for v in (z, codes))
+    return ((z[:, None] - codes[None]) ** 2).sum(-1).argmin(-1)
+
+
+# What every quantizer promises.
+
+@pytest.mark.parametrize("name,options", VARIANTS)
+@pytest.mark.parametrize("train", [True, False])
+def test_lookup_of_the_indices_is_the_forward_pass_bit_for_bit(name, options, train):
+    module = make(name, **options)
+    z = tokens(2, 5, 3, WIDTH)
+    out = run(module, z, train=train)
+    assert out.z_q.shape == z.shape and out.z_q.dtype == jnp.float32
+    assert out.indices.shape == z.shape[:-1] and out.indices.dtype == jnp.int32
+    graphdef, state = nnx.split(module)
+    looked_up = jax.jit(lambda state, indices: nnx.merge(graphdef, state).lookup(indices))(state, out.indices)
+    np.testing.assert_array_equal(looked_up, out.z_q)
+
+
+@pytest.mark.parametrize("name,options", VARIANTS)
+def test_indices_are_in_range_and_counted(name, options):
+    module = make(name, **options)
+    out = run(module, tokens(3, 40, WIDTH))
+    assert 0 <= int(out.indices.min()) and int(out.indices.max()) < module.num_codes
+    counts = np.bincount(np.ravel(out.indices), minlength=module.num_codes)
+    np.testing.assert_array_equal(out.stats["counts"], counts)
+    assert module.codes().shape[0] == module.num_codes
+
+
+@pytest.mark.parametrize("name,options", VARIANTS)
+def test_calling_changes_nothing_in_the_module(name, options):
+    module = make(name, **options)
+    before = jax.tree.map(np.array, nnx.state(module))
+    module(tokens(20, WIDTH), train=True)
+    jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.array, nnx.state(module)))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bf16_tokens_are_searched_in_float32(name):
+    module = make(name)
+    z = tokens(200, WIDTH).astype(jnp.bfloat16)
+    out, same = run(module, z), run(module, z.astype(jnp.float32))
+    np.testing.assert_array_equal(out.indices, same.indices)
+    assert out.z_q.dtype == jnp.float32
+    assert all(loss.dtype == jnp.float32 and loss.shape == () for loss in out.losses.values())
+
+
+EXPECTED_GRADIENTS = {
+    "simvq": {"projection.kernel", "projection.bias"},
+    "simvq_projected": {"projection.kernel", "projection.bias", "project_in.kernel", "project_in.bias",
+                        "project_out.kernel", "project_out.bias"},
+    "emavq": set(),
+    "emavq_projected": {"project_in.kernel", "project_in.bias", "project_out.kernel", "project_out.bias"},
+    "fsq": {"project_in.kernel", "project_in.bias", "project_out.kernel", "project_out.bias"},
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_exactly_the_expected_variables_learn(name):
+    graphdef, params, rest = nnx.split(make(name), nnx.Param, ...)
+
+    def loss(params):
+        out = nnx.merge(graphdef, params, rest)(tokens(50, WIDTH), train=True)
+        return sum(out.losses.values()) + jnp.sum(out.z_q * tokens(50, WIDTH, seed=1))
+
+    gradients = nnx.to_flat_state(jax.grad(loss)(params))
+    learning = {".".join(path) for path, g in gradients if np.abs(g[...]).max() > 0}
+    assert learning == EXPECTED_GRADIENTS[name] == {".".join(path) for path, _ in gradients}
+    assert all(isinstance(v, CodebookState) for _, v in nnx.to_flat_state(rest))
+
+
+# Gradients.
+
+def test_straight_through_copies_the_gradient():
+    module, weight = make("simvq"), tokens(30, WIDTH, seed=1)
+    gradient = jax.grad(lambda z: jnp.sum(module(z, train=True).z_q * weight))(tokens(30, WIDTH))
+    np.testing.assert_array_equal(gradient, weight)
+
+
+def test_rotation_matches_its_explicit_matrix_and_value():
+    module, z, weight = make("emavq", gradient="rotation"), tokens(5, WIDTH), tokens(5, WIDTH, seed=1)
+    gradient = jax.grad(lambda z: jnp.sum(module(z, train=True).z_q * weight))(z)
+    q = np.asarray(module(z, train=True).z_q)
+    np.testing.assert_allclose(quantizers.rotate_onto(z, q), q, atol=1e-5)
+    for i in range(len(z)):
+        e, c = (v / np.linalg.norm(v) for v in (np.asarray(z[i]), q[i]))
+        r = (e + c) / np.linalg.norm(e + c)
+        matrix = np.linalg.norm(q[i]) / np.linalg.norm(z[i]) * (np.eye(WIDTH) - 2 * np.outer(r, r) + 2 * np.outer(c, e))
+        np.testing.assert_allclose(gradient[i], matrix.T @ np.asarray(weight[i]), rtol=1e-4, atol=1e-5)
+
+
+def test_rotation_gradient_stays_finite_at_zero_and_opposite_vectors():
+    z = jnp.stack([jnp.zeros(4), jnp.ones(4), jnp.ones(4)])
+    q = jnp.stack([jnp.ones(4), jnp.zeros(4), -jnp.ones(4)])
+    assert np.isfinite(jax.grad(lambda z: quantizers.rotate_onto(z, q).sum())(z)[1:]).all()
+    np.testing.assert_allclose(quantizers.rotate_onto(z, q)[2], q[2], atol=1e-6)
+
+
+def test_commitment_weight_weighs_the_commitment_term_only():
+    z = tokens(30, WIDTH)
+    light, heavy = (run(make("simvq", commitment_weight=w), z) for w in (0.25, 2.0))
+    mean_square = np.mean((np.asarray(z) - np.asarray(light.z_q)) ** 2)
+    np.testing.assert_allclose(light.losses["codebook"], mean_square, rtol=1e-5)
+    np.testing.assert_allclose(heavy.losses["codebook"], mean_square, rtol=1e-5)
+    np.testing.assert_allclose(light.losses["commitment"], 0.25 * mean_square, rtol=1e-5)
+    np.testing.assert_allclose(heavy.losses["commitment"], 2.0 * mean_square, rtol=1e-5)
+    assert set(run(make("emavq"), z).losses) == {"commitment"}
+    assert run(make("fsq"), z).losses == {}
+
+
+def test_the_commitment_loss_moves_tokens_and_the_codebook_loss_moves_codes():
+    graphdef, params, rest = nnx.split(make("simvq"), nnx.Param, ...)
+    loss = lambda name: lambda params, z: nnx.merge(graphdef, params, rest)(z, train=True).losses[name]
+    largest = lambda tree: max(float(jnp.abs(x).max()) for x in jax.tree.leaves(tree))
+    of_params, of_tokens = jax.grad(loss("commitment"), argnums=(0, 1))(params, tokens(30, WIDTH))
+    assert largest(of_params) == 0 and largest(of_tokens) > 0
+    of_params, of_tokens = jax.grad(loss("codebook"), argnums=(0, 1))(params, tokens(30, WIDTH))
+    assert largest(of_params) > 0 and largest(of_tokens) == 0
+
+
+def test_no_gradient_leaks_through_the_statistics():
+    module = make("emavq_projected")
+    statistic = lambda z: sum(jnp.sum(s) for s in module(z, train=True).stats.values() if s.dtype == jnp.float32)
+    assert not jax.grad(statistic)(tokens(30, WIDTH)).any()
+
+
+# The search.
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+@pytest.mark.parametrize("block_tokens", [None, 1, 7, 100, 101, 1000])
+def test_nearest_code_is_brute_force_in_every_blocking(metric, block_tokens):
+    z, codes = 3 * tokens(101, 12), 2 * tokens(40, 12, seed=1)
+    found = nearest_code(z, codes, metric=metric, block_tokens=block_tokens)
+    np.testing.assert_array_equal(found, brute_force(z, codes, metric))
+
+
+def test_the_first_code_wins_a_tie():
+    codes = jnp.tile(tokens(10, 4), (3, 1))
+    np.testing.assert_array_equal(nearest_code(codes, codes), np.tile(np.arange(10), 3))
+
+
+def test_the_score_matrix_stays_below_the_limit(monkeypatch):
+    monkeypatch.setattr(quantizers, "MAX_SCORES", 1000)
+    search = lambda z, codes: nearest_code(z, codes)
+    program = jax.jit(search).lower(tokens(300, 4), tokens(50, 4)).as_text()
+    assert "300x50" not in program and "20x50" in program
+
+
+# SimVQ.
+
+def test_simvq_returns_projected_codes_never_the_frozen_ones():
+    module = make("simvq")
+    codes = np.asarray(module.codebook[...] @ module.projection.kernel[...] + 0.5)
+    module.projection.bias[...] = jnp.full(WIDTH, 0.5)
+    np.testing.assert_allclose(module.codes(), codes, atol=1e-5)
+    z = tokens(50, WIDTH)
+    np.testing.assert_allclose(run(module, z).z_q, codes[brute_force(z, codes)], atol=1e-5)
+
+
+def test_simvq_codebook_is_drawn_with_length_one():
+    module = SimVQ(width=256, size=500, dim=256, rngs=nnx.Rngs(0))
+    np.testing.assert_allclose(np.linalg.norm(module.codebook[...], axis=-1).mean(), 1, atol=0.02)
+
+
+def test_input_projection_starts_as_the_identity():
+    z = tokens(50, WIDTH)
+    with_it, without = make("simvq", input_projection=True), make("simvq")
+    nnx.update(with_it, {"codebook": without.codebook[...], "projection": nnx.state(without.projection)})
+    np.testing.assert_array_equal(run(with_it, z).indices, run(without, z).indices)
+
+
+def test_simvq_trains_to_full_usage():
+    """Diffuse tokens from the published initialisation; clustered tokens from k-means, whose usage training keeps."""
+    diffuse = tokens(2048, 32)
+    centres = tokens(64, 32, seed=1)[jax.random.randint(jax.random.key(2), (2048,), 0, 64)]
+    clustered = centres + 0.3 * tokens(2048, 32, seed=3)
+    for z, from_data in [(diffuse, False), (clustered, True)]:
+        module = SimVQ(width=32, size=256, dim=32, rngs=nnx.Rngs(0))
+        if from_data:
+            nnx.update(module, module.init_from_data(z, rng=jax.random.key(0)))
+        first, last = train(module, z, steps=300)
+        assert quantizers.code_usage(last.stats["counts"]) > 0.95
+        assert last.losses["codebook"] < first.losses["codebook"]
+
+
+def train(module, z, *, steps):
+    graphdef, params, rest = nnx.split(module, nnx.Param, ...)
+    optimizer = optax.adam(1e-3)
+
+    @jax.jit
+    def step(params, opt_state):
+        def loss(params):
+            out = nnx.merge(graphdef, params, rest)(z, train=True)
+            return sum(out.losses.values()), out
+        gradients, out = jax.grad(loss, has_aux=True)(params)
+        updates, opt_state = optimizer.update(gradients, opt_state)
+        return optax.apply_updates(params, updates), opt_state, out
+
+    opt_state, outs = optimizer.init(params), []
+    for _ in range(steps):
+        params, opt_state, out = step(params, opt_state)
+        outs.append(out)
+    return outs[0], outs[-1]
+
+
+# Initialisation from data.
+
+@pytest.mark.parametrize("name", ["simvq", "simvq_projected", "emavq", "emavq_projected"])
+def test_init_from_data_finds_the_clusters(name):
+    module = make(name)
+    centres = tokens(64, WIDTH)
+    z = jnp.tile(centres, (20, 1)) + 1e-3 * tokens(1280, WIDTH, seed=1)
+    nnx.update(module, module.init_from_data(z, rng=jax.random.key(0), iterations=20))
+    out = run(module, z)
+    assert quantizers.code_usage(out.stats["counts"]) == 1
+    assert out.losses["commitment"] < run(make(name), z).losses["commitment"] / 3
+    if name.startswith("emavq"):
+        np.testing.assert_array_equal(module.sums[...], module.codebook[...] * module.counts[...][:, None])
+
+
+def test_kmeans_lowers_the_distance_and_revives_empty_clusters():
+    z = jnp.concatenate([tokens(300, 6), 100 + tokens(5, 6, seed=1)])
+    distance = lambda centres: ((z[:, None] - centres[None]) ** 2).sum(-1).min(-1).mean()
+    start, end = (quantizers.kmeans(z, 30, iterations=n, rng=jax.random.key(0)) for n in (0, 15))
+    assert distance(end) < 0.8 * distance(start)
+    assert len(np.unique(nearest_code(z, end))) == 30
+    duplicates = jnp.tile(tokens(3, 6), (20, 1))  # more centres than distinct tokens: most clusters are always empty
+    assert np.isfinite(quantizers.kmeans(duplicates, 10, iterations=5, rng=jax.random.key(0))).all()
+
+
+def test_kmeans_names_the_missing_tokens():
+    with pytest.raises(ValueError, match="at least 30 tokens"):
+        quantizers.kmeans(tokens(10, 4), 30, rng=jax.random.key(0))
+
+
+# EMA.
+
+def ema_state(module):
+    return {name: getattr(module, name)[...] for name in ("codebook", "counts", "sums")}
+
+
+update = jax.jit(update_ema_codebook, static_argnames="restart_threshold")
+
+
+def ema_step(module, z, **options):
+    return update(ema_state(module), run(module, z).stats, rng=jax.random.key(0), **options)
+
+
+def test_ema_update_matches_a_dense_one_hot_reference():
+    module, z = make("emavq"), tokens(300, WIDTH)
+    one_hot = np.eye(64)[brute_force(z, module.codes())]
+    counts = 0.9 * 1 + 0.1 * one_hot.sum(0)
+    sums = 0.9 * np.asarray(module.sums[...]) + 0.1 * one_hot.T @ np.asarray(z)
+    smoothed = (counts + 1e-3) / (counts.sum() + 64 * 1e-3) * counts.sum()
+    new = ema_step(module, z, decay=0.9, eps=1e-3)
+    np.testing.assert_allclose(new["counts"], counts, rtol=1e-5)
+    np.testing.assert_allclose(new["sums"], sums, atol=1e-5)
+    np.testing.assert_allclose(new["codebook"], sums / smoothed[:, None], atol=1e-5)
+
+
+def test_unused_codes_stay_where_they_are_at_the_first_updates():
+    module, z = make("emavq"), tokens(4, WIDTH)
+    unused = np.asarray(run(module, z).stats["counts"]) == 0
+    np.testing.assert_allclose(ema_step(module, z)["codebook"][unused], module.codes()[unused], rtol=1e-3, atol=1e-4)
+
+
+def test_ema_codes_move_to_the_tokens():
+    module, z = make("emavq"), 3 + 0.1 * tokens(400, WIDTH)
+    first = run(module, z).losses["commitment"]
+    for _ in range(100):
+        nnx.update(module, ema_step(module, z, decay=0.9, restart_threshold=0.5))
+    assert run(module, z).losses["commitment"] < 0.02 * first
+    assert quantizers.code_usage(run(module, z).stats["counts"]) > 0.9
+
+
+def test_restarted_codes_become_tokens_and_survive_the_next_step():
+    module, z = make("emavq"), 5 + tokens(400, WIDTH)  # far from the codes: one or two codes take everything
+    old = ema_state(module)
+    new = ema_step(module, z, restart_threshold=0.995)
+    restarted = np.flatnonzero(np.abs(new["codebook"] - old["codebook"]).max(-1) > 1)
+    assert len(restarted) > 50
+    distance = np.abs(np.asarray(new["codebook"])[restarted][:, None] - np.asarray(z)[None]).max(-1)
+    assert (distance.min(-1) == 0).sum() >= len(restarted) - 5  # codes that were hit moved too, but not onto a token
+    assert len(np.unique(new["codebook"], axis=0)) == 64
+    np.testing.assert_allclose(new["sums"][restarted], new["codebook"][restarted] * new["counts"][restarted][:, None],
+                               rtol=1e-3)
+    assert (new["counts"] >= 0.995).all()
+    nnx.update(module, new)
+    again = ema_step(module, z, restart_threshold=0.995)
+    assert (np.abs(again["codebook"] - new["codebook"]).max(-1)[restarted] < 1).all()
+
+
+def test_more_dead_codes_than_tokens_restart_as_many_as_there_are():
+    module, z = make("emavq"), 5 + tokens(10, WIDTH)
+    new = ema_step(module, z, restart_threshold=0.995)
+    assert len(np.unique(new["codebook"], axis=0)) == 64
+    assert (np.abs(new["codebook"] - module.codes()).max(-1) > 1).sum() <= 12
+
+
+def test_restart_is_off_at_threshold_zero():
+    module, z = make("emavq"), 5 + tokens(400, WIDTH)
+    untouched = np.asarray(run(module, z).stats["counts"]) == 0
+    np.testing.assert_allclose(ema_step(module, z)["codebook"][untouched], module.codes()[untouched], atol=1e-3)
+
+
+# FSQ.
+
+def test_fsq_reaches_every_level_and_its_indices_name_the_codes():
+    module = FSQ(width=3, levels=(8, 5, 2), rngs=nnx.Rngs(0))
+    out = run(module, 3 * tokens(20000, 3))
+    codes = np.asarray(module.codes())
+    assert quantizers.code_usage(out.stats["counts"]) == 1
+    assert len(np.unique(codes, axis=0)) == 80 == module.num_codes
+    np.testing.assert_array_equal(np.unique(codes[:, 0]), np.arange(-4, 4) / 4)
+    np.testing.assert_array_equal(np.unique(codes[:, 1]), np.arange(-2, 3) / 2)
+    np.testing.assert_array_equal(np.unique(codes[:, 2]), [-1, 0])
+    np.testing.assert_array_equal(out.z_q, codes[out.indices])
+    np.testing.assert_array_equal(module.codes()[1] - module.codes()[0], [1 / 4, 0, 0])  # the first changes fastest
+
+
+def test_fsq_rounds_the_bounded_tanh_and_passes_its_gradient():
+    module = FSQ(width=2, levels=(7, 5), rngs=nnx.Rngs(0))
+    z, half = np.asarray(tokens(50, 2)), np.array([3, 2])
+    bounded = np.tanh(z) * half * (1 - 1e-3)  # odd levels need no offset
+    np.testing.assert_allclose(run(module, jnp.asarray(z)).z_q, np.round(bounded) / half, atol=1e-6)
+    gradient = jax.grad(lambda z: module(z, train=True).z_q.sum())(jnp.asarray(z))
+    np.testing.assert_allclose(gradient, (1 - 1e-3) * (1 - np.tanh(z) ** 2), atol=1e-5)
+
+
+# Numbers about usage, and errors.
+
+def test_usage_and_perplexity():
+    counts = jnp.array([4, 4, 0, 0], jnp.int32)
+    assert quantizers.code_usage(counts) == 0.5
+    np.testing.assert_allclose(quantizers.perplexity(counts), 2, rtol=1e-6)
+    np.testing.assert_allclose(quantizers.perplexity(jnp.full(10, 3)), 10, rtol=1e-5)
+
+
+@pytest.mark.parametrize("options,message", [
+    ({"search": "manhattan"}, "manhattan"), ({"gradient": "reinforce"}, "reinforce"),
+    ({"dim": 8, "project": False}, "width 16.*dim 8"), ({"dim": 8, "input_projection": True}, "input_projection")])
+def test_impossible_options_are_errors(options, message):
+    with pytest.raises(ValueError, match=message):
+        SimVQ(**{"width": WIDTH, "size": 4, "dim": WIDTH, "rngs": nnx.Rngs(0), **options})
+
+
+@pytest.mark.parametrize("levels", [(), (8, 1), (2**16, 2**16)])
+def test_impossible_levels_are_errors(levels):
+    with pytest.raises(ValueError, match="levels"):
+        FSQ(width=4, levels=levels, rngs=nnx.Rngs(0))

@@ -1,0 +1,246 @@
+"""The typed configuration of a run: every key, its type, range and default, declared once.
+
+Config files are `ml_collections.ConfigDict`s that start from `default()` and change a few values; `parse` turns one
+into the frozen dataclasses below, which the rest of the package reads. Nothing else in the package has defaults.
+"""
+
+import dataclasses
+import json
+import re
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+import ml_collections
+
+
+def _key(default: Any, *, low: float | None = None, high: float | None = None) -> Any:
+    return dataclasses.field(default=default, metadata={"low": low, "high": high})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Train:
+    steps: int = _key(100_000, low=1)
+    batch_size: int = _key(256, low=1)  # global: over all devices and accumulation steps
+    accumulate: int = _key(1, low=1)  # micro-batches per optimizer step
+    log_every: int = _key(50, low=1)
+    checkpoint_every: int = _key(1000, low=1)
+    eval_every: int = _key(5000, low=1)
+    max_skipped: int = _key(20, low=1)  # non-finite steps in a row before the run stops
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Data:
+    source: str = "embedded"  # embedded | folder:PATH | tfds:NAME[:SPLIT][@DATA_DIR] | array_record:GLOB
+    image_size: int = _key(256, low=8)
+    crop_scale_min: float = _key(0.8, low=1e-3, high=1.0)  # least share of the area that a random crop keeps
+    flip: bool = True
+    threads: int = _key(4, low=0)
+    workers: int = _key(0, low=0)  # processes; 0 decodes in the training process's threads
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Eval:
+    source: str = ""  # empty: the held-out part of data.source where it has one, else data.source
+    batch_size: int = _key(64, low=1)
+    limit: int = _key(0, low=0)  # images per evaluation during training; 0 is all
+    samples: int = _key(8, low=1)  # images in the picture
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Encoder:
+    path: str = "nano"  # a Hugging Face folder or hub id, or `nano`, which ships with the package
+    input_size: int = _key(0, low=0)  # side of the image the encoder sees; 0 is data.image_size
+    final_norm: Literal["affine", "plain"] = "affine"
+    random_weights: bool = False  # read only the shape from path: for tests and measurements
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Quantizer:
+    kind: Literal["simvq", "ema", "fsq"] = "simvq"
+    size: int = _key(16384, low=2)  # number of codes; FSQ: the product of its levels
+    dim: int = _key(1536, low=1)  # width of a code; FSQ: the number of its levels
+    levels: tuple[int, ...] = ()  # FSQ only
+    projection: bool = False  # linear layers around the codebook even where dim equals the encoder's width
+    input_projection: bool = False  # SimVQ: an identity-initialised layer before the search
+    search: Literal["euclidean", "cosine"] = "euclidean"
+    gradient: Literal["straight_through", "rotation"] = "straight_through"
+    init: Literal["random", "kmeans"] = "random"  # kmeans: on the encoder's features of the first images
+    commitment_weight: float = _key(0.25, low=0.0)
+    decay: float = _key(0.99, low=0.0, high=1.0)  # EMA VQ
+    restart_threshold: float = _key(0.0, low=0.0)  # EMA VQ: codes used less per step are moved; 0 is off
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Decoder:
+    shape: Literal["symmetric", "vit_b", "vit_l", "vit_xl"] = "symmetric"
+    patch_size: int = _key(0, low=0)  # side of the square of pixels a token becomes; 0 is the encoder's
+    cls_token: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Model:
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of computation; parameters are float32
+    encoder: Encoder = Encoder()
+    quantizer: Quantizer = Quantizer()
+    decoder: Decoder = Decoder()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Loss:
+    pixel: Literal["l1", "l2"] = "l2"
+    pixel_weight: float = _key(1.0, low=0.0)
+    vq_weight: float = _key(1.0, low=0.0)
+    distill_weight: float = _key(0.0, low=0.0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Optim:
+    lr: float = _key(4e-4, low=0.0)
+    end_lr: float = _key(1e-4, low=0.0)
+    warmup_steps: int = _key(2000, low=0)
+    b1: float = _key(0.9, low=0.0, high=1.0)
+    b2: float = _key(0.999, low=0.0, high=1.0)
+    weight_decay: float = _key(1e-4, low=0.0)
+    clip_norm: float = _key(1.0, low=0.0)  # of the global gradient; 0 is off
+    # (path pattern, factor on lr): the first pattern that matches a whole path counts; 0 freezes.
+    lr_multipliers: tuple[tuple[str, float], ...] = ()
+    ema_decay: float = _key(0.9999, low=0.0, high=1.0)  # of the weights; 0 is off
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Log:
+    tensorboard: bool = True
+    wandb: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    seed: int = _key(0, low=0)
+    init_from: str = ""  # a run folder whose weights to start from
+    train: Train = Train()
+    data: Data = Data()
+    eval: Eval = Eval()
+    model: Model = Model()
+    loss: Loss = Loss()
+    optim: Optim = Optim()
+    log: Log = Log()
+
+
+def default() -> ml_collections.ConfigDict:
+    """Every key with its default, for a config file to change; unknown keys and other types are refused."""
+    return ml_collections.ConfigDict(dataclasses.asdict(Config()))
+
+
+def parse(values: ml_collections.ConfigDict | dict[str, Any]) -> Config:
+    """Checks a complete set of values and returns it typed.
+
+    Raises:
+      ValueError: a key is unknown, missing, of the wrong type or out of range, or two keys contradict each other.
+    """
+    if isinstance(values, ml_collections.ConfigDict):
+        values = values.to_dict()
+    config = _parse_section(Config, values, prefix="")
+    _check_consistency(config)
+    return config
+
+
+def save(config: Config, file: Path) -> None:
+    """Writes the resolved config as JSON."""
+    file.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+
+
+def load(file: Path) -> Config:
+    """Reads what `save` wrote. Raises OSError or ValueError, naming the file or the key."""
+    try:
+        return parse(json.loads(file.read_text()))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{file} does not exist: {file.parent} is not the folder of a run") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} is damaged: {error}") from None
+
+
+def differences(old: Config, new: Config) -> list[str]:
+    """`key: old -> new` for every key in which two configs differ."""
+    olds, news = _flat(dataclasses.asdict(old)), _flat(dataclasses.asdict(new))
+    return [f"{key}: {olds[key]!r} -> {news[key]!r}" for key in olds if olds[key] != news[key]]
+
+
+def _flat(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for name, value in section.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
+
+
+def _parse_section(kind: type, values: Any, *, prefix: str) -> Any:
+    if not isinstance(values, dict):
+        raise ValueError(f"config key {prefix.rstrip('.')} must hold keys, not {values!r}")
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    if unknown := sorted(values.keys() - fields.keys()):
+        raise ValueError(f"unknown config key {prefix}{unknown[0]}: {prefix or 'the top level '}has {', '.join(fields)}")
+    if missing := sorted(fields.keys() - values.keys()):
+        raise ValueError(f"config key {prefix}{missing[0]} is missing")
+    types = typing.get_type_hints(kind)
+    return kind(**{name: _parse_value(types[name], values[name], field.metadata, name=prefix + name)
+                   for name, field in fields.items()})
+
+
+def _parse_value(kind: Any, value: Any, limits: typing.Mapping[str, Any], *, name: str) -> Any:
+    if dataclasses.is_dataclass(kind):
+        return _parse_section(typing.cast(type, kind), value, prefix=name + ".")
+    value = _convert(kind, value, name=name)
+    low, high = limits.get("low"), limits.get("high")
+    if (low is not None and value < low) or (high is not None and value > high):
+        bounds = f"at least {low}" if high is None else f"between {low} and {high}"
+        raise ValueError(f"config key {name} must be {bounds}, not {value!r}")
+    return value
+
+
+def _convert(kind: Any, value: Any, *, name: str) -> Any:
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        if value not in arguments:
+            raise ValueError(f"config key {name} must be one of {', '.join(arguments)}, not {value!r}")
+        return value
+    if origin is tuple and isinstance(value, list | tuple):
+        kinds = arguments[:1] * len(value) if arguments[1:] == (...,) else arguments
+        if len(kinds) != len(value):
+            raise ValueError(f"config key {name} must have {len(kinds)} entries, not {value!r}")
+        return tuple(_convert(k, v, name=name) for k, v in zip(kinds, value, strict=True))
+    if kind is float and type(value) is int:
+        return float(value)
+    if origin is tuple or type(value) is not kind:
+        expected = "tuple" if origin is tuple else kind.__name__
+        raise ValueError(f"config key {name} must be of type {expected}, not {value!r}")
+    if kind is float and value != value:
+        raise ValueError(f"config key {name} must be a number, not nan")
+    return value
+
+
+def _check_consistency(config: Config) -> None:
+    train, quantizer = config.train, config.model.quantizer
+    if train.batch_size % train.accumulate:
+        raise ValueError(f"config key train.batch_size {train.batch_size} is not divisible by "
+                         f"train.accumulate {train.accumulate}")
+    if config.optim.warmup_steps >= train.steps:
+        raise ValueError(f"config key optim.warmup_steps {config.optim.warmup_steps} must be below "
+                         f"train.steps {train.steps}")
+    if config.optim.end_lr > config.optim.lr:
+        raise ValueError(f"config key optim.end_lr {config.optim.end_lr} must not exceed optim.lr {config.optim.lr}")
+    for pattern, factor in config.optim.lr_multipliers:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"config key optim.lr_multipliers: {pattern!r} is not a pattern: {error}") from None
+        if factor < 0:
+            raise ValueError(f"config key optim.lr_multipliers: {pattern!r} has the negative factor {factor}")
+    if (quantizer.kind == "fsq") != bool(quantizer.levels):
+        raise ValueError(f"config key model.quantizer.levels is {quantizer.levels!r}, "
+                         f"but model.quantizer.kind is {quantizer.kind}: FSQ needs levels, the others have none")
+    if quantizer.kind == "fsq" and quantizer.init != "random":
+        raise ValueError("config key model.quantizer.init must be random for fsq, which has no codebook to initialise")
+    if quantizer.input_projection and quantizer.kind != "simvq":
+        raise ValueError(f"config key model.quantizer.input_projection belongs to simvq, not {quantizer.kind}")
+    if quantizer.restart_threshold and quantizer.kind != "ema":
+        raise ValueError(f"config key model.quantizer.restart_threshold belongs to ema, not {quantizer.kind}")

@@ -1,0 +1,316 @@
+"""Batches for training and evaluation, with Grain.
+
+A training batch is a function of its number in the run, and of nothing else: not of threads, worker processes, hosts,
+restarts, or of which images turned out to be bad before it. So the whole state of the iterator is that number.
+"""
+
+import atexit
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import weakref
+from collections.abc import Iterator
+
+import grain
+import numpy as np
+from absl import flags
+
+from vqrae_jax.data.sources import Source
+from vqrae_jax.data.transforms import decode_image, random_flip, random_resized_crop, resize_and_center_crop
+
+
+class BadImages:
+    """The images that could not be read, and why.
+
+    Args:
+      path: a file of JSON lines that is appended to, by worker processes and by continued runs alike. With None the
+        record lives in this process only.
+    """
+
+    def __init__(self, path: str | os.PathLike | None):
+        self.path = None if path is None else pathlib.Path(path)
+        self._reasons: dict[str, str] = {}
+        self._reasons = self.names()
+
+    def record(self, *, name: str, reason: str) -> None:
+        """Notes a bad image; once per image, however often it is met."""
+        if name in self._reasons:
+            return
+        self._reasons[name] = reason
+        if self.path is not None:
+            line = json.dumps({"name": name, "reason": reason}) + "\n"
+            # One write of a file opened for appending: lines of several processes do not mix.
+            descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            try:
+                os.write(descriptor, line.encode())
+            finally:
+                os.close(descriptor)
+
+    def names(self) -> dict[str, str]:
+        """`{name: reason}` of all bad images that were met so far, by any process."""
+        if self.path is None or not self.path.exists():
+            return dict(self._reasons)
+        reasons = {}
+        for line in self.path.read_text().splitlines():
+            try:
+                entry = json.loads(line)
+            except json.JSONDecodeError:
+                continue  # the process was killed while it wrote this line; the image will be met again
+            reasons.setdefault(entry["name"], entry["reason"])
+        return reasons
+
+
+def _read(source: Source, index: int, bad_images: BadImages) -> tuple[np.ndarray, int] | None:
+    """Pixels and label of a record, or None when it is bad."""
+    try:
+        record = source[index]
+        return decode_image(record.image), record.label
+    except (OSError, ValueError) as error:
+        bad_images.record(name=source.name(index), reason=str(error))
+        return None
+
+
+def _check(source: Source, *, batch_size: int, shard_index: int, shard_count: int) -> None:
+    if len(source) == 0:
+        raise ValueError("the data source has no images")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if not 0 <= shard_index < shard_count:
+        raise ValueError(f"shard_index {shard_index} is not in [0, {shard_count})")
+
+
+def _all_bad(source: Source, count: int, bad_images: BadImages) -> ValueError:
+    name = source.name(0)
+    reason = bad_images.names()[name]
+    return ValueError(f"none of the {count} images of the data source can be read, for example {name}: {reason}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _TrainExample:
+    """Index in the source -> augmented image and label."""
+
+    source: Source
+    image_size: int
+    crop_scale_min: float
+    flip: bool
+    bad_images: BadImages
+
+    def __call__(self, index: int, rng: np.random.Generator) -> dict[str, np.ndarray | np.generic]:
+        pixels, label = self._good_image(index, rng)
+        image = random_resized_crop(pixels, rng, size=self.image_size, scale=(self.crop_scale_min, 1.0))
+        if self.flip:
+            image = random_flip(image, rng)
+        return {"image": image, "label": np.int32(label)}
+
+    def _good_image(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, int]:
+        example = _read(self.source, index, self.bad_images)
+        if example is not None:
+            return example
+        # A random other image stands in, rather than a shorter stream: later batches must not depend on this one.
+        start = int(rng.integers(len(self.source)))
+        for offset in range(len(self.source)):
+            example = _read(self.source, (start + offset) % len(self.source), self.bad_images)
+            if example is not None:
+                return example
+        raise _all_bad(self.source, len(self.source), self.bad_images)
+
+
+class TrainIterator(grain.DatasetIterator):
+    """An endless, checkpointable iterator over a random-access dataset of batches; made by `train_batches`.
+
+    Its state is `{"next_batch": n}`, the same on every host and for any number of threads, workers and hosts.
+    """
+
+    def __init__(self, batches: grain.MapDataset, *, threads: int, workers: int, shard_index: int, shard_count: int):
+        super().__init__()
+        self._batches = batches
+        self._threads = threads
+        self._workers = workers
+        self._shard_index = shard_index
+        self._shard_count = shard_count
+        self._next_batch = 0
+        self._iterator = None
+        # A run that ends by an exception must not leave workers and shared memory behind.
+        atexit.register(_close_if_alive, weakref.ref(self))
+
+    def start_prefetch(self) -> None:
+        """Starts to read ahead, where threads or workers are there to do it."""
+        self._start()
+
+    def _start(self) -> grain.DatasetIterator:
+        self._assert_not_closed()
+        if self._iterator is None:
+            batches = self._batches[self._next_batch * self._shard_count + self._shard_index::self._shard_count]
+            read_options = grain.ReadOptions(num_threads=self._threads, prefetch_buffer_size=max(2, self._threads))
+            workers = grain.multiprocessing.MultiprocessingOptions(num_workers=self._workers, per_worker_buffer_size=2)
+            if self._workers and not flags.FLAGS.is_parsed():
+                flags.FLAGS.mark_as_parsed()  # Grain reads flags to start workers; outside of `absl.app` nobody parsed
+            self._iterator = iter(batches.to_iter_dataset(read_options).mp_prefetch(workers))
+            self._iterator.start_prefetch()
+        return self._iterator
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        batch = next(self._start())
+        self._next_batch += 1
+        return batch
+
+    def get_state(self) -> dict[str, int]:
+        return {"next_batch": self._next_batch}
+
+    def set_state(self, state: dict[str, int]) -> None:
+        self._stop()
+        self._next_batch = state["next_batch"]
+
+    def close(self) -> None:
+        """Ends the workers; the iterator cannot be used any more."""
+        self._stop()
+        super().close()
+
+    def _stop(self) -> None:
+        if self._iterator is not None:
+            self._iterator.close()
+            self._iterator = None
+
+    def __str__(self) -> str:
+        return f"TrainIterator(next_batch={self._next_batch})"
+
+
+def _close_if_alive(reference: "weakref.ref[TrainIterator]"):
+    iterator = reference()
+    if iterator is not None:
+        iterator.close()
+
+
+def train_batches(
+    source: Source,
+    *,
+    image_size: int,
+    batch_size: int,
+    seed: int,
+    crop_scale_min: float,
+    flip: bool,
+    threads: int,
+    workers: int,
+    bad_images: BadImages,
+    shard_index: int = 0,
+    shard_count: int = 1,
+) -> TrainIterator:
+    """Augmented batches without end; every epoch is shuffled anew.
+
+    The global batch of step n consists of the images n*B ... (n+1)*B - 1 of the shuffled stream, B = batch_size *
+    shard_count, and each shard holds `batch_size` consecutive ones of them: the same global batch for any number of
+    shards. In place of a bad image stands another one, drawn at random.
+
+    Args:
+      source: where the images come from; it may hold less than one batch.
+      image_size: side of the images.
+      batch_size: images per batch of this shard (process).
+      seed: shuffling and augmentation depend on it and on the position in the stream.
+      crop_scale_min: smallest share of an image's area that a random crop keeps, in (0, 1].
+      flip: whether images are mirrored at random.
+      threads: threads of each process that reads; each makes a whole batch. 0 reads only when a batch is asked for.
+      workers: processes that read; 0 reads in this process. Decoding leaves Python's lock, so that workers pay only
+        for small images on many cores.
+      bad_images: collects the images that cannot be read; needs a path when `workers` > 0.
+      shard_index: which shard (`jax.process_index()`).
+      shard_count: number of shards (`jax.process_count()`).
+
+    Returns:
+      an iterator of `{"image": uint8 [batch_size, image_size, image_size, 3], "label": int32 [batch_size]}` with
+      `get_state`, `set_state` and `close`.
+
+    Raises:
+      ValueError: on impossible arguments; and, from the iterator, when no image of the source can be read.
+    """
+    _check(source, batch_size=batch_size, shard_index=shard_index, shard_count=shard_count)
+    if not 0 < crop_scale_min <= 1:
+        raise ValueError(f"crop_scale_min must be in (0, 1], got {crop_scale_min}")
+    if workers and bad_images.path is None:
+        raise ValueError("worker processes can report bad images only through a file: give BadImages a path")
+    # Two independent streams. Grain's shuffle adds the epoch to its seed: raw seeds 0 and 1 would share their epochs.
+    shuffle_seed, augment_seed = (int(word) for word in np.random.SeedSequence(seed).generate_state(2))
+    example = _TrainExample(source=source, image_size=image_size, crop_scale_min=crop_scale_min, flip=flip,
+                            bad_images=bad_images)
+    stream = grain.MapDataset.range(len(source)).shuffle(shuffle_seed).repeat().random_map(example, seed=augment_seed)
+    batches = stream.batch(batch_size, drop_remainder=True)
+    return TrainIterator(batches, threads=threads, workers=workers, shard_index=shard_index, shard_count=shard_count)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _EvalExample:
+    """Position in the padded source -> image, label, and whether they are there."""
+
+    source: Source
+    count: int
+    image_size: int
+    bad_images: BadImages
+
+    def __call__(self, position: int) -> dict[str, np.ndarray | np.generic]:
+        example = _read(self.source, position, self.bad_images) if position < self.count else None
+        if example is None:
+            image, label = np.zeros((self.image_size, self.image_size, 3), np.uint8), -1
+        else:
+            image, label = resize_and_center_crop(example[0], size=self.image_size), example[1]
+        return {
+            "image": image,
+            "label": np.int32(label),
+            "valid": np.bool_(example is not None),
+            "index": np.int64(position if position < self.count else -1),
+        }
+
+
+def eval_batches(
+    source: Source,
+    *,
+    image_size: int,
+    batch_size: int,
+    bad_images: BadImages,
+    shard_index: int = 0,
+    shard_count: int = 1,
+    limit: int | None = None,
+    threads: int = 4,
+) -> Iterator[dict[str, np.ndarray]]:
+    """The images in order, each once, resized and centre-cropped; every batch is full, every shard has as many.
+
+    Padding and bad images have valid = False, label -1 and black pixels. Global batch n, its shards one after the
+    other, holds the positions n*B ... (n+1)*B - 1 of the source, B = batch_size * shard_count.
+
+    Args:
+      source: where the images come from.
+      image_size: side of the images.
+      batch_size: images per batch of this shard (process).
+      bad_images: collects the images that cannot be read.
+      shard_index: which shard (`jax.process_index()`).
+      shard_count: number of shards (`jax.process_count()`).
+      limit: only the first so many images; None is all.
+      threads: threads that read; each makes a whole batch.
+
+    Returns:
+      an iterator of `{"image": uint8 [B, S, S, 3], "label": int32 [B], "valid": bool [B], "index": int64 [B]}` with
+      B = batch_size; `index` is the position in the source, -1 for padding.
+
+    Raises:
+      ValueError: on impossible arguments; and, from the iterator, after the last batch of an only shard, when no image
+        could be read.
+    """
+    _check(source, batch_size=batch_size, shard_index=shard_index, shard_count=shard_count)
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be at least 1 or None, got {limit}")
+    count = len(source) if limit is None else min(limit, len(source))
+    padded = math.ceil(count / (batch_size * shard_count)) * batch_size * shard_count
+    example = _EvalExample(source=source, count=count, image_size=image_size, bad_images=bad_images)
+    batches = grain.MapDataset.range(padded).map(example).batch(batch_size)[shard_index::shard_count]
+    read_options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(2, threads))
+
+    def iterate():
+        any_valid = False
+        for batch in batches.to_iter_dataset(read_options):
+            any_valid = any_valid or bool(batch["valid"].any())
+            yield batch
+        # One of several shards may well be without a good image, and the others would wait for it for ever.
+        if shard_count == 1 and not any_valid:
+            raise _all_bad(source, count, bad_images)
+
+    return iterate()

@@ -1,0 +1,288 @@
+"""Random-access image sources. All can be pickled: Grain starts its workers with `spawn`."""
+
+import functools
+import glob
+import importlib.resources
+import os
+import pathlib
+from typing import Any, Literal, NamedTuple, Protocol
+
+import numpy as np
+from PIL import Image
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+
+
+class Record(NamedTuple):
+    """One image as it is stored.
+
+    Attributes:
+      image: the encoded file, or an uint8 array `[H, W, 3]`.
+      label: class index, -1 where it is unknown.
+      name: what messages call this image; unique in its source.
+    """
+
+    image: bytes | np.ndarray
+    label: int
+    name: str
+
+
+class Source(Protocol):
+    """What the pipeline reads from; the same index always gives the same record.
+
+    Attributes:
+      num_classes: labels lie in [0, num_classes); None where the source has no labels.
+    """
+
+    num_classes: int | None
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Record:
+        """The record at `index` in [0, len); raises OSError where it cannot be read, ValueError where it is bad."""
+        ...
+
+    def name(self, index: int) -> str:
+        """`self[index].name`, known even where the record cannot be read."""
+        ...
+
+
+# Colour photographs that are files of the scikit-image wheel, so that nothing is fetched.
+_PHOTOS = (
+    "astronaut.png",
+    "chelsea.png",
+    "coffee.png",
+    "hubble_deep_field.jpg",
+    "ihc.png",
+    "motorcycle_left.png",
+    "retina.jpg",
+    "rocket.jpg",
+)
+
+
+@functools.cache
+def _photo(name: str) -> np.ndarray:
+    """A photograph of scikit-image, uint8 `[H, W, 3]`."""
+    path = pathlib.Path(str(importlib.resources.files("skimage") / "data" / name))
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing: pip install --force-reinstall scikit-image")
+    return np.asarray(Image.open(path).convert("RGB"))
+
+
+class EmbeddedSource:
+    """Random square crops of eight photographs that scikit-image installs: no network, no files of one's own.
+
+    The label is the photograph: index i shows photograph i mod 8. Of every photograph the right third is held out:
+    validation crops lie inside it and training crops inside the left two thirds, so that no pixel is in both.
+    A crop's side is uniform in [s/2, s], s = min(height, width / 3), for both splits. Which crop an index shows depends
+    on (split, index) only.
+
+    Args:
+      split: `train` or `validation`.
+    """
+
+    def __init__(self, split: Literal["train", "validation"]):
+        sizes = {"train": 4096, "validation": 512}
+        if split not in sizes:
+            raise ValueError(f"the embedded source has the splits {sorted(sizes)}, not {split!r}")
+        self.split = split
+        self.num_classes = len(_PHOTOS)
+        self._size = sizes[split]
+
+    def __len__(self) -> int:
+        return self._size
+
+    def name(self, index: int) -> str:
+        return f"embedded/{self.split}/{index}"
+
+    def __getitem__(self, index: int) -> Record:
+        label = index % len(_PHOTOS)
+        photo = _photo(_PHOTOS[label])
+        third = photo.shape[1] // 3
+        region = photo[:, -third:] if self.split == "validation" else photo[:, :-third]
+        rng = np.random.default_rng((self.split == "validation", index))
+        longest = min(photo.shape[0], third)
+        side = int(rng.integers(longest // 2, longest, endpoint=True))
+        top = int(rng.integers(region.shape[0] - side, endpoint=True))
+        left = int(rng.integers(region.shape[1] - side, endpoint=True))
+        return Record(region[top:top + side, left:left + side], label, self.name(index))
+
+
+def _raise(error: OSError):
+    raise error
+
+
+class FolderSource:
+    """The images under a folder, at any depth, sorted by relative path; hidden files and folders are left out.
+
+    When every image lies in a subfolder, its label is the rank of its top-level subfolder; otherwise all labels are -1.
+
+    Args:
+      path: the folder.
+
+    Raises:
+      FileNotFoundError: when the folder does not exist or holds no image.
+      OSError: when a subfolder cannot be listed.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = os.fspath(path)
+        if not os.path.isdir(self.path):
+            raise FileNotFoundError(f"no folder {self.path}: give an existing folder of images")
+        self._names = []
+        visited = set()  # links may lead back
+        for folder, subfolders, files in os.walk(self.path, followlinks=True, onerror=_raise):
+            if os.path.realpath(folder) in visited:
+                subfolders.clear()
+                continue
+            visited.add(os.path.realpath(folder))
+            subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+            images = [name for name in files if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")]
+            self._names += [os.path.relpath(os.path.join(folder, name), self.path) for name in images]
+        if not self._names:
+            raise FileNotFoundError(f"no image under {self.path}: expected files ending in {', '.join(IMAGE_SUFFIXES)}")
+        self._names.sort(key=lambda name: name.split(os.sep))
+        self.class_names = None
+        if all(os.sep in name for name in self._names):
+            self.class_names = sorted({name.split(os.sep)[0] for name in self._names})
+        self.num_classes = None if self.class_names is None else len(self.class_names)
+        self._label_of = {name: label for label, name in enumerate(self.class_names or ())}
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def name(self, index: int) -> str:
+        return os.path.join(self.path, self._names[index])
+
+    def __getitem__(self, index: int) -> Record:
+        name = self.name(index)
+        label = self._label_of[self._names[index].split(os.sep)[0]] if self._label_of else -1
+        return Record(pathlib.Path(name).read_bytes(), label, name)
+
+
+def _tfds_builder(name: str, data_dir: str | os.PathLike | None) -> tuple[Any, pathlib.Path]:
+    """The read-only builder of a prepared data set, and its folder."""
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.core import constants
+
+    data_dir = os.path.expanduser(os.fspath(constants.DATA_DIR if data_dir is None else data_dir))
+    folder = pathlib.Path(data_dir) / name
+    versions = [path for path in folder.glob("*/features.json") if tfds.core.Version.is_valid(path.parent.name)]
+    if not (folder / "features.json").exists():
+        if not versions:
+            raise FileNotFoundError(
+                f"no TFDS data set {name!r} under {data_dir}: prepare it on a machine with TensorFlow, "
+                f"tfds build {name} --data_dir={data_dir} --file_format=array_record")
+        folder = max((path.parent for path in versions), key=lambda path: tfds.core.Version(path.name))
+    return tfds.builder_from_directory(folder), folder
+
+
+def tfds_splits(name: str, data_dir: str | os.PathLike | None = None) -> list[str]:
+    """The splits of a prepared TFDS data set; arguments and errors as for `TfdsSource`."""
+    return sorted(_tfds_builder(name, data_dir)[0].info.splits)
+
+
+class TfdsSource:
+    """A prepared TensorFlow Datasets data set in ArrayRecord format, read without TensorFlow and without network.
+
+    Args:
+      name: data set, with its config or version where needed: `cifar10`, `imagenet2012_subset/10pct`, `cifar10/3.0.2`.
+        Without a version the newest one on disk is read.
+      split: `train`, `test[:10%]`, ...
+      data_dir: where TFDS keeps its data; None is TFDS' own default (`TFDS_DATA_DIR` or ~/tensorflow_datasets).
+
+    Raises:
+      FileNotFoundError: when the data set is not under `data_dir`.
+      ValueError: when it has no such split, no feature `image`, or is not in ArrayRecord format.
+    """
+
+    def __init__(self, name: str, split: str, data_dir: str | os.PathLike | None = None):
+        import tensorflow_datasets as tfds
+
+        builder, folder = _tfds_builder(name, data_dir)
+        features = builder.info.features
+        if "image" not in features:
+            raise ValueError(f"the TFDS data set {folder} has no feature 'image', only {sorted(features)}")
+        try:
+            # The encoded bytes come out, so that every source goes through the same decoder.
+            self._data = builder.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()})
+        except (ValueError, NotImplementedError) as error:
+            raise ValueError(f"cannot read split {split!r} of {folder}: {' '.join(str(error).split())}") from error
+        self.num_classes = features["label"].num_classes if "label" in features else None
+        self._prefix = f"{name}/{split}"
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def name(self, index: int) -> str:
+        return f"{self._prefix}/{index}"
+
+    def __getitem__(self, index: int) -> Record:
+        from google.protobuf.message import DecodeError
+
+        try:
+            example = self._data[index]
+        except (RuntimeError, DecodeError) as error:
+            raise ValueError(f"corrupt record: {' '.join(str(error).split())}") from error
+        return Record(example["image"], -1 if self.num_classes is None else int(example["label"]), self.name(index))
+
+
+class ArrayRecordSource:
+    """Records of ArrayRecord files, in the order of the sorted file names.
+
+    A record is either a serialized `tf.train.Example` with a bytes feature `image` or `image/encoded` and, optionally,
+    an int64 feature `label` or `image/class/label`, or just the bytes of an encoded image.
+
+    Args:
+      pattern: a path in which `*`, `?` and `**` stand for anything.
+
+    Raises:
+      FileNotFoundError: when no file matches.
+      ValueError: when a file is not an ArrayRecord file.
+    """
+
+    num_classes = None
+
+    def __init__(self, pattern: str):
+        import grain
+
+        self.paths = sorted(glob.glob(os.path.expanduser(pattern), recursive=True))
+        if not self.paths:
+            raise FileNotFoundError(f"no file matches {pattern}: give ArrayRecord files, as data/train-*.array_record")
+        try:
+            self._data: Any = grain.sources.ArrayRecordDataSource(self.paths)
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(f"cannot read {pattern} as ArrayRecord: {' '.join(str(error).split())}") from error
+        self._pattern = pattern
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def name(self, index: int) -> str:
+        return f"{self._pattern}/{index}"
+
+    def __getitem__(self, index: int) -> Record:
+        try:
+            record = self._data[index]
+        except RuntimeError as error:
+            raise ValueError(f"corrupt record: {' '.join(str(error).split())}") from error
+        # Field 1, length-delimited: so begins every Example, and no image format.
+        if not record.startswith(b"\x0a"):
+            return Record(record, -1, self.name(index))
+        image, label = _parse_example(record)
+        return Record(image, label, self.name(index))
+
+
+def _parse_example(record: bytes) -> tuple[bytes, int]:
+    from google.protobuf.message import DecodeError
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    try:
+        features = tf_example_pb2.Example.FromString(record).features.feature  # pyright: ignore[reportAttributeAccessIssue]
+    except DecodeError as error:
+        raise ValueError(f"not a tf.train.Example: {error}") from error
+    images = [features[key].bytes_list.value for key in ("image", "image/encoded") if key in features]
+    if not images or len(images[0]) != 1:
+        raise ValueError(f"a tf.train.Example without one 'image' or 'image/encoded' of bytes, only {sorted(features)}")
+    labels = [features[key].int64_list.value for key in ("label", "image/class/label") if key in features]
+    return images[0][0], int(labels[0][0]) if labels and labels[0] else -1

@@ -1,0 +1,125 @@
+"""Image transforms on the host: uint8 arrays `[H, W, 3]` in, uint8 arrays `[H, W, 3]` out."""
+
+import io
+import math
+
+import numpy as np
+from PIL import Image, ImageOps
+
+_WHITE = (255, 255, 255, 255)
+
+
+def decode_image(data: bytes | np.ndarray) -> np.ndarray:
+    """Any still image to RGB.
+
+    The EXIF orientation is applied. Transparent images are composited over white. Of 16-bit images the high
+    byte is kept, grey as well as colour. Of an animation or a multi-page file the first frame is read.
+
+    Args:
+      data: an encoded image, or an uint8 array `[H, W, 3]`, which is returned as it is.
+
+    Returns:
+      uint8 `[H, W, 3]`, RGB; colour profiles are not applied.
+
+    Raises:
+      ValueError: in one line, when the data are truncated, no image, of a kind whose value range is unknown
+        (float or 32-bit), or larger than Pillow's limit against decompression bombs.
+    """
+    if isinstance(data, np.ndarray):
+        if data.dtype != np.uint8 or data.ndim != 3 or data.shape[2] != 3 or data.size == 0:
+            raise ValueError(f"expected an uint8 array [H, W, 3], got {data.dtype} {list(data.shape)}")
+        return data
+    if not data:
+        raise ValueError("not a readable image: it is empty")
+    # Pillow's decoders raise almost anything on corrupt input: OSError, SyntaxError, struct.error, zlib.error, ...
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return np.array(_to_rgb(ImageOps.exif_transpose(image)))
+    except Exception as error:
+        # The message of UnidentifiedImageError is the repr of our buffer, an address that changes with every run.
+        reason = "unknown format" if type(error).__name__ == "UnidentifiedImageError" else " ".join(str(error).split())
+        raise ValueError(f"not a readable image: {reason}") from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > 65535:
+            raise ValueError("32-bit grey values; save it with 8 or 16 bits")
+        # `convert` would clip at 255 instead. Pillow itself keeps the high byte of 16-bit RGB.
+        return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise ValueError("float grey values; save it with 8 or 16 bits")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, _WHITE), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def random_resized_crop(
+    image: np.ndarray,
+    rng: np.random.Generator,
+    *,
+    size: int,
+    scale: tuple[float, float] = (0.08, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+) -> np.ndarray:
+    """A crop of random area and aspect ratio, resized to a square (Inception, arXiv:1409.4842, as in torchvision).
+
+    Args:
+      image: uint8 `[H, W, 3]`.
+      rng: five numbers are drawn from it for every attempt.
+      size: side of the result.
+      scale: range of the crop's share of the image's area; uniform.
+      ratio: range of the crop's width / height; log-uniform. Where ten attempts do not fit, the largest centred
+        crop with a ratio in this range is taken.
+
+    Returns:
+      uint8 `[size, size, 3]`, resampled with an antialiased bicubic filter.
+    """
+    height, width = image.shape[:2]
+    for _ in range(10):
+        area = height * width * rng.uniform(*scale)
+        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        crop_width, crop_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < crop_width <= width and 0 < crop_height <= height:
+            top = int(rng.integers(height - crop_height + 1))
+            left = int(rng.integers(width - crop_width + 1))
+            break
+    else:
+        crop_width = max(1, min(width, round(height * ratio[1])))
+        crop_height = max(1, min(height, round(width / ratio[0])))
+        top, left = (height - crop_height) // 2, (width - crop_width) // 2
+    crop = image[top:top + crop_height, left:left + crop_width]
+    if crop.shape[:2] == (size, size):
+        return crop.copy()
+    return np.array(Image.fromarray(crop).resize((size, size), Image.Resampling.BICUBIC))
+
+
+def resize_and_center_crop(image: np.ndarray, *, size: int) -> np.ndarray:
+    """The short side to `size` with an antialiased bicubic filter, then the centre square (torchvision's rounding).
+
+    An image that is `size x size` already comes back with its pixels untouched.
+
+    Args:
+      image: uint8 `[H, W, 3]`.
+      size: side of the result.
+
+    Returns:
+      uint8 `[size, size, 3]`.
+    """
+    height, width = image.shape[:2]
+    short = min(height, width)
+    resized_height, resized_width = int(size * height / short), int(size * width / short)
+    top, left = round((resized_height - size) / 2), round((resized_width - size) / 2)
+    if short == size:
+        return image[top:top + size, left:left + size].copy()
+    # Only the pixels of the crop are computed: of a 1 x 10000 image the whole resized one would fill the memory.
+    y, x = height / resized_height, width / resized_width
+    box = (left * x, top * y, min((left + size) * x, width), min((top + size) * y, height))
+    return np.array(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC, box=box))
+
+
+def random_flip(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Mirrors uint8 `[H, W, 3]` left to right with probability 1/2."""
+    return image[:, ::-1] if rng.random() < 0.5 else image

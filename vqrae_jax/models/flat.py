@@ -1,0 +1,40 @@
+"""Modules as flat dictionaries `{path: array}` and back.
+
+A path joins attribute names by "/", for example `encoder/vit/transformer/blocks/mlp/fc1/kernel`. Patterns for freezing,
+learning rates and sharding, checkpoints and weight conversion all speak of parameters by these paths.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from flax import nnx
+
+from vqrae_jax.models.quantizers import CodebookState
+
+Arrays = dict[str, jax.Array]
+
+
+def split(module: nnx.Module) -> tuple[nnx.GraphDef, Arrays, Arrays]:
+    """A module's structure, its learned parameters, and its codebook state (frozen codes, EMA statistics)."""
+    graphdef, params, codebook = nnx.split(module, nnx.Param, CodebookState)
+    return graphdef, _arrays(params), _arrays(codebook)
+
+
+def merge(graphdef: nnx.GraphDef, *parts: Mapping[str, jax.Array]) -> Any:
+    """The module again, from dictionaries that together hold all its paths; a later one overrides an earlier one."""
+    arrays = {path: value for part in parts for path, value in part.items()}
+    leaves = [(tuple(path.split("/")), value) for path, value in arrays.items()]
+    return nnx.merge(graphdef, nnx.from_flat_state(leaves))
+
+
+def prefixed(prefix: str, tree: Mapping) -> Arrays:
+    """Nested dictionaries as a flat one whose paths start with `prefix`."""
+    flat = {}
+    for name, value in tree.items():
+        flat |= prefixed(f"{prefix}{name}/", value) if isinstance(value, Mapping) else {prefix + name: value}
+    return flat
+
+
+def _arrays(state: nnx.State) -> Arrays:
+    return {"/".join(path): variable[...] for path, variable in nnx.to_flat_state(state)}

@@ -1,0 +1,202 @@
+"""The vision transformer that every encoder and the decoder are made of.
+
+Dense layers flatten their tokens to `[B*N, d]` and attention works on `[B*heads, N, d_head]`: the same
+mathematics as over `[B, N, d]`, but XLA compiles plain two-dimensional matmuls to much faster CPU code,
+above all in the backward pass, and loses nothing on TPU or GPU.
+
+The blocks' parameters are stacked on a leading `depth` axis and scanned over, so that compile time does
+not grow with depth and one path pattern names a parameter of every layer.
+"""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+Activation = Literal["gelu", "gelu_tanh"]
+FinalNorm = Literal["affine", "plain"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TransformerSpec:
+    """The shape of a stack of pre-LayerNorm transformer blocks.
+
+    Attributes:
+      width: token width d.
+      depth: number of blocks.
+      heads: attention heads; must divide `width`.
+      mlp_dim: hidden width of the MLP.
+      activation: `gelu` (erf, as in DINOv2 and MAE) or `gelu_tanh` (SigLIP).
+      norm_eps: epsilon of every LayerNorm.
+      layer_scale: whether each residual branch is multiplied by a learned vector (DINOv2).
+    """
+
+    width: int
+    depth: int
+    heads: int
+    mlp_dim: int
+    activation: Activation = "gelu"
+    norm_eps: float = 1e-6
+    layer_scale: bool = False
+
+    def __post_init__(self):
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not divisible by heads {self.heads}")
+
+
+class Linear(nnx.Module):
+    """`y = x @ kernel + bias` over the last axis: `[..., in] -> [..., out]`, computed in `dtype`."""
+
+    def __init__(self, in_features: int, out_features: int, *, use_bias: bool = True, dtype=jnp.float32,
+                 kernel_init=nnx.initializers.xavier_uniform(), rngs: nnx.Rngs):
+        self.kernel = nnx.Param(kernel_init(rngs.params(), (in_features, out_features), jnp.float32))
+        self.bias = nnx.Param(jnp.zeros(out_features, jnp.float32)) if use_bias else None
+        self.dtype = dtype
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x.reshape(-1, x.shape[-1]).astype(self.dtype) @ self.kernel[...].astype(self.dtype)
+        if self.bias is not None:
+            y = y + self.bias[...].astype(self.dtype)
+        return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def layer_norm(width: int, *, eps: float, affine: bool = True, dtype=jnp.float32, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    """LayerNorm whose statistics are float32 and two-pass, as torch computes them."""
+    return nnx.LayerNorm(width, epsilon=eps, use_bias=affine, use_scale=affine, dtype=dtype,
+                         use_fast_variance=False, rngs=rngs)
+
+
+class Attention(nnx.Module):
+    """Multi-head self-attention, `[B, N, d] -> [B, N, d]`, softmax in float32."""
+
+    def __init__(self, spec: TransformerSpec, *, dtype, rngs: nnx.Rngs):
+        self.heads = spec.heads
+        self.qkv = Linear(spec.width, 3 * spec.width, dtype=dtype, rngs=rngs)
+        self.out = Linear(spec.width, spec.width, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        batch, tokens, width = x.shape
+        head_dim = width // self.heads
+        qkv = self.qkv(x).reshape(batch, tokens, 3, self.heads, head_dim)
+        q, k, v = qkv.transpose(2, 0, 3, 1, 4).reshape(3, batch * self.heads, tokens, head_dim)
+        logits = jnp.einsum("bqd,bkd->bqk", q * head_dim**-0.5, k, preferred_element_type=jnp.float32)
+        weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+        y = jnp.einsum("bqk,bkd->bqd", weights, v)
+        y = y.reshape(batch, self.heads, tokens, head_dim).transpose(0, 2, 1, 3)
+        return self.out(y.reshape(batch, tokens, width))
+
+
+class Mlp(nnx.Module):
+    """Two dense layers with a GELU between, `[B, N, d] -> [B, N, d]`."""
+
+    def __init__(self, spec: TransformerSpec, *, dtype, rngs: nnx.Rngs):
+        self.fc1 = Linear(spec.width, spec.mlp_dim, dtype=dtype, rngs=rngs)
+        self.fc2 = Linear(spec.mlp_dim, spec.width, dtype=dtype, rngs=rngs)
+        self.approximate = spec.activation == "gelu_tanh"
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.fc2(jax.nn.gelu(self.fc1(x), approximate=self.approximate))
+
+
+class Block(nnx.Module):
+    """One pre-LayerNorm transformer block, `[B, N, d] -> [B, N, d]`."""
+
+    def __init__(self, spec: TransformerSpec, *, dtype, rngs: nnx.Rngs):
+        self.norm1 = layer_norm(spec.width, eps=spec.norm_eps, dtype=dtype, rngs=rngs)
+        self.attention = Attention(spec, dtype=dtype, rngs=rngs)
+        self.norm2 = layer_norm(spec.width, eps=spec.norm_eps, dtype=dtype, rngs=rngs)
+        self.mlp = Mlp(spec, dtype=dtype, rngs=rngs)
+        ones = lambda: nnx.Param(jnp.ones(spec.width)) if spec.layer_scale else None
+        self.scale1, self.scale2 = ones(), ones()
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = x + _scaled(self.attention(self.norm1(x)), self.scale1)
+        return x + _scaled(self.mlp(self.norm2(x)), self.scale2)
+
+
+def _scaled(x: jax.Array, scale: nnx.Param | None) -> jax.Array:
+    return x if scale is None else x * scale[...].astype(x.dtype)
+
+
+class Transformer(nnx.Module):
+    """`depth` blocks and a final LayerNorm, `[B, N, d] -> [B, N, d]`; the result is float32.
+
+    `final_norm="plain"` has no scale and bias: every token leaves with zero mean and unit variance.
+    """
+
+    def __init__(self, spec: TransformerSpec, *, final_norm: FinalNorm = "affine", dtype=jnp.float32, rngs: nnx.Rngs):
+        make_blocks = nnx.vmap(lambda rngs: Block(spec, dtype=dtype, rngs=rngs), in_axes=0, out_axes=0)
+        self.blocks = make_blocks(rngs.fork(split=spec.depth))
+        self.norm = layer_norm(spec.width, eps=spec.norm_eps, affine=final_norm == "affine", rngs=rngs)
+        self.dtype = dtype
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        graphdef, stacked = nnx.split(self.blocks)
+        run_block = lambda x, params: (nnx.merge(graphdef, params)(x), None)
+        x, _ = jax.lax.scan(run_block, x.astype(self.dtype), stacked)
+        return self.norm(x.astype(jnp.float32))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ViTSpec(TransformerSpec):
+    """A transformer that reads images.
+
+    Attributes:
+      patch_size: side of a patch in pixels.
+      prefix_tokens: 0, or 1 + number of register tokens; they are dropped from the output.
+    """
+
+    patch_size: int
+    prefix_tokens: int = 0
+
+
+def patchify(images: jax.Array, patch_size: int) -> jax.Array:
+    """`[B, H, W, C] -> [B, H/p * W/p, p*p*C]`; patches in raster order, each as (row, column, channel)."""
+    batch, height, width, channels = images.shape
+    if height % patch_size or width % patch_size:
+        raise ValueError(f"image size {height}x{width} is not divisible by patch size {patch_size}")
+    x = images.reshape(batch, height // patch_size, patch_size, width // patch_size, patch_size, channels)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, -1, patch_size * patch_size * channels)
+
+
+def unpatchify(patches: jax.Array, grid: tuple[int, int]) -> jax.Array:
+    """The inverse of `patchify` for three channels: `[B, h*w, p*p*3] -> [B, h*p, w*p, 3]`."""
+    batch, _, size = patches.shape
+    patch_size = round((size // 3) ** 0.5)
+    x = patches.reshape(batch, *grid, patch_size, patch_size, 3)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, grid[0] * patch_size, grid[1] * patch_size, 3)
+
+
+class ViT(nnx.Module):
+    """Pixels to tokens: patch embedding, learned positions, blocks, final LayerNorm.
+
+    `__call__` maps normalised images `[B, image_size, image_size, 3]` to `[B, N, d]` float32 with
+    N = (image_size / patch_size)**2; cls and register tokens take part in attention and are dropped at the end.
+    """
+
+    def __init__(self, spec: ViTSpec, *, image_size: int, final_norm: FinalNorm = "affine", dtype=jnp.float32,
+                 rngs: nnx.Rngs):
+        if image_size % spec.patch_size:
+            raise ValueError(f"image size {image_size} is not divisible by the encoder's patch size {spec.patch_size}")
+        self.spec = spec
+        tokens = (image_size // spec.patch_size) ** 2
+        normal = nnx.initializers.normal(0.02)
+        self.patch_embedding = Linear(spec.patch_size**2 * 3, spec.width, dtype=dtype, rngs=rngs)
+        self.position_embedding = nnx.Param(normal(rngs.params(), (tokens, spec.width)))
+        # The cls token's own position embedding is folded into it when weights are loaded.
+        self.prefix = nnx.Param(normal(rngs.params(), (spec.prefix_tokens, spec.width))) if spec.prefix_tokens else None
+        self.transformer = Transformer(spec, final_norm=final_norm, dtype=dtype, rngs=rngs)
+
+    def embed(self, images: jax.Array) -> jax.Array:
+        """Patch embeddings plus positions, `[B, N, d]`, before any attention and without prefix tokens."""
+        x = self.patch_embedding(patchify(images, self.spec.patch_size))
+        return x + self.position_embedding[...].astype(x.dtype)
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        x = self.embed(images)
+        if self.prefix is not None:
+            prefix = jnp.broadcast_to(self.prefix[...].astype(x.dtype), (x.shape[0], *self.prefix.shape))
+            x = jnp.concatenate([prefix, x], axis=1)
+        return self.transformer(x)[:, self.spec.prefix_tokens:]

@@ -1,0 +1,57 @@
+"""Optimizers, learning-rate schedules, freezing by path, and the moving average of the weights."""
+
+import re
+from collections.abc import Iterable, Mapping
+
+import jax
+import jax.numpy as jnp
+import optax
+
+Multipliers = tuple[tuple[str, float], ...]
+
+
+def multiplier(path: str, multipliers: Multipliers) -> float:
+    """The learning-rate factor of a parameter: that of the first pattern that matches its whole path, else 1."""
+    return next((factor for pattern, factor in multipliers if re.fullmatch(pattern, path)), 1.0)
+
+
+def is_frozen(path: str, multipliers: Multipliers) -> bool:
+    """Whether a parameter's factor is 0."""
+    return multiplier(path, multipliers) == 0.0
+
+
+def check_patterns(paths: Iterable[str], multipliers: Multipliers) -> None:
+    """Raises ValueError for a pattern that matches no path: a misspelt one would silently train what should be frozen."""
+    paths = list(paths)
+    for pattern, _ in multipliers:
+        if not any(re.fullmatch(pattern, path) for path in paths):
+            raise ValueError(f"config key optim.lr_multipliers: {pattern!r} matches no parameter; "
+                             f"paths look like {paths[0]}")
+
+
+def warmup_cosine(*, lr: float, end_lr: float, warmup_steps: int, steps: int) -> optax.Schedule:
+    """Linear from 0 to `lr` over `warmup_steps`, then half a cosine down to `end_lr` at `steps`."""
+    return optax.warmup_cosine_decay_schedule(0.0 if warmup_steps else lr, lr, warmup_steps, steps, end_lr)
+
+
+def adamw(schedule: optax.Schedule, *, b1: float, b2: float, weight_decay: float, clip_norm: float,
+          multipliers: Multipliers) -> optax.GradientTransformation:
+    """AdamW over `{path: array}` with a factor on the learning rate per path.
+
+    Weight decay acts on matrices only (paths that end in `kernel`). The gradient is clipped by its global norm over
+    all learned parameters when `clip_norm` > 0.
+    """
+    is_kernel = lambda params: {path: path.endswith("kernel") for path in params}
+    scale = optax.stateless(lambda updates, _: {
+        path: update * multiplier(path, multipliers) for path, update in updates.items()})
+    return optax.chain(
+        optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity(),
+        optax.adamw(schedule, b1=b1, b2=b2, weight_decay=weight_decay, mask=is_kernel),
+        scale,
+    )
+
+
+def moving_average(average: Mapping[str, jax.Array], new: Mapping[str, jax.Array],
+                   decay: float) -> dict[str, jax.Array]:
+    """`decay * average + (1 - decay) * new`, entry by entry, in float32."""
+    return {path: decay * old + (1 - decay) * new[path].astype(jnp.float32) for path, old in average.items()}
