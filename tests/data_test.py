@@ -88,7 +88,7 @@ def take(batches, count):
 
 def assert_same(batches, others):
     assert len(batches) == len(others)
-    for batch, other in zip(batches, others):
+    for batch, other in zip(batches, others, strict=True):
         for key in batch:
             np.testing.assert_array_equal(batch[key], other[key])
 
@@ -539,7 +539,7 @@ def test_evaluation_covers_each_image_exactly_once(shards, size, limit):
                                shard_index=i, shard_count=shards)) for i in range(shards)]
     assert len({len(part) for part in parts}) == 1
     assert {batch["image"].shape for part in parts for batch in part} == {(4, 8, 8, 3)}
-    in_order = [batch for group in zip(*parts) for batch in group]
+    in_order = [batch for group in zip(*parts, strict=True) for batch in group]
     joined = {key: np.concatenate([batch[key] for batch in in_order]) for key in in_order[0]}
     expected = list(range(min(size, limit or size)))
     assert joined["index"][joined["valid"]].tolist() == expected

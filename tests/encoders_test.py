@@ -238,7 +238,7 @@ def test_damaged_or_unreadable_files_are_named(folder):
     with pytest.raises(OSError, match="model.safetensors is damaged or truncated"):
         huggingface.load_encoder_params(folder)
     file.rename(folder / "pytorch_model.bin")
-    with pytest.raises(OSError, match="model.safetensors does not exist; pytorch_model.bin is a pickle.*save_pretrained"):
+    with pytest.raises(OSError, match="model.safetensors does not exist; pytorch_model.bin is a pickle.*save"):
         huggingface.load_encoder_params(folder)
     (folder / "config.json").write_text('{"model_type": ')
     with pytest.raises(ValueError, match="config.json is not valid JSON"):

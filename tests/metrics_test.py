@@ -30,7 +30,7 @@ def test_ssim_matches_scikit_image(size):
     x, y = image_pairs(*size)
     expected = [skimage_metrics.structural_similarity(
         a.astype(np.float64), b.astype(np.float64), data_range=1, channel_axis=-1, gaussian_weights=True, sigma=1.5,
-        use_sample_covariance=False) for a, b in zip(x, y)]
+        use_sample_covariance=False) for a, b in zip(x, y, strict=True)]
     np.testing.assert_allclose(metrics.ssim(x, y), expected, atol=1e-4)
     np.testing.assert_allclose(metrics.ssim(x, x), 1, atol=1e-5)
 

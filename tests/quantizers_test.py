@@ -53,32 +53,36 @@ def brute_force(z, codes, metric="euclidean"):
 
 # What every quantizer promises.
 
-@pytest.mark.parametrize("name,options", VARIANTS)
-@pytest.mark.parametrize("train", [True, False])
-def test_lookup_of_the_indices_is_the_forward_pass_bit_for_bit(name, options, train):
+@pytest.mark.parametrize(("name", "options"), VARIANTS)
+def test_lookup_of_the_indices_is_the_forward_pass_bit_for_bit(name, options):
     module = make(name, **options)
-    z = tokens(2, 5, 3, WIDTH)
-    out = run(module, z, train=train)
-    assert out.z_q.shape == z.shape and out.z_q.dtype == jnp.float32
-    assert out.indices.shape == z.shape[:-1] and out.indices.dtype == jnp.int32
+    z = tokens(2, 60, WIDTH)
+    out = run(module, z)
+    assert out.z_q.shape == z.shape
+    assert out.z_q.dtype == jnp.float32
+    assert out.indices.shape == z.shape[:-1]
+    assert out.indices.dtype == jnp.int32
     graphdef, state = nnx.split(module)
     looked_up = jax.jit(lambda state, indices: nnx.merge(graphdef, state).lookup(indices))(state, out.indices)
     np.testing.assert_array_equal(looked_up, out.z_q)
-
-
-@pytest.mark.parametrize("name,options", VARIANTS)
-def test_indices_are_in_range_and_counted(name, options):
-    module = make(name, **options)
-    out = run(module, tokens(3, 40, WIDTH))
-    assert 0 <= int(out.indices.min()) and int(out.indices.max()) < module.num_codes
+    assert int(out.indices.min()) >= 0
+    assert int(out.indices.max()) < module.num_codes
     counts = np.bincount(np.ravel(out.indices), minlength=module.num_codes)
     np.testing.assert_array_equal(out.stats["counts"], counts)
     assert module.codes().shape[0] == module.num_codes
 
 
-@pytest.mark.parametrize("name,options", VARIANTS)
-def test_calling_changes_nothing_in_the_module(name, options):
-    module = make(name, **options)
+@pytest.mark.parametrize("name", NAMES)
+def test_evaluation_sees_what_training_sees(name):
+    z = tokens(2, 60, WIDTH)
+    evaluated, trained = (run(make(name), z, train=train) for train in (False, True))
+    np.testing.assert_array_equal(evaluated.z_q, trained.z_q)
+    np.testing.assert_array_equal(evaluated.stats["counts"], trained.stats["counts"])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_calling_changes_nothing_in_the_module(name):
+    module = make(name)
     before = jax.tree.map(np.array, nnx.state(module))
     module(tokens(20, WIDTH), train=True)
     jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.array, nnx.state(module)))
@@ -87,7 +91,7 @@ def test_calling_changes_nothing_in_the_module(name, options):
 @pytest.mark.parametrize("name", NAMES)
 def test_bf16_tokens_are_searched_in_float32(name):
     module = make(name)
-    z = tokens(200, WIDTH).astype(jnp.bfloat16)
+    z = tokens(2, 60, WIDTH).astype(jnp.bfloat16)
     out, same = run(module, z), run(module, z.astype(jnp.float32))
     np.testing.assert_array_equal(out.indices, same.indices)
     assert out.z_q.dtype == jnp.float32
@@ -112,7 +116,7 @@ def test_exactly_the_expected_variables_learn(name):
         out = nnx.merge(graphdef, params, rest)(tokens(50, WIDTH), train=True)
         return sum(out.losses.values()) + jnp.sum(out.z_q * tokens(50, WIDTH, seed=1))
 
-    gradients = nnx.to_flat_state(jax.grad(loss)(params))
+    gradients = nnx.to_flat_state(jax.jit(jax.grad(loss))(params))
     learning = {".".join(path) for path, g in gradients if np.abs(g[...]).max() > 0}
     assert learning == EXPECTED_GRADIENTS[name] == {".".join(path) for path, _ in gradients}
     assert all(isinstance(v, CodebookState) for _, v in nnx.to_flat_state(rest))
@@ -128,7 +132,7 @@ def test_straight_through_copies_the_gradient():
 
 def test_rotation_matches_its_explicit_matrix_and_value():
     module, z, weight = make("emavq", gradient="rotation"), tokens(5, WIDTH), tokens(5, WIDTH, seed=1)
-    gradient = jax.grad(lambda z: jnp.sum(module(z, train=True).z_q * weight))(z)
+    gradient = jax.jit(jax.grad(lambda z: jnp.sum(module(z, train=True).z_q * weight)))(z)
     q = np.asarray(module(z, train=True).z_q)
     np.testing.assert_allclose(quantizers.rotate_onto(z, q), q, atol=1e-5)
     for i in range(len(z)):
@@ -141,7 +145,7 @@ def test_rotation_matches_its_explicit_matrix_and_value():
 def test_rotation_gradient_stays_finite_at_zero_and_opposite_vectors():
     z = jnp.stack([jnp.zeros(4), jnp.ones(4), jnp.ones(4)])
     q = jnp.stack([jnp.ones(4), jnp.zeros(4), -jnp.ones(4)])
-    assert np.isfinite(jax.grad(lambda z: quantizers.rotate_onto(z, q).sum())(z)[1:]).all()
+    assert np.isfinite(jax.jit(jax.grad(lambda z: quantizers.rotate_onto(z, q).sum()))(z)[1:]).all()
     np.testing.assert_allclose(quantizers.rotate_onto(z, q)[2], q[2], atol=1e-6)
 
 
@@ -161,25 +165,28 @@ def test_the_commitment_loss_moves_tokens_and_the_codebook_loss_moves_codes():
     graphdef, params, rest = nnx.split(make("simvq"), nnx.Param, ...)
     loss = lambda name: lambda params, z: nnx.merge(graphdef, params, rest)(z, train=True).losses[name]
     largest = lambda tree: max(float(jnp.abs(x).max()) for x in jax.tree.leaves(tree))
-    of_params, of_tokens = jax.grad(loss("commitment"), argnums=(0, 1))(params, tokens(30, WIDTH))
-    assert largest(of_params) == 0 and largest(of_tokens) > 0
-    of_params, of_tokens = jax.grad(loss("codebook"), argnums=(0, 1))(params, tokens(30, WIDTH))
-    assert largest(of_params) > 0 and largest(of_tokens) == 0
+    of_params, of_tokens = jax.jit(jax.grad(loss("commitment"), argnums=(0, 1)))(params, tokens(30, WIDTH))
+    assert largest(of_params) == 0
+    assert largest(of_tokens) > 0
+    of_params, of_tokens = jax.jit(jax.grad(loss("codebook"), argnums=(0, 1)))(params, tokens(30, WIDTH))
+    assert largest(of_params) > 0
+    assert largest(of_tokens) == 0
 
 
 def test_no_gradient_leaks_through_the_statistics():
     module = make("emavq_projected")
     statistic = lambda z: sum(jnp.sum(s) for s in module(z, train=True).stats.values() if s.dtype == jnp.float32)
-    assert not jax.grad(statistic)(tokens(30, WIDTH)).any()
+    assert not jax.jit(jax.grad(statistic))(tokens(30, WIDTH)).any()
 
 
 # The search.
 
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
-@pytest.mark.parametrize("block_tokens", [None, 1, 7, 100, 101, 1000])
+@pytest.mark.parametrize("block_tokens", [None, 1, 7, 101])
 def test_nearest_code_is_brute_force_in_every_blocking(metric, block_tokens):
     z, codes = 3 * tokens(101, 12), 2 * tokens(40, 12, seed=1)
-    found = nearest_code(z, codes, metric=metric, block_tokens=block_tokens)
+    search = jax.jit(functools.partial(nearest_code, metric=metric, block_tokens=block_tokens))
+    found = search(z, codes)
     np.testing.assert_array_equal(found, brute_force(z, codes, metric))
 
 
@@ -192,7 +199,8 @@ def test_the_score_matrix_stays_below_the_limit(monkeypatch):
     monkeypatch.setattr(quantizers, "MAX_SCORES", 1000)
     search = lambda z, codes: nearest_code(z, codes)
     program = jax.jit(search).lower(tokens(300, 4), tokens(50, 4)).as_text()
-    assert "300x50" not in program and "20x50" in program
+    assert "300x50" not in program
+    assert "20x50" in program
 
 
 # SimVQ.
@@ -220,16 +228,17 @@ def test_input_projection_starts_as_the_identity():
 
 def test_simvq_trains_to_full_usage():
     """Diffuse tokens from the published initialisation; clustered tokens from k-means, whose usage training keeps."""
-    diffuse = tokens(2048, 32)
-    centres = tokens(64, 32, seed=1)[jax.random.randint(jax.random.key(2), (2048,), 0, 64)]
-    clustered = centres + 0.3 * tokens(2048, 32, seed=3)
-    for z, from_data in [(diffuse, False), (clustered, True)]:
-        module = SimVQ(width=32, size=256, dim=32, rngs=nnx.Rngs(0))
-        if from_data:
-            nnx.update(module, module.init_from_data(z, rng=jax.random.key(0)))
-        first, last = train(module, z, steps=300)
-        assert quantizers.code_usage(last.stats["counts"]) > 0.95
-        assert last.losses["codebook"] < first.losses["codebook"]
+    diffuse = tokens(1024, 32)
+    centres = tokens(32, 32, seed=1)[jax.random.randint(jax.random.key(2), (1024,), 0, 32)]
+    clustered = centres + 0.3 * tokens(1024, 32, seed=3)
+    random, from_data = (SimVQ(width=32, size=128, dim=32, rngs=nnx.Rngs(0)) for _ in range(2))
+    first, last = train(random, diffuse, steps=300)
+    assert quantizers.code_usage(last.stats["counts"]) > 0.95
+    assert last.losses["codebook"] < 0.9 * first.losses["codebook"]
+    nnx.update(from_data, from_data.init_from_data(clustered, rng=jax.random.key(0)))
+    first, last = train(from_data, clustered, steps=100)
+    assert quantizers.code_usage(last.stats["counts"]) > 0.95
+    assert last.losses["codebook"] < 1.01 * first.losses["codebook"]  # k-means' own optimum: nothing left to gain
 
 
 def train(module, z, *, steps):
@@ -268,13 +277,14 @@ def test_init_from_data_finds_the_clusters(name):
 
 
 def test_kmeans_lowers_the_distance_and_revives_empty_clusters():
-    z = jnp.concatenate([tokens(300, 6), 100 + tokens(5, 6, seed=1)])
-    distance = lambda centres: ((z[:, None] - centres[None]) ** 2).sum(-1).min(-1).mean()
+    z = 50 + jnp.concatenate([tokens(300, 6), 100 + tokens(5, 6, seed=1)])
+    distance = lambda z, centres: np.linalg.norm(np.asarray(z)[:, None] - np.asarray(centres), axis=-1)
     start, end = (quantizers.kmeans(z, 30, iterations=n, rng=jax.random.key(0)) for n in (0, 15))
-    assert distance(end) < 0.8 * distance(start)
-    assert len(np.unique(nearest_code(z, end))) == 30
-    duplicates = jnp.tile(tokens(3, 6), (20, 1))  # more centres than distinct tokens: most clusters are always empty
-    assert np.isfinite(quantizers.kmeans(duplicates, 10, iterations=5, rng=jax.random.key(0))).all()
+    assert (distance(z, end).min(-1) ** 2).mean() < 0.8 * (distance(z, start).min(-1) ** 2).mean()
+    # More centres than distinct tokens: most clusters are empty at every iteration, and must still lie on tokens.
+    duplicates = jnp.tile(z[:3], (20, 1))
+    centres = quantizers.kmeans(duplicates, 10, iterations=15, rng=jax.random.key(0))
+    assert distance(duplicates, centres).min(0).max() < 1e-3
 
 
 def test_kmeans_names_the_missing_tokens():
@@ -372,7 +382,7 @@ def test_fsq_rounds_the_bounded_tanh_and_passes_its_gradient():
     z, half = np.asarray(tokens(50, 2)), np.array([3, 2])
     bounded = np.tanh(z) * half * (1 - 1e-3)  # odd levels need no offset
     np.testing.assert_allclose(run(module, jnp.asarray(z)).z_q, np.round(bounded) / half, atol=1e-6)
-    gradient = jax.grad(lambda z: module(z, train=True).z_q.sum())(jnp.asarray(z))
+    gradient = jax.jit(jax.grad(lambda z: module(z, train=True).z_q.sum()))(jnp.asarray(z))
     np.testing.assert_allclose(gradient, (1 - 1e-3) * (1 - np.tanh(z) ** 2), atol=1e-5)
 
 
@@ -385,7 +395,7 @@ def test_usage_and_perplexity():
     np.testing.assert_allclose(quantizers.perplexity(jnp.full(10, 3)), 10, rtol=1e-5)
 
 
-@pytest.mark.parametrize("options,message", [
+@pytest.mark.parametrize(("options", "message"), [
     ({"search": "manhattan"}, "manhattan"), ({"gradient": "reinforce"}, "reinforce"),
     ({"dim": 8, "project": False}, "width 16.*dim 8"), ({"dim": 8, "input_projection": True}, "input_projection")])
 def test_impossible_options_are_errors(options, message):

@@ -36,6 +36,12 @@ def encoder_input_size(config: Config) -> int:
     return config.model.encoder.input_size or config.data.image_size
 
 
+def tokens_per_image(config: Config) -> int:
+    """N, the tokens that an image becomes."""
+    patch_size = huggingface.read_encoder_spec(encoder_path(config)).vit.patch_size
+    return (encoder_input_size(config) // patch_size) ** 2
+
+
 def structure(config: Config) -> tuple[nnx.GraphDef, Arrays, Arrays]:
     """The model's structure and the shapes of its parameters and codebook state; nothing is allocated.
 

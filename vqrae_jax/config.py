@@ -178,7 +178,7 @@ def _parse_section(kind: type, values: Any, *, prefix: str) -> Any:
         raise ValueError(f"config key {prefix.rstrip('.')} must hold keys, not {values!r}")
     fields = {field.name: field for field in dataclasses.fields(kind)}
     if unknown := sorted(values.keys() - fields.keys()):
-        raise ValueError(f"unknown config key {prefix}{unknown[0]}: {prefix or 'the top level '}has {', '.join(fields)}")
+        raise ValueError(f"unknown config key {prefix}{unknown[0]}: there are {', '.join(prefix + n for n in fields)}")
     if missing := sorted(fields.keys() - values.keys()):
         raise ValueError(f"config key {prefix}{missing[0]} is missing")
     types = typing.get_type_hints(kind)

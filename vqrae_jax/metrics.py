@@ -72,7 +72,7 @@ def knn_top1(features: np.ndarray, labels: np.ndarray, *, reference: tuple[np.nd
     Args:
       features: `[N, d]` float.
       labels: `[N]` integers >= 0.
-      reference: (features `[M, d]`, labels `[M]`) that vote; None is leave-one-out: all of `features` but the one asked.
+      reference: (features `[M, d]`, labels `[M]`) that vote; None is leave-one-out: all `features` but the one asked.
       k: number of voters.
       temperature: of the votes.
 
@@ -141,8 +141,8 @@ def linear_probe_top1(train_features: np.ndarray, train_labels: np.ndarray, test
 
 
 def _unit(features: np.ndarray) -> jax.Array:
-    features = jnp.asarray(features, jnp.float32)
-    return features / jnp.maximum(jnp.linalg.norm(features, axis=-1, keepdims=True), 1e-12)
+    x = jnp.asarray(features, jnp.float32)
+    return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
 
 def _check_labelled(name: str, features: np.ndarray, labels: np.ndarray) -> None:

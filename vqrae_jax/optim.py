@@ -21,7 +21,7 @@ def is_frozen(path: str, multipliers: Multipliers) -> bool:
 
 
 def check_patterns(paths: Iterable[str], multipliers: Multipliers) -> None:
-    """Raises ValueError for a pattern that matches no path: a misspelt one would silently train what should be frozen."""
+    """Raises ValueError for a pattern that matches no path: it would silently train what should be frozen."""
     paths = list(paths)
     for pattern, _ in multipliers:
         if not any(re.fullmatch(pattern, path) for path in paths):

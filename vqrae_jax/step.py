@@ -7,11 +7,12 @@ with every checkpoint. Which parameters are frozen is decided by their paths (`o
 are two configs and nothing here asks for the stage.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 
@@ -19,7 +20,7 @@ from vqrae_jax import losses, metrics, optim
 from vqrae_jax.config import Config
 from vqrae_jax.models import flat
 from vqrae_jax.models.flat import Arrays
-from vqrae_jax.models.quantizers import code_usage, perplexity
+from vqrae_jax.models.quantizers import add_stats, code_usage, perplexity
 
 Metrics = dict[str, jax.Array]
 PixelLoss = Callable[[jax.Array, jax.Array], jax.Array]
@@ -81,6 +82,23 @@ def init_state(config: Config, params: Mapping[str, jax.Array], codebook: Mappin
     return state, Frozen(frozen, teacher)
 
 
+def codebook_from_data(graphdef: nnx.GraphDef, arrays: Arrays, images: Sequence[np.ndarray], *, seed: int) -> Arrays:
+    """New values for the quantizer's arrays that make its codes the k-means centres of the encoder's features.
+
+    Args:
+      graphdef: the model's structure.
+      arrays: all its parameters and codebook state.
+      images: batches of uint8 `[B, H, W, 3]` whose features are clustered.
+      seed: of the clustering.
+    """
+    features = jax.jit(lambda arrays, images: flat.merge(graphdef, arrays).features(images))
+    tokens = jnp.concatenate([features(arrays, batch) for batch in images])
+    tokens = tokens.reshape(-1, tokens.shape[-1])
+    cluster = jax.jit(lambda arrays, tokens: flat.merge(graphdef, arrays).quantizer.init_from_data(
+        tokens, rng=jax.random.key(seed)))
+    return flat.prefixed("quantizer/", cluster(arrays, tokens))
+
+
 def make_train_step(config: Config, graphdef: nnx.GraphDef, *, optimizer: optax.GradientTransformation,
                     schedule: optax.Schedule, pixel_loss: PixelLoss) -> TrainStep:
     """The training step for a config, its optimizer and its pixel loss.
@@ -112,12 +130,17 @@ def make_train_step(config: Config, graphdef: nnx.GraphDef, *, optimizer: optax.
             return grads, terms, stats
         # Each micro-batch takes every accumulate-th image: a share of every device's images.
         parts = images.reshape(-1, config.train.accumulate, *images.shape[1:]).swapaxes(0, 1)
-        one = lambda _, part: (None, grad_fn(state.params, state.codebook, frozen, part))
-        first = jax.eval_shape(lambda: one(None, parts[0])[1])
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
-        add = lambda total, part: (jax.tree.map(jnp.add, total, one(None, part)[1]), None)
-        (grads, (terms, stats)), _ = jax.lax.scan(add, zeros, parts)
-        grads, terms = jax.tree.map(lambda x: x / config.train.accumulate, (grads, terms))
+        one = lambda part: grad_fn(state.params, state.codebook, frozen, part)
+
+        def add(total, part):
+            grads, (terms, stats) = one(part)
+            total_means, total_stats = total
+            return (jax.tree.map(jnp.add, total_means, (grads, terms)), add_stats(total_stats, stats)), None
+
+        grads, (terms, stats) = jax.eval_shape(one, parts[0])
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), ((grads, terms), stats))
+        (sums, stats), _ = jax.lax.scan(add, zeros, parts)
+        grads, terms = jax.tree.map(lambda x: x / config.train.accumulate, sums)
         return grads, terms, stats
 
     def train_step(state: TrainState, frozen: Frozen, images: jax.Array) -> tuple[TrainState, Metrics]:

@@ -457,7 +457,7 @@ def _views(family: Family, arrays: Params) -> Params:
             names, suffix = family.keys[module], ".bias" if leaf == "bias" else ".weight"
         names = (names,) if isinstance(names, str) else names
         for i, layer in enumerate(array if "blocks" in path else [array]):
-            for name, part in zip(names, np.split(layer, len(names), axis=-1)):
+            for name, part in zip(names, np.split(layer, len(names), axis=-1), strict=True):
                 if ours == "patch_embedding/kernel":
                     patch_size = round((part.shape[0] // 3) ** 0.5)
                     part = part.reshape(patch_size, patch_size, 3, -1).transpose(3, 2, 0, 1)

@@ -16,7 +16,7 @@ class Encoder(nnx.Module):
       image_size: side of the square image the ViT sees; a multiple of `spec.patch_size`, else ValueError.
       mean: per-channel mean subtracted from images in [0, 1].
       std: per-channel standard deviation they are then divided by.
-      final_norm: `affine` keeps the last LayerNorm's scale and bias (what Hugging Face models return), `plain` has none.
+      final_norm: `affine` keeps the last LayerNorm's scale and bias (as Hugging Face models do), `plain` has none.
       dtype: the type the ViT computes in; parameters are float32.
       rngs: source of the initial parameters.
 

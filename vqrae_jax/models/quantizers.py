@@ -6,10 +6,11 @@ All share one interface:
     quantizer.lookup(indices)              [...] int32 -> [..., width] float32: exactly the forward pass's z_q
     quantizer.codes()                      [K, e] float32: the codes that are looked up, in code space
     quantizer.num_codes                    K
+    quantizer.next_state(stats, rng=...)   {name: array}: its state after a training step with these statistics
 
 `width` d is the tokens' width, `dim` e the codes'. Where they differ, a linear layer leads into code space and another
-one out of it. Search, losses and statistics are float32, and every matmul here asks for full float32 precision: TPUs and
-GPUs otherwise round the operands, and the nearest code is decided by small differences.
+one out of it. Search, losses and statistics are float32, and every matmul here asks for full float32 precision: TPUs
+and GPUs otherwise round the operands, and the nearest code is decided by small differences.
 """
 
 import math
@@ -37,7 +38,7 @@ class Quantized(NamedTuple):
     """What a quantizer makes of tokens `[..., d]`.
 
     Attributes:
-      z_q: `[..., d]` float32, what the decoder sees; equals `lookup(indices)`, and passes its gradient on to the tokens.
+      z_q: `[..., d]` float32, what the decoder sees; equals `lookup(indices)`; its gradient passes on to the tokens.
       indices: `[...]` int32 in [0, num_codes).
       losses: float32 scalars as they are optimised, weights included.
       stats: `counts` [K] int32, the uses of each code by these tokens; from `EMAVQ` in training also what
@@ -151,14 +152,14 @@ class _CodebookQuantizer(nnx.Module):
         if project and input_projection:
             raise ValueError("input_projection has no use after a projection into code space: "
                              "turn it off, or make dim equal width and leave project unset")
-        identity = lambda key, shape, dtype: jnp.eye(*shape, dtype=dtype)
+        identity = lambda key, shape, dtype=jnp.float32, out_sharding=None: jnp.eye(*shape, dtype=dtype)
         if input_projection:
             self.project_in = Linear(dim, dim, kernel_init=identity, rngs=rngs)
         else:
             self.project_in = _linear(width, dim, rngs=rngs) if project else None
         self.project_out = _linear(dim, width, rngs=rngs) if project else None
         self.num_codes = size
-        self.search = search
+        self.search: Search = search
         self.commitment_weight = commitment_weight
         self.gradient = gradient
         self.block_tokens = block_tokens
@@ -193,7 +194,8 @@ class _CodebookQuantizer(nnx.Module):
 class SimVQ(_CodebookQuantizer):
     """Frozen random codes C and one learned linear map W: the codes are C W + b (arXiv 2411.02038).
 
-    Every code moves when W learns, so codes that are never chosen do not die. W learns from the loss
+    Every code moves when W learns, so unused codes can come back; but W is one linear map, and from a random C it does
+    not spread codes over strongly clustered tokens: start those with `init_from_data`. W learns from the loss
     "codebook" = mean (sg(z) - q)^2 and the tokens from "commitment" = commitment_weight * mean (z - sg(q))^2.
 
     Cosine search only ranks: what is returned is the row of C W + b with its own length, which the codebook loss pulls
@@ -226,6 +228,11 @@ class SimVQ(_CodebookQuantizer):
         """The rows of C W + b, `[K, e]` float32."""
         return _project(self.projection, self.codebook[...])
 
+    def next_state(self, stats: dict[str, jax.Array], *, rng: jax.Array) -> dict[str, jax.Array]:
+        """No state changes from step to step: C is frozen."""
+        del stats, rng
+        return {}
+
     def __call__(self, z: jax.Array, *, train: bool) -> Quantized:
         del train  # the same in training and out of it
         quantized, z, chosen = self._quantize(z)
@@ -246,16 +253,17 @@ class EMAVQ(_CodebookQuantizer):
     """Codes that are moving averages of the tokens that chose them (van den Oord et al. 2017, appendix A.1).
 
     The codes change only through `update_ema_codebook`; the one loss is "commitment" =
-    commitment_weight * mean (z - sg(q))^2. Arguments as for `SimVQ`.
+    commitment_weight * mean (z - sg(q))^2. Arguments as for `SimVQ` and `update_ema_codebook`.
 
     State: `codebook` [K, e], `counts` [K] and `sums` [K, e], float32, with codebook = sums / counts from the start.
     """
 
     def __init__(self, *, width: int, size: int, dim: int, project: bool | None = None, search: Search = "euclidean",
-                 commitment_weight: float = 0.25, gradient: Gradient = "straight_through",
-                 block_tokens: int | None = None, rngs: nnx.Rngs):
+                 commitment_weight: float = 0.25, gradient: Gradient = "straight_through", decay: float = 0.99,
+                 eps: float = 1e-5, restart_threshold: float = 0.0, block_tokens: int | None = None, rngs: nnx.Rngs):
         super().__init__(width=width, size=size, dim=dim, project=project, search=search,
                          commitment_weight=commitment_weight, gradient=gradient, block_tokens=block_tokens, rngs=rngs)
+        self.decay, self.eps, self.restart_threshold = decay, eps, restart_threshold
         self._set_state(jax.random.normal(rngs.params(), (size, dim)))
 
     def _set_state(self, codebook: jax.Array) -> None:
@@ -277,10 +285,22 @@ class EMAVQ(_CodebookQuantizer):
         positions = np.random.default_rng(0).permutation(len(tokens))[:self.num_codes]
         return quantized._replace(stats={**quantized.stats, "sums": sums, "candidates": tokens[positions]})
 
+    def next_state(self, stats: dict[str, jax.Array], *, rng: jax.Array) -> dict[str, jax.Array]:
+        """`codebook`, `counts` and `sums` after a training step whose global batch had these statistics."""
+        state = {"codebook": self.codebook[...], "counts": self.counts[...], "sums": self.sums[...]}
+        return update_ema_codebook(state, stats, decay=self.decay, eps=self.eps,
+                                   restart_threshold=self.restart_threshold, rng=rng)
+
     def init_from_data(self, z: jax.Array, *, rng: jax.Array, iterations: int = KMEANS_ITERATIONS) -> dict:
         """Values that make the codes the k-means centres of tokens `[N, d]`, N >= K; for `nnx.update(self, values)`."""
         centres = self._centres(z, iterations=iterations, rng=rng)
         return {"codebook": centres, "counts": jnp.ones(len(centres)), "sums": jnp.copy(centres)}
+
+
+def add_stats(first: dict[str, jax.Array], second: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """The statistics of two micro-batches of one step together; candidates for restarts come from the second."""
+    both = {name: first[name] + second[name] for name in first}
+    return both | {"candidates": second["candidates"]} if "candidates" in first else both
 
 
 def update_ema_codebook(state: dict[str, jax.Array], stats: dict[str, jax.Array], *, decay: float = 0.99,
@@ -364,6 +384,11 @@ class FSQ(nnx.Module):
     def lookup(self, indices: jax.Array) -> jax.Array:
         """What the decoder sees for given codes: `[...] int32 -> [..., d] float32`. The range is not checked."""
         return _project(self.project_out, self._codes_at(indices))
+
+    def next_state(self, stats: dict[str, jax.Array], *, rng: jax.Array) -> dict[str, jax.Array]:
+        """There is no state."""
+        del stats, rng
+        return {}
 
     def __call__(self, z: jax.Array, *, train: bool) -> Quantized:
         del train  # the same in training and out of it

@@ -128,7 +128,7 @@ class Transformer(nnx.Module):
 
     def __init__(self, spec: TransformerSpec, *, final_norm: FinalNorm = "affine", dtype=jnp.float32, rngs: nnx.Rngs):
         make_blocks = nnx.vmap(lambda rngs: Block(spec, dtype=dtype, rngs=rngs), in_axes=0, out_axes=0)
-        self.blocks = make_blocks(rngs.fork(split=spec.depth))
+        self.blocks = make_blocks(rngs.split(spec.depth))
         self.norm = layer_norm(spec.width, eps=spec.norm_eps, affine=final_norm == "affine", rngs=rngs)
         self.dtype = dtype
 

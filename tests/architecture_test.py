@@ -1,0 +1,70 @@
+"""The arrows of the map in the README: who may import whom."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "vqrae_jax"
+
+# A module may import those on its right, and what these may import.
+ALLOWED = {
+    "main": {"cli", "config", "train", "evaluate"},
+    "reconstruct": {"cli", "inference", "reporting", "data", "metrics", "checkpoint"},
+    "inference": {"checkpoint", "config", "convert", "models"},
+    "train": {"build", "step", "data", "checkpoint", "evaluate", "optim", "reporting", "config", "models"},
+    "evaluate": {"build", "step", "data", "checkpoint", "reporting", "cli", "config", "metrics", "models"},
+    "reporting": {"checkpoint", "config"},
+    "checkpoint": {"build", "step", "config", "models"},
+    "build": {"models", "losses", "optim", "config", "convert", "data"},
+    "step": {"losses", "optim", "metrics", "config", "models"},
+    "convert": {"models"},
+    "metrics": set(),
+    "losses": set(),
+    "optim": set(),
+    "config": set(),
+    "cli": set(),
+    "data": set(),
+    "models": set(),
+}
+
+
+def imported(file: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            if node.module == "vqrae_jax":
+                found |= {alias.name for alias in node.names}
+            elif node.module.startswith("vqrae_jax."):
+                found.add(node.module.split(".")[1])
+        elif isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("vqrae_jax.")}
+    return found
+
+
+@pytest.mark.parametrize("file", sorted(PACKAGE.rglob("*.py")), ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_imports_follow_the_map(file):
+    part = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    if part == "__init__":
+        assert imported(file) == {"inference"}
+        return
+    wrong = imported(file) - ALLOWED[part] - {part}
+    assert not wrong, f"{file} imports {wrong}"
+
+
+def test_the_map_has_no_cycle():
+    done = set()
+    while done != ALLOWED.keys():
+        ready = {part for part, targets in ALLOWED.items() if part not in done and targets <= done}
+        assert ready, f"a cycle among {ALLOWED.keys() - done}"
+        done |= ready
+
+
+def test_only_convert_and_data_read_foreign_formats():
+    """PyTorch, transformers and TensorFlow are no run-time dependency of anything else."""
+    for file in PACKAGE.rglob("*.py"):
+        names = {alias.name.split(".")[0] for node in ast.walk(ast.parse(file.read_text()))
+                 if isinstance(node, ast.Import) for alias in node.names}
+        names |= {node.module.split(".")[0] for node in ast.walk(ast.parse(file.read_text()))
+                  if isinstance(node, ast.ImportFrom) and node.module}
+        assert not names & {"torch", "tensorflow"}, file

@@ -1,0 +1,41 @@
+"""What tests share: tiny encoders in the layout of real checkpoints, and the folder of real images."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from vqrae_jax import config as config_lib
+
+REPOSITORY = Path(__file__).parents[1]
+REFERENCE = Path(__file__).parent / "reference"
+
+
+@pytest.fixture
+def shared_data() -> Path:
+    """The folder of real images that developers have beside the repository."""
+    folder = REPOSITORY.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is not there: real images are not part of the repository")
+    return folder
+
+
+@pytest.fixture
+def tiny_config():
+    """A config that trains in seconds: a tiny random SigLIP, 16 tokens, 32 codes."""
+    config = config_lib.default()
+    config.train.update(steps=6, batch_size=4, log_every=1, checkpoint_every=2, eval_every=100)
+    config.data.update(image_size=32, threads=1)
+    config.eval.update(batch_size=8, limit=16, samples=2)
+    config.model.encoder.path = str(REFERENCE / "siglip_vision")
+    config.model.quantizer.update(size=32, dim=32)
+    config.optim.update(lr=1e-3, end_lr=1e-4, warmup_steps=2, ema_decay=0.9)
+    config.optim.lr_multipliers = (("encoder/.*", 0.0),)
+    config.log.tensorboard = False
+    return config
+
+
+@pytest.fixture
+def encoder_folder(tmp_path) -> Path:
+    """A tiny SigLIP checkpoint that a test may change."""
+    return Path(shutil.copytree(REFERENCE / "siglip_vision", tmp_path / "encoder"))

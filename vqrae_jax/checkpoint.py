@@ -1,0 +1,175 @@
+"""A run's folder on disk: its checkpoints, its frozen arrays, and who may write to it.
+
+    config.json    the resolved config
+    checkpoints/   Orbax, one folder a step: `model` (weights, EMA, codebook), `training` (optimizer, counters) and
+                   `data` (the position in the data); the last two and the best one are kept
+    frozen/        Orbax, written once: frozen parameters and teacher, so that the run needs nothing but its folder
+"""
+
+import errno
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from flax import nnx
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+
+from vqrae_jax import build
+from vqrae_jax import config as config_lib
+from vqrae_jax.config import Config
+from vqrae_jax.models.flat import Arrays
+from vqrae_jax.step import Frozen, TrainState, init_state
+
+log = logging.getLogger(__name__)
+# May change between two starts of a run: they alter neither the parameters nor the metrics of a step.
+_FREE_KEYS = ("train.log_every", "train.checkpoint_every", "train.eval_every", "train.max_skipped", "data.threads",
+              "data.workers", "eval.", "log.")
+BEST_METRIC = "psnr"
+
+
+def open_run(workdir: Path, config: Config) -> None:
+    """Creates a run's folder, or checks that an existing one belongs to this config.
+
+    Raises:
+      OSError: the folder cannot be written.
+      ValueError: it belongs to another config; the message names the first key that differs.
+    """
+    file = workdir / "config.json"
+    if file.exists():
+        changed = [line for line in config_lib.differences(config_lib.load(file), config)
+                   if not line.startswith(_FREE_KEYS)]
+        if changed:
+            more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+            raise ValueError(f"{workdir} holds a run with another config: {changed[0]}{more}; choose another "
+                             "--workdir, or the same config to continue that run")
+    with disk_errors(workdir):
+        workdir.mkdir(parents=True, exist_ok=True)
+        probe = workdir / ".write_test"
+        probe.touch()
+        probe.unlink()
+        config_lib.save(config, file)
+
+
+@contextmanager
+def disk_errors(workdir: Path) -> Iterator[None]:
+    """Turns a failed write into one line that says what to do."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        # TensorStore reports a full disk inside a ValueError.
+        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+            raise OSError(f"the disk is full: {workdir} could not be written; the last complete checkpoint is kept, "
+                          "free some space and start again to continue from it") from error
+        if isinstance(error, PermissionError | NotADirectoryError | FileExistsError) or (
+                isinstance(error, OSError) and error.errno == errno.EROFS):
+            raise OSError(f"cannot write to {workdir}: {error.strerror}; choose a folder you may write to") from error
+        raise
+
+
+class Checkpoints:
+    """The checkpoints of one run; saving goes on in the background, `close` waits for it."""
+
+    def __init__(self, workdir: Path, *, read_only: bool = False):
+        self.workdir = workdir
+        policy = AnyPreservationPolicy([
+            LatestN(2),
+            BestN(get_metric_fn=lambda metrics: metrics[BEST_METRIC], n=1, keep_checkpoints_without_metrics=False),
+        ])
+        self._manager = ocp.CheckpointManager(
+            (workdir / "checkpoints").absolute(),
+            item_names=("model", "training", "data"),
+            options=ocp.CheckpointManagerOptions(preservation_policy=policy, create=not read_only,
+                                                 read_only=read_only, cleanup_tmp_directories=not read_only))
+
+    def steps(self) -> list[int]:
+        """The steps of all complete checkpoints, in order."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, state: TrainState, data_state: dict[str, int], *, psnr: float | None) -> None:
+        """Saves in the background; `psnr` is that of an evaluation of this very step, if there was one."""
+        step = int(state.step)
+        if step in self._manager.all_steps():
+            return
+        model, training = _items(state)
+        with disk_errors(self.workdir):
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(model=ocp.args.StandardSave(model), training=ocp.args.StandardSave(training),
+                                        data=ocp.args.JsonSave(data_state)),
+                metrics=None if psnr is None else {BEST_METRIC: psnr})
+
+    def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, int]]:
+        """The state and the data position of a step; `abstract` gives shapes, dtypes and shardings."""
+        model, training = _items(abstract)
+        restored = self._manager.restore(step, args=ocp.args.Composite(
+            model=ocp.args.StandardRestore(model), training=ocp.args.StandardRestore(training),
+            data=ocp.args.JsonRestore()))
+        log.info("continuing at step %d", step)
+        return TrainState(**restored.model, **restored.training), restored.data
+
+    def restore_model(self, step: int, abstract: TrainState) -> dict[str, Any]:
+        """`params`, `codebook` and `ema` of a step, without the optimizer."""
+        model, _ = _items(abstract)
+        return self._manager.restore(step, args=ocp.args.Composite(model=ocp.args.StandardRestore(model))).model
+
+    def wait(self) -> None:
+        """Returns when everything saved so far is on disk."""
+        with disk_errors(self.workdir):
+            self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        self.wait()
+        self._manager.close()
+
+
+def _items(state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
+    fields = state._asdict()
+    model = {name: fields.pop(name) for name in ("params", "codebook", "ema")}
+    return model, fields
+
+
+def save_frozen(workdir: Path, frozen: Frozen) -> None:
+    """Writes a run's frozen arrays; replaces those of an earlier start that left no checkpoint."""
+    with disk_errors(workdir), ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save((workdir / "frozen").absolute(), frozen._asdict(), force=True)
+
+
+def load_frozen(workdir: Path, abstract: Frozen) -> Frozen:
+    """Reads what `save_frozen` wrote."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        return Frozen(**checkpointer.restore((workdir / "frozen").absolute(), abstract._asdict()))
+
+
+def abstract_state(config: Config, params: Arrays, codebook: Arrays) -> tuple[TrainState, Frozen]:
+    """Shapes of a run's state, from those of its model; nothing is allocated."""
+    optimizer, _ = build.optimizer(config)
+    return jax.eval_shape(lambda params, codebook: init_state(config, params, codebook, optimizer), params, codebook)
+
+
+def load_run(workdir: Path, *, step: int | None = None) -> tuple[Config, nnx.GraphDef, Arrays]:
+    """A run's config, its model's structure, and all parameters and codebook state: their moving averages, if any.
+
+    Args:
+      workdir: the run's folder.
+      step: which checkpoint; None is the last.
+
+    Raises:
+      OSError: not the folder of a run, or it has no checkpoint, or not that one.
+    """
+    config = config_lib.load(workdir / "config.json")
+    if not (workdir / "checkpoints").is_dir():
+        raise FileNotFoundError(f"{workdir} holds no checkpoint: train it first")
+    checkpoints = Checkpoints(workdir, read_only=True)
+    steps = checkpoints.steps()
+    if not steps or step not in [None, *steps]:
+        raise FileNotFoundError(f"{workdir} holds the checkpoints {steps}" + ("" if step is None else f", not {step}"))
+    graphdef, params, codebook = build.structure(config)
+    state, frozen = abstract_state(config, params, codebook)
+    model = checkpoints.restore_model(steps[-1] if step is None else step, state)
+    checkpoints.close()
+    return config, graphdef, {**load_frozen(workdir, frozen).params, **model["params"], **model["codebook"],
+                              **model["ema"]}

@@ -1,0 +1,141 @@
+"""Evaluates runs: PSNR, SSIM, code usage, kNN on the continuous features, and a picture.
+
+    python -m vqrae_jax.evaluate --workdir=DIR [--data=SPEC] [--out=DIR]
+
+prints a table and writes `metrics.json` and `reconstructions.png`. Given several times, --workdir puts the runs side by
+side, on the same images. Images are resized bicubically to the run's size on the short side and cropped to the centre;
+original and reconstruction are compared on exactly these pixels, as float32 in [0, 1].
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+
+from vqrae_jax import build, checkpoint, cli, reporting, step
+from vqrae_jax.config import Config
+from vqrae_jax.data import BadImages, eval_batches
+from vqrae_jax.metrics import knn_top1
+from vqrae_jax.models.flat import Arrays
+from vqrae_jax.models.quantizers import code_usage, perplexity
+
+
+Batch = dict[str, Any]
+
+
+def open_batches(config: Config, bad_images: BadImages, *, source: str = "", limit: int = 0) -> Iterable[Batch]:
+    """The evaluation images of a config; `source` replaces its SPEC, `limit` > 0 takes only the first so many."""
+    source = source or config.eval.source or config.data.source
+    return eval_batches(build.data_source(source, training=False), image_size=config.data.image_size,
+                        batch_size=config.eval.batch_size, bad_images=bad_images, limit=limit or None)
+
+
+def evaluate(eval_step: step.EvalStep, arrays: Arrays, batches: Iterable[Batch],
+             *, samples: int) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    """Evaluates a model on all images of `batches`.
+
+    Args:
+      eval_step: jitted, from `step.make_eval_step`.
+      arrays: all the model's parameters and codebook state.
+      batches: as `data.eval_batches` yields them.
+      samples: how many images to keep for a picture, from the first batches.
+
+    Returns:
+      metrics and pictures. Metrics: `psnr` (dB) and `ssim`, means over images; `code_usage`, the share of codes that
+      any image hit; `code_perplexity`, exp of the entropy of their usage histogram; `knn_top1`, leave-one-out over the
+      images on the mean of their continuous features (only where labels exist and some label occurs twice);
+      `num_images`. Pictures: `original` and `reconstruction`, float32 `[samples, H, W, 3]` in [0, 1].
+
+    Raises:
+      ValueError: no image could be read.
+    """
+    psnr, ssim, features, labels, originals, reconstructions = [], [], [], [], [], []
+    counts, kept = 0, 0
+    for batch in batches:
+        valid = batch["valid"]
+        result = jax.device_get(eval_step(arrays, batch["image"], valid))
+        psnr.append(result["psnr"][valid])
+        ssim.append(result["ssim"][valid])
+        features.append(result["features"][valid])
+        labels.append(batch["label"][valid])
+        counts = counts + result["counts"].astype(np.int64)
+        if kept < samples:
+            originals.append(batch["image"][valid][:samples - kept].astype(np.float32) / 255)
+            reconstructions.append(result["images"][valid][:samples - kept])
+            kept += len(originals[-1])
+    psnr, ssim, features, labels = (np.concatenate(parts) for parts in (psnr, ssim, features, labels))
+    if not len(psnr):
+        raise ValueError("none of the images to evaluate on could be read")
+    metrics = {
+        "psnr": float(psnr.mean(dtype=np.float64)),
+        "ssim": float(ssim.mean(dtype=np.float64)),
+        "code_usage": float(code_usage(counts)),
+        "code_perplexity": float(perplexity(counts)),
+    }
+    if labels.min() >= 0 and len(np.unique(labels)) < len(labels):
+        metrics["knn_top1"] = knn_top1(features, labels)
+    metrics["num_images"] = len(psnr)
+    return metrics, {"original": np.concatenate(originals), "reconstruction": np.concatenate(reconstructions)}
+
+
+def table(columns: dict[str, dict[str, float]]) -> str:
+    """`{run: metrics}` as text, one column a run."""
+    names = list(dict.fromkeys(name for metrics in columns.values() for name in metrics))
+    rows = [["", *columns]] + [[name, *(_cell(metrics, name) for metrics in columns.values())] for name in names]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join("  ".join(cell.rjust(width) if i else cell.ljust(width)
+                               for i, (cell, width) in enumerate(zip(row, widths, strict=True))) for row in rows)
+
+
+def _cell(metrics: dict[str, float], name: str) -> str:
+    if name not in metrics:
+        return "-"
+    return str(metrics[name]) if name == "num_images" else f"{metrics[name]:.4f}"
+
+
+def main(_) -> None:
+    workdirs = [Path(workdir) for workdir in _WORKDIR.value]
+    names = _labels(workdirs)
+    out = Path(_OUT.value or workdirs[0] / "evaluation")
+    with checkpoint.disk_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+    bad_images = BadImages(None)
+    columns, rows = {}, {}
+    source = _DATA.value
+    for name, workdir in zip(names, workdirs, strict=True):
+        config, graphdef, arrays = checkpoint.load_run(workdir, step=_STEP.value)
+        source = source or config.eval.source or config.data.source
+        eval_step = jax.jit(step.make_eval_step(graphdef))
+        batches = open_batches(config, bad_images, source=source, limit=_LIMIT.value)
+        columns[name], pictures = evaluate(eval_step, arrays, batches, samples=config.eval.samples)
+        rows.setdefault("original", pictures["original"])
+        rows[f"{name}  {columns[name]['psnr']:.2f} dB"] = pictures["reconstruction"]
+
+    print(f"data: {source}")
+    print(table(columns))
+    for name, reason in bad_images.names().items():
+        print(f"left out: {name}: {reason}")
+    shared = {"data": source, "left_out": bad_images.names()}
+    content = {**columns[names[0]], **shared} if len(names) == 1 else {"runs": columns, **shared}
+    with checkpoint.disk_errors(out):
+        (out / "metrics.json").write_text(json.dumps(content, indent=2) + "\n")
+        reporting.save_png(out / "reconstructions.png", reporting.image_rows(rows))
+    print(f"wrote {out / 'metrics.json'} and {out / 'reconstructions.png'}")
+
+
+def _labels(workdirs: list[Path]) -> list[str]:
+    names = [workdir.resolve().name for workdir in workdirs]
+    return names if len(set(names)) == len(names) else [str(workdir) for workdir in workdirs]
+
+
+if __name__ == "__main__":
+    _WORKDIR = flags.DEFINE_multi_string("workdir", None, "folder of a run; several are compared", required=True)
+    _DATA = flags.DEFINE_string("data", "", "SPEC of the images; empty is what the first run's config says")
+    _OUT = flags.DEFINE_string("out", "", "folder for the results; empty is WORKDIR/evaluation")
+    _STEP = flags.DEFINE_integer("step", None, "which checkpoint; the last if not given")
+    _LIMIT = flags.DEFINE_integer("limit", 0, "only the first so many images; 0 is all", lower_bound=0)
+    cli.run(main)

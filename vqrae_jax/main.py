@@ -1,0 +1,24 @@
+"""Trains: `python -m vqrae_jax.main --config=configs/x.py --workdir=DIR`.
+
+Continues by itself where DIR holds a checkpoint. `--config.key=value` changes one key. At the end it evaluates.
+"""
+
+from pathlib import Path
+
+from absl import flags
+from ml_collections import config_flags
+
+from vqrae_jax import cli, config, evaluate, train
+
+
+def main(_) -> None:
+    result = train.run(config.parse(_CONFIG.value), Path(_WORKDIR.value))
+    if result:
+        print(evaluate.table({Path(_WORKDIR.value).resolve().name: result}))
+
+
+if __name__ == "__main__":
+    _CONFIG = config_flags.DEFINE_config_file("config", help_string="a file of configs/", lock_config=True)
+    _WORKDIR = flags.DEFINE_string("workdir", None, "the run's folder", required=True)
+    flags.mark_flag_as_required("config")
+    cli.run(main)

@@ -1,0 +1,135 @@
+"""What a run tells: a progress line, metrics.jsonl, TensorBoard, pictures, and Weights & Biases on request."""
+
+import json
+import logging
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from vqrae_jax.checkpoint import disk_errors
+from vqrae_jax.config import Config
+
+log = logging.getLogger(__name__)
+
+class Reporter:
+    """Writes a run's metrics. `metrics.jsonl` holds only what is a function of config and step, never times.
+
+    So the file of a run that was killed and continued is the same, byte for byte, as that of one that was not. Lines of
+    steps after `first_step`, which an interrupted run may have left, are dropped at the start.
+    """
+
+    def __init__(self, workdir: Path, config: Config, *, first_step: int):
+        self._workdir, self._config = workdir, config
+        self._file = workdir / "metrics.jsonl"
+        with disk_errors(workdir):
+            _drop_later_lines(self._file, first_step)
+        self._tensorboard = self._wandb = None
+        if config.log.tensorboard:
+            from tensorboardX import SummaryWriter
+
+            self._tensorboard = SummaryWriter(str(workdir), purge_step=first_step + 1)
+        if config.log.wandb:
+            self._wandb = _start_wandb(workdir, config)
+        self._step, self._seconds, self._resumed_at = first_step, 0.0, time.perf_counter()
+
+    def pause(self) -> None:
+        """Stops the clock that throughput is measured with, while something other than training runs."""
+        self._seconds += time.perf_counter() - self._resumed_at
+
+    def resume(self) -> None:
+        """Starts it again."""
+        self._resumed_at = time.perf_counter()
+
+    def train(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Reports a training step: metrics to the files, and progress, images/s and time to go to the terminal."""
+        self.pause()
+        steps = step - self._step
+        rate = steps * self._config.train.batch_size / max(self._seconds, 1e-9)
+        left = (self._config.train.steps - step) * self._seconds / max(steps, 1)
+        self.write(step, metrics, {"images_per_second": rate})
+        shown = "  ".join(f"{name.removeprefix('loss/')} {metrics[name]:.4f}" for name in metrics
+                          if name.startswith("loss/"))
+        log.info("step %d/%d  %s  code usage %.1f %%  %.0f images/s  %s to go", step, self._config.train.steps,
+                     shown, 100 * metrics["code_usage_batch"], rate, _duration(left))
+        self._step, self._seconds = step, 0.0
+        self.resume()
+
+    def evaluation(self, step: int, metrics: Mapping[str, float], picture: np.ndarray) -> None:
+        """Reports an evaluation, and saves its picture, uint8 `[H, W, 3]`, under samples/."""
+        self.write(step, {f"eval/{name}": value for name, value in metrics.items()}, {})
+        with disk_errors(self._workdir):
+            save_png(self._workdir / "samples" / f"{step:07d}.png", picture)
+        if self._tensorboard:
+            self._tensorboard.add_image("reconstructions", picture, step, dataformats="HWC")
+        log.info("step %d  evaluation  %s", step, "  ".join(f"{k} {v:.4f}" for k, v in metrics.items()))
+
+    def write(self, step: int, metrics: Mapping[str, float], timings: Mapping[str, float]) -> None:
+        """One line of metrics.jsonl; TensorBoard and Weights & Biases get `timings` too."""
+        with disk_errors(self._workdir), self._file.open("a") as file:
+            file.write(json.dumps({"step": step, **metrics}) + "\n")
+        if self._tensorboard:
+            for name, value in {**metrics, **timings}.items():
+                self._tensorboard.add_scalar(name, value, step)
+        if self._wandb:
+            self._wandb.log({**metrics, **timings}, step=step)
+
+    def close(self) -> None:
+        if self._tensorboard:
+            self._tensorboard.close()
+        if self._wandb:
+            self._wandb.finish()
+
+
+def _drop_later_lines(file: Path, last_step: int) -> None:
+    if not file.exists():
+        return
+    kept = []
+    for line in file.read_text().splitlines(keepends=True):
+        try:
+            step = json.loads(line)["step"]
+        except json.JSONDecodeError:
+            break  # the process was killed while it wrote this line
+        if step <= last_step:
+            kept.append(line)
+    replacement = file.with_suffix(".tmp")
+    replacement.write_text("".join(kept))
+    replacement.replace(file)
+
+
+def _start_wandb(workdir: Path, config: Config):
+    try:
+        import wandb  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise ValueError("config key log.wandb is set, but wandb is not installed: pip install wandb") from None
+    import dataclasses
+
+    # One id per run folder: a continued run continues its curves.
+    return wandb.init(dir=str(workdir), id=workdir.absolute().name, resume="allow", config=dataclasses.asdict(config))
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s"
+
+
+def image_rows(rows: Mapping[str, np.ndarray]) -> np.ndarray:
+    """A picture of captioned rows of images: `{caption: [N, H, W, 3] float in [0, 1]} -> uint8 [h, w, 3]`."""
+    strips = []
+    for caption, images in rows.items():
+        pixels = np.round(np.clip(images, 0, 1) * 255).astype(np.uint8)
+        framed = np.pad(pixels, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255)
+        strip = np.concatenate(list(framed), axis=1)
+        bar = Image.new("RGB", (strip.shape[1], 14), "white")
+        ImageDraw.Draw(bar).text((3, 1), caption, fill="black")
+        strips += [np.asarray(bar), strip]
+    return np.concatenate(strips)
+
+
+def save_png(file: Path, picture: np.ndarray) -> None:
+    """Writes uint8 `[H, W, 3]` as a PNG, creating its folder."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(picture).save(file)

@@ -1,0 +1,176 @@
+"""The training loop: data, step, report, evaluate, save."""
+
+import logging
+import signal
+from pathlib import Path
+
+import jax
+from flax import nnx
+
+from vqrae_jax import build, checkpoint, evaluate, optim, reporting
+from vqrae_jax import step as step_lib
+from vqrae_jax.config import Config
+from vqrae_jax.data import BadImages, TrainIterator, train_batches
+from vqrae_jax.models.flat import Arrays
+from vqrae_jax.step import Frozen, TrainState
+
+log = logging.getLogger(__name__)
+KMEANS_TOKENS_PER_CODE = 8
+
+
+def run(config: Config, workdir: Path) -> dict[str, float]:
+    """Trains until `train.steps`, continuing where the folder's last checkpoint ends.
+
+    A run that was killed and continued gives the same parameters and metrics as one that was not.
+
+    Args:
+      config: the run's config.
+      workdir: the run's folder; see checkpoint.py for what is in it.
+
+    Returns:
+      the metrics of the evaluation at the end.
+
+    Raises:
+      ValueError, OSError: a config, data or a folder that cannot work, before anything is written to the folder.
+      FloatingPointError: `train.max_skipped` steps in a row had a loss or gradient that was not finite.
+    """
+    graphdef, param_shapes, codebook_shapes = build.structure(config)
+    optim.check_patterns(param_shapes, config.optim.lr_multipliers)
+    bad_images = BadImages(workdir / "bad_images.jsonl")
+    batches = _open_training_data(config, bad_images)
+    evaluate.open_batches(config, bad_images)  # finds out now whether the data is there
+
+    checkpoint.open_run(workdir, config)
+    checkpoints = checkpoint.Checkpoints(workdir)
+    _describe(config, param_shapes, codebook_shapes)
+    optimizer, schedule = build.optimizer(config)
+    if steps := checkpoints.steps():
+        abstract, abstract_frozen = checkpoint.abstract_state(config, param_shapes, codebook_shapes)
+        frozen = checkpoint.load_frozen(workdir, abstract_frozen)
+        state, data_state = checkpoints.restore(steps[-1], abstract)
+        batches.set_state(data_state)
+    else:
+        params, codebook = _initial_arrays(config, graphdef, param_shapes, codebook_shapes, bad_images)
+        state, frozen = step_lib.init_state(config, params, codebook, optimizer)
+        del params, codebook
+        checkpoint.save_frozen(workdir, frozen)
+
+    train_step = jax.jit(step_lib.make_train_step(config, graphdef, optimizer=optimizer, schedule=schedule,
+                                                  pixel_loss=build.PIXEL_LOSSES[config.loss.pixel]),
+                         donate_argnums=0)
+    eval_step = jax.jit(step_lib.make_eval_step(graphdef))
+    reporter = reporting.Reporter(workdir, config, first_step=int(state.step))
+    result = {}
+    with _StopSignal() as stop:
+        for step in range(int(state.step) + 1, config.train.steps + 1):
+            state, metrics = train_step(state, frozen, next(batches)["image"])
+            last, psnr = step == config.train.steps, None
+            if step % config.train.log_every == 0 or last:
+                metrics = {name: float(value) for name, value in metrics.items()}
+                reporter.train(step, metrics)
+                if metrics["skipped_in_a_row"] >= config.train.max_skipped:
+                    checkpoints.save(state, batches.get_state(), psnr=None)
+                    checkpoints.close()
+                    raise FloatingPointError(
+                        f"{metrics['skipped_in_a_row']:.0f} steps in a row up to step {step} had a loss or gradient "
+                        f"that was not finite; {workdir} keeps the last good state: lower optim.lr and start a new "
+                        "run with init_from that folder")
+            reporter.pause()
+            if step % config.train.eval_every == 0 or last:
+                result = _evaluate(config, eval_step, state, frozen, reporter, bad_images)
+                psnr = result["psnr"]
+            if step % config.train.checkpoint_every == 0 or last or stop.requested:
+                checkpoints.save(state, batches.get_state(), psnr=psnr)
+            reporter.resume()
+            if stop.requested:
+                log.warning("stopped by a signal after step %d; the same command continues", step)
+                break
+    checkpoints.close()
+    batches.close()
+    reporter.close()
+    if bad := bad_images.names():
+        log.warning("%d images could not be read and were left out; see %s", len(bad), bad_images.path)
+    return result
+
+
+def _open_training_data(config: Config, bad_images: BadImages) -> TrainIterator:
+    data = config.data
+    return train_batches(
+        build.data_source(data.source, training=True), image_size=data.image_size, batch_size=config.train.batch_size,
+        seed=config.seed, crop_scale_min=data.crop_scale_min, flip=data.flip, threads=data.threads,
+        workers=data.workers, bad_images=bad_images)
+
+
+def _initial_arrays(config: Config, graphdef: nnx.GraphDef, param_shapes: Arrays, codebook_shapes: Arrays,
+                    bad_images: BadImages) -> tuple[Arrays, Arrays]:
+    """Parameters and codebook state that a run starts from: another run's, or pretrained and random ones."""
+    if config.init_from:
+        _, _, arrays = checkpoint.load_run(Path(config.init_from))
+        _check_same_model(arrays, {**param_shapes, **codebook_shapes}, origin=config.init_from)
+        log.info("all %d parameters and codes restored from %s", len(arrays), config.init_from)
+        return {path: arrays[path] for path in param_shapes}, {path: arrays[path] for path in codebook_shapes}
+    params, codebook = build.initial_arrays(config)
+    if config.model.quantizer.init == "kmeans":
+        batches = _open_training_data(config, bad_images)  # an iterator of its own: training starts at batch 0
+        images, tokens = [], 0
+        while tokens < KMEANS_TOKENS_PER_CODE * config.model.quantizer.size:
+            images.append(next(batches)["image"])
+            tokens += len(images[-1]) * build.tokens_per_image(config)
+        batches.close()
+        values = step_lib.codebook_from_data(graphdef, {**params, **codebook}, images, seed=config.seed)
+        params = {path: values.get(path, value) for path, value in params.items()}
+        codebook = {path: values.get(path, value) for path, value in codebook.items()}
+        log.info("codebook initialised by k-means on %d tokens", tokens)
+    return params, codebook
+
+
+def _check_same_model(arrays: Arrays, shapes: Arrays, *, origin: str) -> None:
+    for path in sorted(arrays.keys() | shapes.keys()):
+        if path not in shapes:
+            raise ValueError(f"init_from: {origin} has {path}, which this config's model has not")
+        if path not in arrays:
+            raise ValueError(f"init_from: {origin} has no {path}, which this config's model has")
+        if arrays[path].shape != shapes[path].shape:
+            raise ValueError(f"init_from: {origin} has {path} of shape {arrays[path].shape}, "
+                             f"this config's model {shapes[path].shape}")
+
+
+def _evaluate(config: Config, eval_step, state: TrainState, frozen: Frozen, reporter: reporting.Reporter,
+              bad_images: BadImages) -> dict[str, float]:
+    arrays = {**frozen.params, **state.params, **state.codebook, **state.ema}
+    batches = evaluate.open_batches(config, bad_images, limit=config.eval.limit)
+    metrics, pictures = evaluate.evaluate(eval_step, arrays, batches, samples=config.eval.samples)
+    reporter.evaluation(int(state.step), metrics, reporting.image_rows(pictures))
+    return metrics
+
+
+def _describe(config: Config, params: Arrays, codebook: Arrays) -> None:
+    """Logs the number of parameters by part, and how many of them learn."""
+    for part in ("encoder", "quantizer", "decoder"):
+        sizes = {path: value.size for path, value in params.items() if path.startswith(part + "/")}
+        learned = sum(size for path, size in sizes.items() if not optim.is_frozen(path, config.optim.lr_multipliers))
+        state = sum(value.size for path, value in codebook.items() if path.startswith(part + "/"))
+        log.info("%-9s %12s parameters, %12s of them learn%s", part, f"{sum(sizes.values()):,}", f"{learned:,}",
+                     f"; {state:,} numbers of codebook state" if state else "")
+
+
+class _StopSignal:
+    """Notes SIGTERM and SIGINT, so that the loop can save and end between two steps; a second one ends at once."""
+
+    def __init__(self):
+        self.requested = False
+
+    def __enter__(self):
+        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_):
+        self._restore()
+
+    def _note(self, number, frame):
+        self.requested = True
+        self._restore()
+
+    def _restore(self):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
