@@ -1,11 +1,12 @@
 """DINOv2-B with registers, 8192 EMA VQ codes, RAE's ViT-XL decoder: 224-pixel input, 16x16 tokens, 256-pixel output.
 
-    python -m vqrae_jax.main --config=configs/dinov2_b.py --workdir=runs/dinov2_b --config.data.source=folder:/data/images
+    python -m vqrae_jax.main --config=configs/dinov2_b.py --workdir=runs/dinov2_b \
+        --config.data.source=folder:/data/images
 
 Hardware: one 80 GB GPU holds a batch of 64 (estimated, not measured). Result: not yet measured.
 The encoder is frozen. Codes start at k-means centres of its features, and codes that die are moved to live tokens.
-The PyTorch system only ran this model for inference, from a pretrained RAE decoder; the optimizer is its decXL recipe's,
-whose LPIPS and GAN this code does not have yet.
+The PyTorch system ran this model for inference only, from a pretrained RAE decoder; the optimizer is that of its decXL
+recipe, whose LPIPS and GAN this code does not have yet.
 """
 
 from ml_collections import ConfigDict

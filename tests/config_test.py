@@ -34,7 +34,7 @@ def changed(**changes):
     ({"train__steps": True}, "config key train.steps must be of type int"),
     ({"train__batch_size": 0}, "config key train.batch_size must be at least 1, not 0"),
     ({"data__crop_scale_min": 1.5}, "config key data.crop_scale_min must be between 0.001 and 1.0, not 1.5"),
-    ({"model__quantizer__kind": "vqgan"}, "config key model.quantizer.kind must be one of simvq, ema, fsq, not 'vqgan'"),
+    ({"model__quantizer__kind": "vqgan"}, "model.quantizer.kind must be one of simvq, ema, fsq, not 'vqgan'"),
     ({"model__quantizer": 3}, "config key model.quantizer must hold keys, not 3"),
     ({"model__quantizer__levels": [8, 8]}, "FSQ needs levels"),
     ({"model__quantizer__restart_threshold": 1.0}, "restart_threshold belongs to ema, not simvq"),

@@ -56,7 +56,7 @@ def folder(tmp_path) -> Path:
 @pytest.fixture
 def references():
     pytest.importorskip("torch", reason="live parity needs torch")
-    import make_encoder_references
+    from . import make_encoder_references
     return make_encoder_references
 
 

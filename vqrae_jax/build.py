@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -104,8 +105,9 @@ def _quantizer(config: Config, *, width: int, rngs: nnx.Rngs) -> Quantizer:
             raise ValueError(f"config keys model.quantizer.size {q.size} and dim {q.dim} must be the product and the "
                              f"number of model.quantizer.levels {q.levels}: {quantizer.num_codes} and {len(q.levels)}")
         return quantizer
-    common = dict(width=width, size=q.size, dim=q.dim, project=True if q.projection else None, search=q.search,
-                  commitment_weight=q.commitment_weight, gradient=q.gradient, rngs=rngs)
+    common: dict[str, Any] = dict(
+        width=width, size=q.size, dim=q.dim, project=True if q.projection else None, search=q.search,
+        commitment_weight=q.commitment_weight, gradient=q.gradient, rngs=rngs)
     if q.kind == "ema":
         return EMAVQ(**common, decay=q.decay, restart_threshold=q.restart_threshold)
     return SimVQ(**common, input_projection=q.input_projection)

@@ -109,12 +109,12 @@ class Checkpoints:
             model=ocp.args.StandardRestore(model), training=ocp.args.StandardRestore(training),
             data=ocp.args.JsonRestore()))
         log.info("continuing at step %d", step)
-        return TrainState(**restored.model, **restored.training), restored.data
+        return TrainState(**restored["model"], **restored["training"]), restored["data"]
 
     def restore_model(self, step: int, abstract: TrainState) -> dict[str, Any]:
         """`params`, `codebook` and `ema` of a step, without the optimizer."""
         model, _ = _items(abstract)
-        return self._manager.restore(step, args=ocp.args.Composite(model=ocp.args.StandardRestore(model))).model
+        return self._manager.restore(step, args=ocp.args.Composite(model=ocp.args.StandardRestore(model)))["model"]
 
     def wait(self) -> None:
         """Returns when everything saved so far is on disk."""

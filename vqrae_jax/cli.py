@@ -3,7 +3,7 @@
 import logging
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from absl import app, flags
 from absl import logging as absl_logging
@@ -47,7 +47,7 @@ def _guarded(main: Callable[[Sequence[str]], Any], argv: Sequence[str]) -> None:
         sys.exit("interrupted")
 
 
-def _fail(error: BaseException) -> None:
+def _fail(error: BaseException) -> NoReturn:
     # str(KeyError) would quote its message.
     message = error.args[0] if isinstance(error, KeyError) and error.args else error
     sys.exit(f"error: {' '.join(str(message).split()) or type(error).__name__}")

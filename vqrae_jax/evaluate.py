@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
@@ -22,7 +23,6 @@ from vqrae_jax.data import BadImages, eval_batches
 from vqrae_jax.metrics import knn_top1
 from vqrae_jax.models.flat import Arrays
 from vqrae_jax.models.quantizers import code_usage, perplexity
-
 
 Batch = dict[str, Any]
 
@@ -54,7 +54,7 @@ def evaluate(eval_step: step.EvalStep, arrays: Arrays, batches: Iterable[Batch],
       ValueError: no image could be read.
     """
     psnr, ssim, features, labels, originals, reconstructions = [], [], [], [], [], []
-    counts, kept = 0, 0
+    counts, kept = np.zeros((), np.int64), 0
     for batch in batches:
         valid = batch["valid"]
         result = jax.device_get(eval_step(arrays, batch["image"], valid))
@@ -73,8 +73,8 @@ def evaluate(eval_step: step.EvalStep, arrays: Arrays, batches: Iterable[Batch],
     metrics = {
         "psnr": float(psnr.mean(dtype=np.float64)),
         "ssim": float(ssim.mean(dtype=np.float64)),
-        "code_usage": float(code_usage(counts)),
-        "code_perplexity": float(perplexity(counts)),
+        "code_usage": float(code_usage(jnp.asarray(counts))),
+        "code_perplexity": float(perplexity(jnp.asarray(counts))),
     }
     if labels.min() >= 0 and len(np.unique(labels)) < len(labels):
         metrics["knn_top1"] = knn_top1(features, labels)

@@ -4,10 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+Array = jax.Array | np.ndarray
 MAX_SIMILARITIES = 2**25  # entries of the [queries, references] matrix that exist at once: 128 MiB
 
 
-def psnr(x: jax.Array, y: jax.Array) -> jax.Array:
+def psnr(x: Array, y: Array) -> jax.Array:
     """Peak signal-to-noise ratio per image, -10 log10(mean squared difference): `[B, H, W, C] x2 -> [B]` float32 dB.
 
     Images are float in [0, 1]. Equal images give inf.
@@ -19,7 +20,7 @@ def psnr(x: jax.Array, y: jax.Array) -> jax.Array:
     return -10 * jnp.log10(jnp.mean((x - y) ** 2, axis=(1, 2, 3)))
 
 
-def ssim(x: jax.Array, y: jax.Array) -> jax.Array:
+def ssim(x: Array, y: Array) -> jax.Array:
     """Structural similarity per image (Wang et al. 2004): `[B, H, W, C] x2 -> [B]` float32 in [-1, 1].
 
     The mean over channels and over all 11x11 Gaussian windows (sigma 1.5) that lie inside the image. Equals
@@ -44,7 +45,7 @@ def ssim(x: jax.Array, y: jax.Array) -> jax.Array:
     return jnp.mean(similarity, axis=(1, 2, 3))
 
 
-def _image_pair(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _image_pair(x: Array, y: Array) -> tuple[jax.Array, jax.Array]:
     if x.shape != y.shape or x.ndim != 4:
         raise ValueError(f"images must be two arrays [B, H, W, C] of one shape, not {x.shape} and {y.shape}")
     if not (jnp.issubdtype(x.dtype, jnp.floating) and jnp.issubdtype(y.dtype, jnp.floating)):

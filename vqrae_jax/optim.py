@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,12 +43,14 @@ def adamw(schedule: optax.Schedule, *, b1: float, b2: float, weight_decay: float
     all learned parameters when `clip_norm` > 0.
     """
     is_kernel = lambda params: {path: path.endswith("kernel") for path in params}
-    scale = optax.stateless(lambda updates, _: {
-        path: update * multiplier(path, multipliers) for path, update in updates.items()})
+
+    def scale(updates: Any, _) -> Any:
+        return {path: update * multiplier(path, multipliers) for path, update in updates.items()}
+
     return optax.chain(
         optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity(),
         optax.adamw(schedule, b1=b1, b2=b2, weight_decay=weight_decay, mask=is_kernel),
-        scale,
+        optax.stateless(scale),
     )
 
 

@@ -8,7 +8,7 @@ are two configs and nothing here asks for the stage.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -61,7 +61,7 @@ class Frozen(NamedTuple):
     teacher: Arrays
 
 
-TrainStep = Callable[[TrainState, Frozen, jax.Array], tuple[TrainState, Metrics]]
+TrainStep = Callable[[TrainState, Frozen, Any], tuple[TrainState, Metrics]]
 EvalStep = Callable[[Arrays, jax.Array, jax.Array], Metrics]
 
 
@@ -146,13 +146,13 @@ def make_train_step(config: Config, graphdef: nnx.GraphDef, *, optimizer: optax.
     def train_step(state: TrainState, frozen: Frozen, images: jax.Array) -> tuple[TrainState, Metrics]:
         grads, terms, stats = gradients(state, frozen, images)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params: Any = optax.apply_updates(state.params, updates)
         quantizer = flat.merge(graphdef, params, frozen.params, state.codebook).quantizer
         rng = jax.random.fold_in(jax.random.key(config.seed), state.step)
         codebook = state.codebook | flat.prefixed("quantizer/", quantizer.next_state(stats, rng=rng))
         ema = optim.moving_average(state.ema, {**params, **codebook}, config.optim.ema_decay)
 
-        grad_norm = optax.global_norm(grads)
+        grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(terms["total"]) & jnp.isfinite(grad_norm)
         new = (params, codebook, opt_state, ema)
         old = (state.params, state.codebook, state.opt_state, state.ema)

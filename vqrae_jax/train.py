@@ -2,6 +2,7 @@
 
 import logging
 import signal
+from contextlib import closing
 from pathlib import Path
 
 import jax
@@ -41,25 +42,35 @@ def run(config: Config, workdir: Path) -> dict[str, float]:
     evaluate.open_batches(config, bad_images)  # finds out now whether the data is there
 
     checkpoint.open_run(workdir, config)
-    checkpoints = checkpoint.Checkpoints(workdir)
     _describe(config, param_shapes, codebook_shapes)
     optimizer, schedule = build.optimizer(config)
-    if steps := checkpoints.steps():
-        abstract, abstract_frozen = checkpoint.abstract_state(config, param_shapes, codebook_shapes)
-        frozen = checkpoint.load_frozen(workdir, abstract_frozen)
-        state, data_state = checkpoints.restore(steps[-1], abstract)
-        batches.set_state(data_state)
-    else:
-        params, codebook = _initial_arrays(config, graphdef, param_shapes, codebook_shapes, bad_images)
-        state, frozen = step_lib.init_state(config, params, codebook, optimizer)
-        del params, codebook
-        checkpoint.save_frozen(workdir, frozen)
+    # Whatever ends this block, saving in the background is waited for.
+    with closing(checkpoint.Checkpoints(workdir)) as checkpoints, closing(batches):
+        if steps := checkpoints.steps():
+            abstract, abstract_frozen = checkpoint.abstract_state(config, param_shapes, codebook_shapes)
+            frozen = checkpoint.load_frozen(workdir, abstract_frozen)
+            state, data_state = checkpoints.restore(steps[-1], abstract)
+            batches.set_state(data_state)
+        else:
+            params, codebook = _initial_arrays(config, graphdef, param_shapes, codebook_shapes, bad_images)
+            state, frozen = step_lib.init_state(config, params, codebook, optimizer)
+            del params, codebook
+            checkpoint.save_frozen(workdir, frozen)
+        train_step = jax.jit(step_lib.make_train_step(config, graphdef, optimizer=optimizer, schedule=schedule,
+                                                      pixel_loss=build.PIXEL_LOSSES[config.loss.pixel]),
+                             donate_argnums=0)
+        eval_step = jax.jit(step_lib.make_eval_step(graphdef))
+        with closing(reporting.Reporter(workdir, config, first_step=int(state.step))) as reporter:
+            result = _loop(config, train_step, eval_step, state, frozen, batches, checkpoints, reporter, bad_images)
+    if bad := bad_images.names():
+        log.warning("%d images could not be read and were left out; see %s", len(bad), bad_images.path)
+    return result
 
-    train_step = jax.jit(step_lib.make_train_step(config, graphdef, optimizer=optimizer, schedule=schedule,
-                                                  pixel_loss=build.PIXEL_LOSSES[config.loss.pixel]),
-                         donate_argnums=0)
-    eval_step = jax.jit(step_lib.make_eval_step(graphdef))
-    reporter = reporting.Reporter(workdir, config, first_step=int(state.step))
+
+def _loop(config: Config, train_step: step_lib.TrainStep, eval_step: step_lib.EvalStep, state: TrainState,
+          frozen: Frozen, batches: TrainIterator, checkpoints: checkpoint.Checkpoints, reporter: reporting.Reporter,
+          bad_images: BadImages) -> dict[str, float]:
+    """Steps from `state` to the end; returns the metrics of the last evaluation, empty if a signal came first."""
     result = {}
     with _StopSignal() as stop:
         for step in range(int(state.step) + 1, config.train.steps + 1):
@@ -70,26 +81,24 @@ def run(config: Config, workdir: Path) -> dict[str, float]:
                 reporter.train(step, metrics)
                 if metrics["skipped_in_a_row"] >= config.train.max_skipped:
                     checkpoints.save(state, batches.get_state(), psnr=None)
-                    checkpoints.close()
                     raise FloatingPointError(
                         f"{metrics['skipped_in_a_row']:.0f} steps in a row up to step {step} had a loss or gradient "
-                        f"that was not finite; {workdir} keeps the last good state: lower optim.lr and start a new "
-                        "run with init_from that folder")
+                        f"that was not finite; {checkpoints.workdir} keeps the last good state: lower optim.lr and "
+                        "start a new run with init_from that folder")
             reporter.pause()
             if step % config.train.eval_every == 0 or last:
-                result = _evaluate(config, eval_step, state, frozen, reporter, bad_images)
+                arrays = {**frozen.params, **state.params, **state.codebook, **state.ema}
+                result, pictures = evaluate.evaluate(
+                    eval_step, arrays, evaluate.open_batches(config, bad_images, limit=config.eval.limit),
+                    samples=config.eval.samples)
+                reporter.evaluation(step, result, reporting.image_rows(pictures))
                 psnr = result["psnr"]
             if step % config.train.checkpoint_every == 0 or last or stop.requested:
                 checkpoints.save(state, batches.get_state(), psnr=psnr)
             reporter.resume()
-            if stop.requested:
+            if stop.requested and not last:
                 log.warning("stopped by a signal after step %d; the same command continues", step)
-                break
-    checkpoints.close()
-    batches.close()
-    reporter.close()
-    if bad := bad_images.names():
-        log.warning("%d images could not be read and were left out; see %s", len(bad), bad_images.path)
+                return {}
     return result
 
 
@@ -133,15 +142,6 @@ def _check_same_model(arrays: Arrays, shapes: Arrays, *, origin: str) -> None:
         if arrays[path].shape != shapes[path].shape:
             raise ValueError(f"init_from: {origin} has {path} of shape {arrays[path].shape}, "
                              f"this config's model {shapes[path].shape}")
-
-
-def _evaluate(config: Config, eval_step, state: TrainState, frozen: Frozen, reporter: reporting.Reporter,
-              bad_images: BadImages) -> dict[str, float]:
-    arrays = {**frozen.params, **state.params, **state.codebook, **state.ema}
-    batches = evaluate.open_batches(config, bad_images, limit=config.eval.limit)
-    metrics, pictures = evaluate.evaluate(eval_step, arrays, batches, samples=config.eval.samples)
-    reporter.evaluation(int(state.step), metrics, reporting.image_rows(pictures))
-    return metrics
 
 
 def _describe(config: Config, params: Arrays, codebook: Arrays) -> None:

@@ -34,7 +34,8 @@ class Source(Protocol):
       num_classes: labels lie in [0, num_classes); None where the source has no labels.
     """
 
-    num_classes: int | None
+    @property
+    def num_classes(self) -> int | None: ...
 
     def __len__(self) -> int: ...
 

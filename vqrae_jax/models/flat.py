@@ -37,4 +37,4 @@ def prefixed(prefix: str, tree: Mapping) -> Arrays:
 
 
 def _arrays(state: nnx.State) -> Arrays:
-    return {"/".join(path): variable.get_value() for path, variable in nnx.to_flat_state(state)}
+    return {"/".join(map(str, path)): variable.get_value() for path, variable in nnx.to_flat_state(state)}

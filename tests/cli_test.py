@@ -1,0 +1,131 @@
+"""Commands as a shell sees them: what they print, what they leave, how they fail."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vqrae_jax import config as config_lib
+from vqrae_jax import train
+
+from .conftest import REFERENCE, REPOSITORY
+
+
+def command(*arguments) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", *map(str, arguments)], cwd=REPOSITORY, capture_output=True, text=True,
+                          timeout=300)
+
+
+def assert_one_line_error(result: subprocess.CompletedProcess, says: str):
+    assert result.returncode != 0
+    assert "Traceback" not in result.stderr, result.stderr
+    error = [line for line in result.stderr.strip().splitlines() if says in line]
+    assert error, result.stderr
+
+
+NANO = ("vqrae_jax.main", "--config=configs/nano_stage1.py",
+        f"--config.model.encoder.path={REFERENCE / 'siglip_vision'}")
+
+
+@pytest.mark.parametrize(("arguments", "says"), [
+    (["--workdir={tmp}", "--config.train.stepz=3"], "config.train.stepz"),
+    (["--workdir={tmp}", "--config.train.steps=many"], "config.train.steps"),
+    (["--workdir={tmp}", "--config.train.steps=0"], "error: config key train.steps must be at least 1, not 0"),
+    (["--workdir={tmp}", "--config.data.image_size=60"],
+     "error: config key data.image_size 60 is not divisible by the encoder's patch size 8"),
+    ([], "--workdir"),
+    (["--workdir=/proc/run"], "error: cannot write to /proc/run"),
+    (["--workdir={tmp}", "--config.data.source=folder:/no/such/folder"], "error: no folder /no/such/folder"),
+    (["--workdir={tmp}", "--config.data.source=folder:{tmp}"], "error: no image under"),
+    (["--workdir={tmp}", "--config.data.source=tfds:nothing@{tmp}"], "error: no TFDS data set 'nothing'"),
+    (["--workdir={tmp}", "--config.data.source=webdataset:x"], "error: unknown data 'webdataset:x'"),
+    (["--workdir={tmp}", "--config.init_from={tmp}/none"], "is not the folder of a run"),
+])
+def test_main_fails_in_one_line_and_leaves_nothing(arguments, says, tmp_path):
+    before = sorted(tmp_path.rglob("*"))
+    assert_one_line_error(command(*NANO, *(a.format(tmp=tmp_path) for a in arguments)), says)
+    left = [path for path in sorted(tmp_path.rglob("*")) if path not in before]
+    assert [path.name for path in left if path.is_file()] in ([], ["config.json"])
+
+
+def test_a_config_file_with_an_unknown_key_is_one_line(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("from configs import nano_stage1\ndef get_config():\n    config = nano_stage1.get_config()\n"
+                    "    config.optim.learning_rate = 1.0\n    return config\n")
+    assert_one_line_error(command("vqrae_jax.main", f"--config={file}", f"--workdir={tmp_path}/run"), "learning_rate")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    config = config_lib.default()
+    config.train.update(steps=3, batch_size=4, log_every=1, checkpoint_every=2, eval_every=100)
+    config.data.image_size = 32
+    config.eval.update(batch_size=8, limit=16, samples=4)
+    config.model.encoder.path = str(REFERENCE / "siglip_vision")
+    config.model.quantizer.update(size=32, dim=32)
+    config.optim.update(warmup_steps=1)
+    config.log.tensorboard = False
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    train.run(config_lib.parse(config), folder)
+    return folder
+
+
+def test_evaluate_prints_a_table_and_writes_numbers_and_a_picture(run, tmp_path):
+    result = command("vqrae_jax.evaluate", f"--workdir={run}", f"--out={tmp_path}", "--limit=20")
+    assert result.returncode == 0, result.stderr
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["num_images"] == 20
+    assert set(metrics) >= {"psnr", "ssim", "code_usage", "code_perplexity", "knn_top1"}
+    assert f"{metrics['psnr']:.4f}" in result.stdout
+    picture = np.asarray(Image.open(tmp_path / "reconstructions.png"))
+    assert picture.shape == (2 * (14 + 34), 4 * 34, 3)
+
+
+def test_evaluate_puts_runs_side_by_side(run, tmp_path):
+    result = command("vqrae_jax.evaluate", f"--workdir={run}", f"--workdir={run}", f"--out={tmp_path}", "--limit=9")
+    assert result.returncode == 0, result.stderr
+    runs = json.loads((tmp_path / "metrics.json").read_text())["runs"]
+    assert len(runs) == 1  # it was twice the same run
+    assert np.asarray(Image.open(tmp_path / "reconstructions.png")).shape == (2 * (14 + 34), 4 * 34, 3)
+
+
+def test_reconstruct_shows_originals_over_reconstructions(run, tmp_path):
+    files = []
+    for i, color in enumerate(("red", "blue", "green")):
+        files.append(tmp_path / f"{i}.png")
+        Image.new("RGB", (50 + 10 * i, 40), color).save(files[-1])
+    result = command("vqrae_jax.reconstruct", f"--workdir={run}", f"--out={tmp_path / 'out' / 'r.png'}", *files)
+    assert result.returncode == 0, result.stderr
+    picture = np.asarray(Image.open(tmp_path / "out" / "r.png"))
+    assert picture.shape == (2 * (14 + 34), 3 * 34, 3)
+    np.testing.assert_array_equal(picture[14 + 17, 17], (255, 0, 0))
+    np.testing.assert_array_equal(picture[14 + 17, 34 + 17], (0, 0, 255))
+
+
+@pytest.mark.parametrize(("arguments", "says"), [
+    (["vqrae_jax.evaluate", "--workdir={tmp}"], "is not the folder of a run"),
+    (["vqrae_jax.evaluate", "--workdir={run}", "--out={tmp}", "--data=folder:{tmp}"], "error: no image under"),
+    (["vqrae_jax.evaluate", "--workdir={run}", "--step=7"], "holds the checkpoints"),
+    (["vqrae_jax.reconstruct", "--workdir={run}", "--out={tmp}/r.png"], "error: no images given"),
+    (["vqrae_jax.reconstruct", "--workdir={run}", "--out={tmp}/r.png", "{tmp}/text.jpg"], "text.jpg"),
+    (["vqrae_jax.reconstruct", "--workdir={run}", "--out={tmp}/r.png", "{tmp}/gone.jpg"], "gone.jpg"),
+    (["vqrae_jax.reconstruct", "--workdir={run}", "--out={tmp}/r.jpg", "{tmp}/text.jpg"], "--out must end in .png"),
+])
+def test_other_commands_fail_in_one_line(arguments, says, run, tmp_path):
+    (tmp_path / "text.jpg").write_text("no picture")
+    if "--data" in " ".join(arguments):
+        os.remove(tmp_path / "text.jpg")
+    assert_one_line_error(command(*(a.format(tmp=tmp_path, run=run) for a in arguments)), says)
+    assert not (tmp_path / "r.png").exists()
+
+
+@pytest.mark.parametrize("verb", ["main", "evaluate", "reconstruct"])
+def test_help_explains(verb):
+    result = command(f"vqrae_jax.{verb}", "--help")
+    assert "--workdir" in result.stdout
+    assert f"vqrae_jax.{verb}" in result.stdout

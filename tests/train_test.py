@@ -1,0 +1,292 @@
+"""Runs as users meet them: exact continuation, stage 2 from stage 1, bad images, full disks, other people's folders."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import chex
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from PIL import Image
+
+import vqrae_jax
+from vqrae_jax import checkpoint, evaluate, train
+from vqrae_jax import config as config_lib
+
+from .conftest import REPOSITORY
+
+
+def lines(workdir: Path) -> list[str]:
+    return (workdir / "metrics.jsonl").read_text().splitlines()
+
+
+def arrays(workdir: Path, step: int | None = None):
+    return checkpoint.load_run(workdir, step=step)[2]
+
+
+def stage2(config, stage1: Path):
+    config.init_from = str(stage1)
+    config.loss.distill_weight = 1.0
+    config.optim.lr_multipliers = (("encoder/.*", 0.5),)
+    return config
+
+
+@pytest.fixture
+def stage1_run(tiny_config, tmp_path) -> Path:
+    train.run(config_lib.parse(tiny_config), tmp_path / "stage1")
+    return tmp_path / "stage1"
+
+
+def test_a_run_leaves_what_it_promises(tiny_config, tmp_path):
+    tiny_config.log.tensorboard = True
+    tiny_config.train.update(eval_every=3)
+    result = train.run(config_lib.parse(tiny_config), tmp_path)
+    records = [json.loads(line) for line in lines(tmp_path)]
+    assert [r["step"] for r in records if "loss/total" in r] == [1, 2, 3, 4, 5, 6]
+    assert [r["step"] for r in records if "eval/psnr" in r] == [3, 6]
+    assert records[-1]["eval/psnr"] == result["psnr"]
+    assert result["num_images"] == 16
+    assert set(result) >= {"psnr", "ssim", "code_usage", "code_perplexity", "knn_top1"}
+    assert sorted(p.name for p in (tmp_path / "samples").iterdir()) == ["0000003.png", "0000006.png"]
+    assert list(tmp_path.glob("events.out.tfevents*"))
+    assert config_lib.load(tmp_path / "config.json") == config_lib.parse(tiny_config)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_continued_run_equals_one_that_never_stopped(stage, tiny_config, tmp_path, stage1_run, monkeypatch):
+    if stage == 2:
+        stage2(tiny_config, stage1_run)
+    tiny_config.model.quantizer.kind = "simvq"
+    tiny_config.train.update(eval_every=3, checkpoint_every=2)
+    config = config_lib.parse(tiny_config)
+    train.run(config, tmp_path / "whole")
+
+    # Dies in step 5, after the checkpoint of step 4, and with half a line in its metrics.
+    class Killed(BaseException):
+        pass
+
+    write = train.reporting.Reporter.write
+    def die(self, step, *rest):
+        if step == 5:
+            raise Killed
+        write(self, step, *rest)
+    monkeypatch.setattr(train.reporting.Reporter, "write", die)
+    with pytest.raises(Killed):
+        train.run(config, tmp_path / "parts")
+    monkeypatch.undo()
+    with (tmp_path / "parts" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "loss/total": 0.1, "lo')
+    train.run(config, tmp_path / "parts")
+
+    assert lines(tmp_path / "parts") == lines(tmp_path / "whole")
+    chex.assert_trees_all_equal(arrays(tmp_path / "parts"), arrays(tmp_path / "whole"))
+
+
+def test_a_killed_process_continues_exactly(tiny_config, tmp_path):
+    """kill -9 at a moment nobody chose, here the first after a checkpoint is seen on disk."""
+    tiny_config.train.update(steps=60, checkpoint_every=3)
+    config = config_lib.parse(tiny_config)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train.run(config, whole)
+    config_lib.save(config, tmp_path / "config.json")
+    code = ("from pathlib import Path; from vqrae_jax import config, train; "
+            f"train.run(config.load(Path({str(tmp_path / 'config.json')!r})), Path({str(parts)!r}))")
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=REPOSITORY, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (parts / "checkpoints" / "3").exists() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert (parts / "checkpoints" / "3").exists() or list((parts / "checkpoints").iterdir())
+    train.run(config, parts)
+    assert lines(parts) == lines(whole)
+
+
+def test_a_signal_saves_and_the_same_command_continues(tiny_config, tmp_path, monkeypatch):
+    config = config_lib.parse(tiny_config)
+    train.run(config, tmp_path / "whole")
+    report = train.reporting.Reporter.train
+
+    def interrupt(self, step, metrics):
+        report(self, step, metrics)
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(train.reporting.Reporter, "train", interrupt)
+    assert train.run(config, tmp_path / "parts") == {}
+    assert len(lines(tmp_path / "parts")) == 3
+    monkeypatch.undo()
+    train.run(config, tmp_path / "parts")
+    assert lines(tmp_path / "parts") == lines(tmp_path / "whole")
+
+
+def test_an_unfinished_checkpoint_is_ignored(tiny_config, tmp_path):
+    config = config_lib.parse(tiny_config)
+    train.run(config, tmp_path)
+    unfinished = tmp_path / "checkpoints" / "9.orbax-checkpoint-tmp"
+    unfinished.mkdir()
+    (unfinished / "model").write_text("half")
+    assert vqrae_jax.load(tmp_path).config == config
+    tiny_config.train.steps = 8
+    with pytest.raises(ValueError, match="train.steps: 6 -> 8"):
+        train.run(config_lib.parse(tiny_config), tmp_path)
+    assert train.run(config, tmp_path) == {}  # nothing left to do
+
+
+def test_last_and_best_checkpoints_are_kept(tiny_config, tmp_path, monkeypatch):
+    psnr = iter([10.0, 30.0, 20.0, 15.0, 12.0, 11.0])
+    pictures = {"original": np.zeros((1, 32, 32, 3))}
+    monkeypatch.setattr(evaluate, "evaluate", lambda *arguments, **options: ({"psnr": next(psnr)}, pictures))
+    tiny_config.train.update(checkpoint_every=1, eval_every=1)
+    train.run(config_lib.parse(tiny_config), tmp_path)
+    checkpoints = checkpoint.Checkpoints(tmp_path, read_only=True)
+    assert checkpoints.steps() == [2, 5, 6]
+    assert vqrae_jax.load(tmp_path, step=2).num_codes == 32
+    with pytest.raises(FileNotFoundError, match=r"holds the checkpoints \[2, 5, 6\], not 3"):
+        vqrae_jax.load(tmp_path, step=3)
+
+
+def test_a_run_is_loaded_with_its_averaged_weights_from_its_folder_alone(tiny_config, tmp_path, encoder_folder):
+    tiny_config.model.encoder.path = str(encoder_folder)
+    train.run(config_lib.parse(tiny_config), tmp_path / "run")
+    (encoder_folder / "model.safetensors").unlink()
+    model = vqrae_jax.load(tmp_path / "run")
+    images = np.random.default_rng(0).random((2, 32, 32, 3), np.float32)
+    codes = model.encode_to_indices(images)
+    np.testing.assert_array_equal(model.reconstruct(images), model.decode_from_indices(codes))
+    tiny_config.optim.ema_decay = 0.0
+    with pytest.raises(ValueError, match=r"optim.ema_decay: 0.9 -> 0.0"):
+        train.run(config_lib.parse(tiny_config), tmp_path / "run")
+
+
+def test_stage_2_starts_where_stage_1_ended(tiny_config, tmp_path, stage1_run):
+    stage2(tiny_config, stage1_run)
+    tiny_config.train.steps = 3
+    train.run(config_lib.parse(tiny_config), tmp_path / "stage2")
+    before, after = arrays(stage1_run), arrays(tmp_path / "stage2")
+    assert before.keys() == after.keys()
+    first = json.loads(lines(tmp_path / "stage2")[0])
+    assert first["loss/distill"] == 0.0  # the teacher is the student before its first step
+    assert np.any(before["encoder/vit/patch_embedding/kernel"] != after["encoder/vit/patch_embedding/kernel"])
+    tiny_config.model.quantizer.size = 64
+    with pytest.raises(ValueError, match=r"init_from: .* has quantizer/codebook of shape \(32, 32\), .* \(64, 32\)"):
+        train.run(config_lib.parse(tiny_config), tmp_path / "other")
+    tiny_config.init_from = str(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="is not the folder of a run"):
+        train.run(config_lib.parse(tiny_config), tmp_path / "another")
+
+
+def test_a_folder_of_another_config_is_left_alone(tiny_config, stage1_run):
+    before = {file: file.read_bytes() for file in stage1_run.rglob("*") if file.is_file()}
+    tiny_config.optim.lr = 5e-4
+    tiny_config.seed = 3
+    with pytest.raises(ValueError, match=r"another config: seed: 0 -> 3 \(and 1 more\)"):
+        train.run(config_lib.parse(tiny_config), stage1_run)
+    assert before == {file: file.read_bytes() for file in stage1_run.rglob("*") if file.is_file()}
+
+
+def test_a_full_disk_says_so_and_keeps_the_last_checkpoint(tiny_config, tmp_path, monkeypatch):
+    config = config_lib.parse(tiny_config)
+    save = ocp.CheckpointManager.save
+
+    def full(self, step, *arguments, **options):
+        if step == 4:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return save(self, step, *arguments, **options)
+
+    monkeypatch.setattr(ocp.CheckpointManager, "save", full)
+    with pytest.raises(OSError, match="the disk is full: .* the last complete checkpoint is kept"):
+        train.run(config, tmp_path / "parts")
+    monkeypatch.undo()
+    assert checkpoint.Checkpoints(tmp_path / "parts", read_only=True).steps() == [2]
+    train.run(config, tmp_path / "parts")
+    train.run(config, tmp_path / "whole")
+    assert lines(tmp_path / "parts") == lines(tmp_path / "whole")
+
+
+def test_losses_that_stay_infinite_stop_the_run_at_the_last_good_state(tiny_config, tmp_path, monkeypatch):
+    tiny_config.train.update(steps=20, max_skipped=3, checkpoint_every=100)
+    make = train.step_lib.make_train_step
+
+    def exploding(*arguments, pixel_loss, **options):
+        return make(*arguments, pixel_loss=lambda x, y: pixel_loss(x, y) / 0.0, **options)
+
+    monkeypatch.setattr(train.step_lib, "make_train_step", exploding)
+    with pytest.raises(FloatingPointError, match="3 steps in a row up to step 3"):
+        train.run(config_lib.parse(tiny_config), tmp_path)
+    assert all(np.all(np.isfinite(value)) for value in arrays(tmp_path).values())
+    assert json.loads(lines(tmp_path)[-1])["skipped_steps"] == 3
+
+
+def noisy(seed: int, mode: str, size=(40, 36)) -> Image.Image:
+    depth = {"L": 1, "RGB": 3, "CMYK": 4}[mode]
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], depth), np.uint8)
+    return Image.fromarray(pixels.squeeze(), mode)
+
+
+@pytest.fixture
+def mixed_folder(tmp_path) -> Path:
+    """Good images, odd ones that can be read, and two that cannot."""
+    folder = tmp_path / "images"
+    for label in ("cat", "dog"):
+        (folder / label).mkdir(parents=True)
+        for i in range(4):
+            noisy(i, "RGB").save(folder / label / f"good{i}.jpg")
+    noisy(10, "L").save(folder / "cat" / "grey.jpg")
+    noisy(11, "CMYK").save(folder / "cat" / "cmyk.jpg")
+    noisy(12, "RGB").quantize(16).save(folder / "cat" / "palette.png")
+    Image.fromarray(np.full((40, 40), 30000, np.uint16)).save(folder / "cat" / "deep.png")
+    Image.new("RGB", (1, 1), "red").save(folder / "dog" / "dot.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    noisy(13, "RGB").save(folder / "dog" / "rotated.jpg", exif=exif)
+    whole = (folder / "cat" / "good0.jpg").read_bytes()
+    (folder / "dog" / "truncated.jpg").write_bytes(whole[:len(whole) // 2])
+    (folder / "dog" / "text.jpg").write_text("this is no picture")
+    return folder
+
+
+def test_bad_images_cost_themselves_only(tiny_config, tmp_path, mixed_folder):
+    tiny_config.data.source = f"folder:{mixed_folder}"
+    tiny_config.eval.limit = 0
+    tiny_config.train.steps = 8
+    result = train.run(config_lib.parse(tiny_config), tmp_path / "run")
+    assert result["num_images"] == 14
+    named = [json.loads(line)["name"] for line in (tmp_path / "run" / "bad_images.jsonl").read_text().splitlines()]
+    assert sorted(Path(name).name for name in named) == ["text.jpg", "truncated.jpg"]
+    table = evaluate.table({"run": result})
+    assert "num_images" in table
+
+
+def test_evaluation_numbers_are_those_of_the_images(tiny_config, tmp_path):
+    """PSNR over all images, recomputed from the public methods; padding of the last batch counts nowhere."""
+    tiny_config.eval.update(batch_size=5, limit=12)
+    result = train.run(config_lib.parse(tiny_config), tmp_path)
+    model = vqrae_jax.load(tmp_path)
+    bad = evaluate.BadImages(None)
+    batches = list(evaluate.open_batches(model.config, bad, limit=12))
+    images = np.concatenate([b["image"][b["valid"]] for b in batches])
+    assert len(images) == result["num_images"] == 12
+    error = (np.asarray(model.reconstruct(images), np.float64) - images / 255) ** 2
+    assert result["psnr"] == pytest.approx(np.mean(-10 * np.log10(error.mean(axis=(1, 2, 3)))), abs=1e-3)
+    counts = np.bincount(np.asarray(model.encode_to_indices(images)).reshape(-1), minlength=32)
+    share = counts[counts > 0] / counts.sum()
+    assert result["code_usage"] == pytest.approx((counts > 0).mean())
+    assert result["code_perplexity"] == pytest.approx(np.exp(-(share * np.log(share)).sum()), rel=1e-4)
+
+
+def test_kmeans_start_uses_more_codes_than_a_random_one(tiny_config, tmp_path):
+    tiny_config.train.update(steps=3)
+    random = train.run(config_lib.parse(tiny_config), tmp_path / "random")
+    tiny_config.model.quantizer.init = "kmeans"
+    kmeans = train.run(config_lib.parse(tiny_config), tmp_path / "kmeans")
+    assert kmeans["code_perplexity"] > random["code_perplexity"]
+    assert jax.tree.all(jax.tree.map(lambda x: np.all(np.isfinite(x)), arrays(tmp_path / "kmeans")))
