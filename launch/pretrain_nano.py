@@ -116,7 +116,7 @@ def main(_):
                       f"{time.time() - start:.0f} s", flush=True)
 
     flat = {"vit/" + "/".join(path): np.asarray(value[...]) for path, value in nnx.to_flat_state(params["vit"])}
-    huggingface.save_encoder(flat, spec=_ENCODER, out_dir=_OUT.value)
+    huggingface.save_encoder(flat, spec=_ENCODER, out_dir=_OUT.value, dtype=np.float16)
     encoder = huggingface.build_encoder(_OUT.value)
     encode = jax.jit(lambda batch: encoder(upscale(batch)).mean(axis=1))
     features = lambda images: np.concatenate([encode(images[i:i + 500]) for i in range(0, len(images), 500)])

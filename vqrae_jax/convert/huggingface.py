@@ -254,7 +254,8 @@ def build_encoder(path_or_id: str | Path, *, image_size: int | None = None, fina
     return nnx.merge(graphdef, nnx.from_flat_state(loaded))
 
 
-def save_encoder(params: Mapping[str, np.ndarray], *, spec: EncoderSpec, out_dir: str | Path) -> None:
+def save_encoder(params: Mapping[str, np.ndarray], *, spec: EncoderSpec, out_dir: str | Path,
+                 dtype: type[np.floating] = np.float32) -> None:
     """Writes a folder that `transformers` and `load_encoder_params` read: config, preprocessor config, weights.
 
     Args:
@@ -262,6 +263,7 @@ def save_encoder(params: Mapping[str, np.ndarray], *, spec: EncoderSpec, out_dir
         scale and bias, ones and zeros are written.
       spec: the encoder; its image_size is that of the run, which need not be the one it was loaded with.
       out_dir: created where absent; files of the same name are replaced.
+      dtype: of the tensors in the file; `transformers` computes in float32 all the same.
 
     Raises:
       ValueError: a parameter is missing, has the wrong shape or has no place in the family.
@@ -281,14 +283,15 @@ def save_encoder(params: Mapping[str, np.ndarray], *, spec: EncoderSpec, out_dir
 
     activation = {ours: theirs for theirs, ours in ACTIVATIONS.items()}[vit.activation]
     config = {**family.defaults, **family.required, "model_type": spec.model_type,
-              "architectures": [family.architecture], "hidden_size": vit.width, "num_hidden_layers": vit.depth,
+              "architectures": [family.architecture], "dtype": "float32",
+              "hidden_size": vit.width, "num_hidden_layers": vit.depth,
               "num_attention_heads": vit.heads, "patch_size": vit.patch_size, "image_size": spec.image_size,
               "hidden_act": activation, "layer_norm_eps": vit.norm_eps, **family.write(vit)}
     preprocessor = {"image_processor_type": "SiglipImageProcessor" if family is SIGLIP else "ViTImageProcessor",
                     "do_resize": True, "size": {"height": spec.image_size, "width": spec.image_size}, "resample": 3,
                     "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
                     "image_mean": list(spec.mean), "image_std": list(spec.std)}
-    tensors = {family.saved_prefix + key: np.ascontiguousarray(view) for key, view in _views(family, arrays).items()}
+    tensors = {family.saved_prefix + key: np.ascontiguousarray(view, dtype) for key, view in _views(family, arrays).items()}
     out_dir.mkdir(parents=True, exist_ok=True)
     (out_dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     (out_dir / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=2) + "\n")
