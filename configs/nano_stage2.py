@@ -11,6 +11,7 @@ from configs import nano_stage1
 def get_config() -> ConfigDict:
     config = nano_stage1.get_config()
     config.init_from = "runs/nano_stage1"
-    config.loss.distill_weight = 1.0
+    config.train.update(steps=250, eval_every=250)
+    config.loss.distill_weight = 2.0
     config.optim.lr_multipliers = (("encoder/.*", 0.3),)
     return config

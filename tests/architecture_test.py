@@ -15,7 +15,7 @@ ALLOWED = {
     "train": {"build", "step", "data", "checkpoint", "evaluate", "optim", "reporting", "config", "models"},
     "evaluate": {"build", "step", "data", "checkpoint", "reporting", "cli", "config", "metrics", "models"},
     "reporting": {"checkpoint", "config"},
-    "checkpoint": {"build", "step", "config", "models"},
+    "checkpoint": {"build", "step", "config", "convert", "models"},
     "build": {"models", "losses", "optim", "config", "convert", "data"},
     "step": {"losses", "optim", "metrics", "config", "models"},
     "convert": {"models"},

@@ -101,7 +101,7 @@ HUB_CONFIGS = {
 
 # Learned by the encoder, the quantizer and the decoder; numbers of codebook state.
 PARAMETERS = {
-    "nano_stage1": (1_829_184, 37_056, 1_853_952, 1024 * 192),
+    "nano_stage1": (1_829_184, 29_056, 1_853_952, 2048 * 64),
     # SigLIP-L's vision tower at 224 without head: that at 384 (303,688,704 in transformers) less 380 positions, less
     # the LayerNorm's scale and bias. SimVQ's one linear layer; RAE's ViT-L decoder.
     "siglip_l_stage1": (303_688_704 - 380 * 1024 - 2 * 1024, 1024 * 1024 + 1024, 304_149_248, 16384 * 1024),

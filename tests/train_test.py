@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -157,7 +158,7 @@ def test_last_and_best_checkpoints_are_kept(tiny_config, tmp_path, monkeypatch):
 def test_a_run_is_loaded_with_its_averaged_weights_from_its_folder_alone(tiny_config, tmp_path, encoder_folder):
     tiny_config.model.encoder.path = str(encoder_folder)
     train.run(config_lib.parse(tiny_config), tmp_path / "run")
-    (encoder_folder / "model.safetensors").unlink()
+    shutil.rmtree(encoder_folder)
     model = vqrae_jax.load(tmp_path / "run")
     images = np.random.default_rng(0).random((2, 32, 32, 3), np.float32)
     codes = model.encode_to_indices(images)
@@ -182,6 +183,10 @@ def test_stage_2_starts_where_stage_1_ended(tiny_config, tmp_path, stage1_run):
     tiny_config.init_from = str(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match="is not the folder of a run"):
         train.run(config_lib.parse(tiny_config), tmp_path / "another")
+    # A start that failed before its first checkpoint does not reserve the folder for its mistake.
+    tiny_config.init_from = str(stage1_run)
+    tiny_config.model.quantizer.size = 32
+    train.run(config_lib.parse(tiny_config), tmp_path / "another")
 
 
 def test_a_folder_of_another_config_is_left_alone(tiny_config, stage1_run):

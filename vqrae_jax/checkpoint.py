@@ -1,11 +1,13 @@
 """A run's folder on disk: its checkpoints, its frozen arrays, and who may write to it.
 
     config.json    the resolved config
+    encoder/       the encoder's Hugging Face config, which says what shape the model has
     checkpoints/   Orbax, one folder a step: `model` (weights, EMA, codebook), `training` (optimizer, counters) and
                    `data` (the position in the data); the last two and the best one are kept
     frozen/        Orbax, written once: frozen parameters and teacher, so that the run needs nothing but its folder
 """
 
+import dataclasses
 import errno
 import logging
 from collections.abc import Iterator
@@ -21,6 +23,7 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 from vqrae_jax import build
 from vqrae_jax import config as config_lib
 from vqrae_jax.config import Config
+from vqrae_jax.convert import huggingface
 from vqrae_jax.models.flat import Arrays
 from vqrae_jax.step import Frozen, TrainState, init_state
 
@@ -39,7 +42,7 @@ def open_run(workdir: Path, config: Config) -> None:
       ValueError: it belongs to another config; the message names the first key that differs.
     """
     file = workdir / "config.json"
-    if file.exists():
+    if _has_checkpoint(workdir):
         changed = [line for line in config_lib.differences(config_lib.load(file), config)
                    if not line.startswith(_FREE_KEYS)]
         if changed:
@@ -51,7 +54,21 @@ def open_run(workdir: Path, config: Config) -> None:
         probe = workdir / ".write_test"
         probe.touch()
         probe.unlink()
+        if not _has_checkpoint(workdir):
+            huggingface.copy_encoder_config(build.encoder_path(config), workdir / "encoder")
         config_lib.save(config, file)
+
+
+def structure(workdir: Path, config: Config) -> tuple[nnx.GraphDef, Arrays, Arrays]:
+    """`build.structure`, with the encoder's shape from the run's folder once the run has begun."""
+    if _has_checkpoint(workdir):
+        encoder = dataclasses.replace(config.model.encoder, path=str(workdir / "encoder"))
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, encoder=encoder))
+    return build.structure(config)
+
+
+def _has_checkpoint(workdir: Path) -> bool:
+    return any(path.name.isdigit() for path in (workdir / "checkpoints").glob("*"))
 
 
 @contextmanager
@@ -161,13 +178,13 @@ def load_run(workdir: Path, *, step: int | None = None) -> tuple[Config, nnx.Gra
       OSError: not the folder of a run, or it has no checkpoint, or not that one.
     """
     config = config_lib.load(workdir / "config.json")
-    if not (workdir / "checkpoints").is_dir():
+    if not _has_checkpoint(workdir):
         raise FileNotFoundError(f"{workdir} holds no checkpoint: train it first")
     checkpoints = Checkpoints(workdir, read_only=True)
     steps = checkpoints.steps()
-    if not steps or step not in [None, *steps]:
-        raise FileNotFoundError(f"{workdir} holds the checkpoints {steps}" + ("" if step is None else f", not {step}"))
-    graphdef, params, codebook = build.structure(config)
+    if step not in [None, *steps]:
+        raise FileNotFoundError(f"{workdir} holds the checkpoints {steps}, not {step}")
+    graphdef, params, codebook = structure(workdir, config)
     state, frozen = abstract_state(config, params, codebook)
     model = checkpoints.restore_model(steps[-1] if step is None else step, state)
     checkpoints.close()

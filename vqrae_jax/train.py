@@ -35,7 +35,7 @@ def run(config: Config, workdir: Path) -> dict[str, float]:
       ValueError, OSError: a config, data or a folder that cannot work, before anything is written to the folder.
       FloatingPointError: `train.max_skipped` steps in a row had a loss or gradient that was not finite.
     """
-    graphdef, param_shapes, codebook_shapes = build.structure(config)
+    graphdef, param_shapes, codebook_shapes = checkpoint.structure(workdir, config)
     optim.check_patterns(param_shapes, config.optim.lr_multipliers)
     bad_images = BadImages(workdir / "bad_images.jsonl")
     batches = _open_training_data(config, bad_images)
@@ -63,7 +63,8 @@ def run(config: Config, workdir: Path) -> dict[str, float]:
         with closing(reporting.Reporter(workdir, config, first_step=int(state.step))) as reporter:
             result = _loop(config, train_step, eval_step, state, frozen, batches, checkpoints, reporter, bad_images)
     if bad := bad_images.names():
-        log.warning("%d images could not be read and were left out; see %s", len(bad), bad_images.path)
+        names = ", ".join(list(bad)[:5]) + (", ..." if len(bad) > 5 else "")
+        log.warning("%d images could not be read and were left out: %s; see %s", len(bad), names, bad_images.path)
     return result
 
 

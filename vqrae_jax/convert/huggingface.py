@@ -195,6 +195,15 @@ def read_encoder_spec(path_or_id: str | Path) -> EncoderSpec:
     return _read_spec(_local_folder(path_or_id, weights=False))
 
 
+def copy_encoder_config(path_or_id: str | Path, out_dir: Path) -> None:
+    """Copies what `read_encoder_spec` reads, so that the shape of a model is known without the original folder."""
+    folder = _local_folder(path_or_id, weights=False)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    for name in ("config.json", "preprocessor_config.json"):
+        if (folder / name).exists():
+            (out_dir / name).write_bytes((folder / name).read_bytes())
+
+
 def load_encoder_params(path_or_id: str | Path, *, image_size: int | None = None,
                         final_norm: FinalNorm = "affine") -> Params:
     """Reads an encoder's weights for a run at `image_size`.
@@ -283,15 +292,16 @@ def save_encoder(params: Mapping[str, np.ndarray], *, spec: EncoderSpec, out_dir
 
     activation = {ours: theirs for theirs, ours in ACTIVATIONS.items()}[vit.activation]
     config = {**family.defaults, **family.required, "model_type": spec.model_type,
-              "architectures": [family.architecture], "dtype": "float32",
-              "hidden_size": vit.width, "num_hidden_layers": vit.depth,
+              "architectures": [family.architecture], "dtype": "float32", "hidden_size": vit.width,
+              "num_hidden_layers": vit.depth,
               "num_attention_heads": vit.heads, "patch_size": vit.patch_size, "image_size": spec.image_size,
               "hidden_act": activation, "layer_norm_eps": vit.norm_eps, **family.write(vit)}
     preprocessor = {"image_processor_type": "SiglipImageProcessor" if family is SIGLIP else "ViTImageProcessor",
                     "do_resize": True, "size": {"height": spec.image_size, "width": spec.image_size}, "resample": 3,
                     "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
                     "image_mean": list(spec.mean), "image_std": list(spec.std)}
-    tensors = {family.saved_prefix + key: np.ascontiguousarray(view, dtype) for key, view in _views(family, arrays).items()}
+    tensors = {family.saved_prefix + key: np.ascontiguousarray(view, dtype)
+               for key, view in _views(family, arrays).items()}
     out_dir.mkdir(parents=True, exist_ok=True)
     (out_dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     (out_dir / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=2) + "\n")

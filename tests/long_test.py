@@ -1,0 +1,81 @@
+"""Checks that take many minutes: `pytest -m long`."""
+
+import json
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from .config_test import HUB_CONFIGS
+from .conftest import REPOSITORY
+
+pytestmark = pytest.mark.long
+
+NANO = ("--config.train.steps=40", "--config.train.batch_size=8", "--config.train.log_every=1",
+        "--config.train.checkpoint_every=6", "--config.train.eval_every=20", "--config.eval.limit=64",
+        "--config.optim.warmup_steps=5", "--config.model.quantizer.size=256")
+
+
+def main(*arguments) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, "-m", "vqrae_jax.main", *map(str, arguments)], cwd=REPOSITORY,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(*arguments) -> None:
+    process = main(*arguments)
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
+
+
+def steps(workdir: Path) -> int:
+    file = workdir / "metrics.jsonl"
+    return len(file.read_text().splitlines()) if file.exists() else 0
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_five_kills_at_random_steps_leave_no_trace(stage, tmp_path):
+    stage1, flags = tmp_path / "stage1", NANO
+    if stage == 2:
+        finish("--config=configs/nano_stage1.py", f"--workdir={stage1}", *NANO)
+        flags = (*NANO, f"--config.init_from={stage1}")
+    config = f"--config=configs/nano_stage{stage}.py"
+    finish(config, f"--workdir={tmp_path / 'whole'}", *flags)
+    expected = (tmp_path / "whole" / "metrics.jsonl").read_bytes()
+    rng = random.Random(stage)
+    for number in range(5):
+        workdir, kill_at = tmp_path / f"killed{number}", rng.randrange(1, 40)
+        process = main(config, f"--workdir={workdir}", *flags)
+        while steps(workdir) < kill_at and process.poll() is None:
+            time.sleep(0.005)
+        assert process.poll() is None, process.communicate()[0]
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        killed_after = steps(workdir)
+        finish(config, f"--workdir={workdir}", *flags)
+        assert (workdir / "metrics.jsonl").read_bytes() == expected, f"killed after {killed_after} lines"
+        print(f"stage {stage}: killed after {killed_after} lines, continued identically")
+
+
+def test_siglip_l_trains_and_evaluates_on_real_images_within_20_gb(shared_data, tmp_path):
+    """Full size, random weights: one training step and one evaluation of a batch of 8 on a CPU."""
+    encoder = tmp_path / "siglip_l"
+    encoder.mkdir()
+    (encoder / "config.json").write_text(json.dumps(HUB_CONFIGS["google/siglip-large-patch16-384"]))
+    process = main("--config=configs/siglip_l_stage1.py", f"--workdir={tmp_path / 'run'}",
+                   f"--config.data.source=folder:{shared_data / 'imagenet_sample' / 'val256'}",
+                   f"--config.model.encoder.path={encoder}", "--config.model.encoder.random_weights=True",
+                   "--config.model.dtype=float32", "--config.model.quantizer.init=random", "--config.train.steps=1",
+                   "--config.train.batch_size=8", "--config.optim.warmup_steps=0", "--config.eval.batch_size=8",
+                   "--config.eval.limit=8", "--config.log.tensorboard=False")
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+    print(output, f"peak memory {peak:.1f} GiB")
+    assert peak < 20e9 / 2**30
+    for count in ("303,297,536", "1,049,600", "304,149,248"):
+        assert count in output
