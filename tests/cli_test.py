@@ -24,8 +24,10 @@ def command(*arguments) -> subprocess.CompletedProcess:
 def assert_one_line_error(result: subprocess.CompletedProcess, says: str):
     assert result.returncode != 0
     assert "Traceback" not in result.stderr, result.stderr
-    error = [line for line in result.stderr.strip().splitlines() if says in line]
-    assert error, result.stderr
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, result.stderr
+    assert errors[0] == result.stderr.splitlines()[-1]
+    assert says in errors[0]
 
 
 NANO = ("vqrae_jax.main", "--config=configs/nano_stage1.py",
@@ -45,19 +47,35 @@ NANO = ("vqrae_jax.main", "--config=configs/nano_stage1.py",
     (["--workdir={tmp}", "--config.data.source=tfds:nothing@{tmp}"], "error: no TFDS data set 'nothing'"),
     (["--workdir={tmp}", "--config.data.source=webdataset:x"], "error: unknown data 'webdataset:x'"),
     (["--workdir={tmp}", "--config.init_from={tmp}/none"], "is not the folder of a run"),
+    (["--workdir={tmp}", "--config=configs/typo.py"], "configs/typo.py"),
+    (["--workdir={tmp}", "--config.optim.lr_multipliers=(('encodr/.*',0.0),)"], "'encodr/.*' matches no parameter"),
 ])
 def test_main_fails_in_one_line_and_leaves_nothing(arguments, says, tmp_path):
     before = sorted(tmp_path.rglob("*"))
     assert_one_line_error(command(*NANO, *(a.format(tmp=tmp_path) for a in arguments)), says)
     left = [path for path in sorted(tmp_path.rglob("*")) if path not in before]
-    assert [path.name for path in left if path.is_file()] in ([], ["config.json"])
+    # A start that fails reserves nothing: the folder takes another config.
+    assert not [path for path in left if path.is_dir() and path.name.isdigit()]
 
 
-def test_a_config_file_with_an_unknown_key_is_one_line(tmp_path):
+@pytest.mark.parametrize(("line", "says"), [
+    ("config.optim.learning_rate = 1.0", "learning_rate"),
+    ("config.optim.lr = 'fast'", "lr"),
+    ("config.optim.lr = undefined", "undefined"),
+    ("import nowhere", "nowhere"),
+])
+def test_a_config_file_that_fails_is_one_line(line, says, tmp_path):
     file = tmp_path / "mine.py"
     file.write_text("from configs import nano_stage1\ndef get_config():\n    config = nano_stage1.get_config()\n"
-                    "    config.optim.learning_rate = 1.0\n    return config\n")
-    assert_one_line_error(command("vqrae_jax.main", f"--config={file}", f"--workdir={tmp_path}/run"), "learning_rate")
+                    f"    {line}\n    return config\n")
+    assert_one_line_error(command("vqrae_jax.main", f"--config={file}", f"--workdir={tmp_path}/run"), says)
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "siglip"}')
+    result = command(*NANO, f"--workdir={tmp_path}")
+    assert_one_line_error(result, "config.json is not the config of a run")
+    assert (tmp_path / "config.json").read_text() == '{"model_type": "siglip"}'
 
 
 @pytest.fixture(scope="module")

@@ -26,10 +26,11 @@ def main(*arguments) -> subprocess.Popen:
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def finish(*arguments) -> None:
+def finish(*arguments) -> str:
     process = main(*arguments)
     output, _ = process.communicate()
     assert process.returncode == 0, output
+    return output
 
 
 def steps(workdir: Path) -> int:
@@ -56,7 +57,9 @@ def test_five_kills_at_random_steps_leave_no_trace(stage, tmp_path):
         process.send_signal(signal.SIGKILL)
         process.communicate()
         killed_after = steps(workdir)
-        finish(config, f"--workdir={workdir}", *flags)
+        restart = finish(config, f"--workdir={workdir}", *flags)
+        # Kills before the first checkpoint start over.
+        assert ("continuing at step" in restart) == (killed_after > 13) or killed_after in range(6, 14)
         assert (workdir / "metrics.jsonl").read_bytes() == expected, f"killed after {killed_after} lines"
         print(f"stage {stage}: killed after {killed_after} lines, continued identically")
 

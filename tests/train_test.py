@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 import vqrae_jax
-from vqrae_jax import checkpoint, evaluate, train
+from vqrae_jax import build, checkpoint, evaluate, train
 from vqrae_jax import config as config_lib
 
 from .conftest import REPOSITORY
@@ -61,7 +61,9 @@ def test_a_run_leaves_what_it_promises(tiny_config, tmp_path):
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-def test_a_continued_run_equals_one_that_never_stopped(stage, tiny_config, tmp_path, stage1_run, monkeypatch):
+def test_a_continued_run_equals_one_that_never_stopped(stage, tiny_config, tmp_path, stage1_run, monkeypatch,
+                                                           caplog):
+    caplog.set_level("INFO", "vqrae_jax")
     if stage == 2:
         stage2(tiny_config, stage1_run)
     tiny_config.model.quantizer.kind = "simvq"
@@ -86,12 +88,14 @@ def test_a_continued_run_equals_one_that_never_stopped(stage, tiny_config, tmp_p
         file.write('{"step": 5, "loss/total": 0.1, "lo')
     train.run(config, tmp_path / "parts")
 
+    assert "continuing at step 4" in caplog.text
     assert lines(tmp_path / "parts") == lines(tmp_path / "whole")
     chex.assert_trees_all_equal(arrays(tmp_path / "parts"), arrays(tmp_path / "whole"))
 
 
-def test_a_killed_process_continues_exactly(tiny_config, tmp_path):
+def test_a_killed_process_continues_exactly(tiny_config, tmp_path, caplog):
     """kill -9 at a moment nobody chose, here the first after a checkpoint is seen on disk."""
+    caplog.set_level("INFO", "vqrae_jax")
     tiny_config.train.update(steps=60, checkpoint_every=3)
     config = config_lib.parse(tiny_config)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -106,12 +110,15 @@ def test_a_killed_process_continues_exactly(tiny_config, tmp_path):
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert (parts / "checkpoints" / "3").exists() or list((parts / "checkpoints").iterdir())
+    assert process.returncode == -signal.SIGKILL
+    assert (parts / "checkpoints" / "3").exists()
     train.run(config, parts)
+    assert "continuing at step" in caplog.text
     assert lines(parts) == lines(whole)
 
 
-def test_a_signal_saves_and_the_same_command_continues(tiny_config, tmp_path, monkeypatch):
+def test_a_signal_saves_and_the_same_command_continues(tiny_config, tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO", "vqrae_jax")
     config = config_lib.parse(tiny_config)
     train.run(config, tmp_path / "whole")
     report = train.reporting.Reporter.train
@@ -122,14 +129,17 @@ def test_a_signal_saves_and_the_same_command_continues(tiny_config, tmp_path, mo
             os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(train.reporting.Reporter, "train", interrupt)
-    assert train.run(config, tmp_path / "parts") == {}
-    assert len(lines(tmp_path / "parts")) == 3
+    with pytest.raises(KeyboardInterrupt, match="after step 4; the same command continues"):
+        train.run(config, tmp_path / "parts")
+    assert len(lines(tmp_path / "parts")) == 4
     monkeypatch.undo()
     train.run(config, tmp_path / "parts")
+    assert "continuing at step 4" in caplog.text
     assert lines(tmp_path / "parts") == lines(tmp_path / "whole")
 
 
-def test_an_unfinished_checkpoint_is_ignored(tiny_config, tmp_path):
+def test_an_unfinished_checkpoint_is_ignored(tiny_config, tmp_path, caplog):
+    caplog.set_level("INFO", "vqrae_jax")
     config = config_lib.parse(tiny_config)
     train.run(config, tmp_path)
     unfinished = tmp_path / "checkpoints" / "9.orbax-checkpoint-tmp"
@@ -139,7 +149,8 @@ def test_an_unfinished_checkpoint_is_ignored(tiny_config, tmp_path):
     tiny_config.train.steps = 8
     with pytest.raises(ValueError, match="train.steps: 6 -> 8"):
         train.run(config_lib.parse(tiny_config), tmp_path)
-    assert train.run(config, tmp_path) == {}  # nothing left to do
+    assert train.run(config, tmp_path) == {}
+    assert "nothing left to do" in caplog.text
 
 
 def test_last_and_best_checkpoints_are_kept(tiny_config, tmp_path, monkeypatch):
@@ -147,11 +158,20 @@ def test_last_and_best_checkpoints_are_kept(tiny_config, tmp_path, monkeypatch):
     pictures = {"original": np.zeros((1, 32, 32, 3))}
     monkeypatch.setattr(evaluate, "evaluate", lambda *arguments, **options: ({"psnr": next(psnr)}, pictures))
     tiny_config.train.update(checkpoint_every=1, eval_every=1)
-    train.run(config_lib.parse(tiny_config), tmp_path)
+    config = config_lib.parse(tiny_config)
+    train.run(config, tmp_path)
     checkpoints = checkpoint.Checkpoints(tmp_path, read_only=True)
     assert checkpoints.steps() == [2, 5, 6]
+    # A restart remembers which was the best.
+    restarted = checkpoint.Checkpoints(tmp_path)
+    abstract, _ = checkpoint.abstract_state(config, *build.structure(config))
+    state, position = restarted.restore(6, abstract)
+    for step in (7, 8):
+        restarted.save(state._replace(step=np.int32(step)), position, psnr=None)
+    restarted.close()
+    assert checkpoint.Checkpoints(tmp_path, read_only=True).steps() == [2, 7, 8]
     assert vqrae_jax.load(tmp_path, step=2).num_codes == 32
-    with pytest.raises(FileNotFoundError, match=r"holds the checkpoints \[2, 5, 6\], not 3"):
+    with pytest.raises(FileNotFoundError, match=r"holds the checkpoints \[2, 7, 8\], not 3"):
         vqrae_jax.load(tmp_path, step=3)
 
 
@@ -277,7 +297,7 @@ def test_evaluation_numbers_are_those_of_the_images(tiny_config, tmp_path):
     result = train.run(config_lib.parse(tiny_config), tmp_path)
     model = vqrae_jax.load(tmp_path)
     bad = evaluate.BadImages(None)
-    batches = list(evaluate.open_batches(model.config, bad, limit=12))
+    batches = list(evaluate.open_batches(model.config, build.data_source("embedded", training=False), bad, limit=12))
     images = np.concatenate([b["image"][b["valid"]] for b in batches])
     assert len(images) == result["num_images"] == 12
     error = (np.asarray(model.reconstruct(images), np.float64) - images / 255) ** 2

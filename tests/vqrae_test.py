@@ -79,8 +79,11 @@ def test_wrong_input_is_named(tiny_config, images):
         assert str(at) in str(e.value)
     with pytest.raises(ValueError, match="codes must be integers, not float32"):
         model.decode_from_indices(codes.astype(np.float32))
-    with pytest.raises(ValueError, match="with 16 codes an image"):
+    with pytest.raises(ValueError, match=r"codes must be \[B, 4, 4\] or \[B, 16\]"):
         model.decode_from_indices(codes[:, :3])
+    with pytest.raises(ValueError, match=r"not \(3, 2, 8\)"):
+        model.decode_from_indices(codes.reshape(3, 2, 8))
+    chex.assert_shape(model.decode_from_indices(codes[:0]), (0, 32, 32, 3))
     with pytest.raises(ValueError, match=r"images must be \[B, 32, 32, 3\], not \(3, 16, 32, 3\)"):
         model.features(images[:, ::2])
     with pytest.raises(ValueError, match="float in .* or uint8, not int32"):

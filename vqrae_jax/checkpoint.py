@@ -1,4 +1,4 @@
-"""A run's folder on disk: its checkpoints, its frozen arrays, and who may write to it.
+"""A run's folder on disk: its config, its checkpoints, and the arrays that do not change.
 
     config.json    the resolved config
     encoder/       the encoder's Hugging Face config, which says what shape the model has
@@ -42,8 +42,9 @@ def open_run(workdir: Path, config: Config) -> None:
       ValueError: it belongs to another config; the message names the first key that differs.
     """
     file = workdir / "config.json"
-    if _has_checkpoint(workdir):
-        changed = [line for line in config_lib.differences(config_lib.load(file), config)
+    existing = config_lib.load(file) if file.exists() else None  # refuses a file that is not ours
+    if existing and _has_checkpoint(workdir):
+        changed = [line for line in config_lib.differences(existing, config)
                    if not line.startswith(_FREE_KEYS)]
         if changed:
             more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
@@ -56,7 +57,8 @@ def open_run(workdir: Path, config: Config) -> None:
         probe.unlink()
         if not _has_checkpoint(workdir):
             huggingface.copy_encoder_config(build.encoder_path(config), workdir / "encoder")
-        config_lib.save(config, file)
+        if existing != config:
+            config_lib.save(config, file)
 
 
 def structure(workdir: Path, config: Config) -> tuple[nnx.GraphDef, Arrays, Arrays]:
@@ -94,12 +96,13 @@ class Checkpoints:
         self.workdir = workdir
         policy = AnyPreservationPolicy([
             LatestN(2),
-            BestN(get_metric_fn=lambda metrics: metrics[BEST_METRIC], n=1, keep_checkpoints_without_metrics=False),
+            BestN(get_metric_fn=_best_metric, n=1, keep_checkpoints_without_metrics=False),
         ])
         self._manager = ocp.CheckpointManager(
             (workdir / "checkpoints").absolute(),
             item_names=("model", "training", "data"),
-            options=ocp.CheckpointManagerOptions(preservation_policy=policy, create=not read_only,
+            # Without best_fn Orbax keeps metrics in memory only, and a restart would forget which step was best.
+            options=ocp.CheckpointManagerOptions(preservation_policy=policy, best_fn=_best_metric, create=not read_only,
                                                  read_only=read_only, cleanup_tmp_directories=not read_only))
 
     def steps(self) -> list[int]:
@@ -143,6 +146,10 @@ class Checkpoints:
         self._manager.close()
 
 
+def _best_metric(metrics: dict[str, float]) -> float:
+    return metrics[BEST_METRIC]
+
+
 def _items(state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
     fields = state._asdict()
     model = {name: fields.pop(name) for name in ("params", "codebook", "ema")}
@@ -161,10 +168,15 @@ def load_frozen(workdir: Path, abstract: Frozen) -> Frozen:
         return Frozen(**checkpointer.restore((workdir / "frozen").absolute(), abstract._asdict()))
 
 
-def abstract_state(config: Config, params: Arrays, codebook: Arrays) -> tuple[TrainState, Frozen]:
-    """Shapes of a run's state, from those of its model; nothing is allocated."""
+def abstract_state(config: Config, graphdef: nnx.GraphDef, params: Arrays,
+                   codebook: Arrays) -> tuple[TrainState, Frozen]:
+    """Shapes and place of a run's state, from the shapes of its model; nothing is allocated."""
     optimizer, _ = build.optimizer(config)
-    return jax.eval_shape(lambda params, codebook: init_state(config, params, codebook, optimizer), params, codebook)
+    shapes = jax.eval_shape(lambda params, codebook: init_state(config, graphdef, params, codebook, optimizer),
+                            params, codebook)
+    # Said explicitly, or Orbax would look for the kind of device that the checkpoint was saved from.
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
 
 
 def load_run(workdir: Path, *, step: int | None = None) -> tuple[Config, nnx.GraphDef, Arrays]:
@@ -185,7 +197,7 @@ def load_run(workdir: Path, *, step: int | None = None) -> tuple[Config, nnx.Gra
     if step not in [None, *steps]:
         raise FileNotFoundError(f"{workdir} holds the checkpoints {steps}, not {step}")
     graphdef, params, codebook = structure(workdir, config)
-    state, frozen = abstract_state(config, params, codebook)
+    state, frozen = abstract_state(config, graphdef, params, codebook)
     model = checkpoints.restore_model(steps[-1] if step is None else step, state)
     checkpoints.close()
     return config, graphdef, {**load_frozen(workdir, frozen).params, **model["params"], **model["codebook"],

@@ -23,16 +23,15 @@ def run(main: Callable[[Sequence[str]], Any]) -> None:
 def _parse_flags(argv: Sequence[str]) -> Sequence[str]:
     try:
         return flags.FLAGS(list(argv), known_only=False)
-    # A config file is arbitrary Python that runs while flags are parsed.
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError) as error:
-        if "--traceback" in argv:
+    except Exception as error:  # a config file is arbitrary Python that runs while flags are parsed
+        if any(argument.startswith("--traceback") for argument in argv):
             raise
         _fail(error)
 
 
 def _guarded(main: Callable[[Sequence[str]], Any], argv: Sequence[str]) -> None:
-    # Libraries (Orbax above all) log through absl; the user sees their warnings and our progress.
-    absl_logging.set_verbosity(absl_logging.WARNING)
+    # Libraries (Orbax above all) log through absl; the user sees their errors and our progress.
+    absl_logging.set_verbosity(absl_logging.ERROR)
     log = logging.getLogger("vqrae_jax")
     log.setLevel(logging.INFO)
     log.propagate = False
@@ -43,11 +42,19 @@ def _guarded(main: Callable[[Sequence[str]], Any], argv: Sequence[str]) -> None:
         if _TRACEBACK.value:
             raise
         _fail(error)
-    except KeyboardInterrupt:
-        sys.exit("interrupted")
+    except KeyboardInterrupt as stop:
+        sys.exit(str(stop) or "interrupted")
+    except RuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error) or _TRACEBACK.value:
+            raise
+        _fail(MemoryError("the accelerator's memory is full: lower train.batch_size or eval.batch_size, or raise "
+                          "train.accumulate"))
 
 
 def _fail(error: BaseException) -> NoReturn:
     # str(KeyError) would quote its message.
     message = error.args[0] if isinstance(error, KeyError) and error.args else error
-    sys.exit(f"error: {' '.join(str(message).split()) or type(error).__name__}")
+    lines = str(message).strip().splitlines() or [type(error).__name__]
+    # absl hands on the traceback of a config file as part of a message.
+    text = lines[-1] if "Traceback" in str(message) else " ".join(lines)
+    sys.exit(f"error: {' '.join(text.split())}")

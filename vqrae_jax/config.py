@@ -6,12 +6,15 @@ into the frozen dataclasses below, which the rest of the package reads. Nothing 
 
 import dataclasses
 import json
+import math
 import re
 import typing
 from pathlib import Path
 from typing import Any, Literal
 
 import ml_collections
+
+BELOW_ONE = 1 - 1e-6  # a moving average of decay 1 would never move
 
 
 def _key(default: Any, *, low: float | None = None, high: float | None = None) -> Any:
@@ -26,7 +29,7 @@ class Train:
     log_every: int = _key(50, low=1)
     checkpoint_every: int = _key(1000, low=1)
     eval_every: int = _key(5000, low=1)
-    max_skipped: int = _key(20, low=1)  # non-finite steps in a row before the run stops
+    max_skipped: int = _key(20, low=1)  # non-finite steps in a row, seen when logging, that stop the run
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,7 +70,7 @@ class Quantizer:
     gradient: Literal["straight_through", "rotation"] = "straight_through"
     init: Literal["random", "kmeans"] = "random"  # kmeans: on the encoder's features of the first images
     commitment_weight: float = _key(0.25, low=0.0)
-    decay: float = _key(0.99, low=0.0, high=1.0)  # EMA VQ
+    decay: float = _key(0.99, low=0.0, high=BELOW_ONE)  # EMA VQ
     restart_threshold: float = _key(0.0, low=0.0)  # EMA VQ: codes used less per step are moved; 0 is off
 
 
@@ -99,13 +102,13 @@ class Optim:
     lr: float = _key(4e-4, low=0.0)
     end_lr: float = _key(1e-4, low=0.0)
     warmup_steps: int = _key(2000, low=0)
-    b1: float = _key(0.9, low=0.0, high=1.0)
-    b2: float = _key(0.999, low=0.0, high=1.0)
+    b1: float = _key(0.9, low=0.0, high=BELOW_ONE)
+    b2: float = _key(0.999, low=0.0, high=BELOW_ONE)
     weight_decay: float = _key(1e-4, low=0.0)
     clip_norm: float = _key(1.0, low=0.0)  # of the global gradient; 0 is off
     # (path pattern, factor on lr): the first pattern that matches a whole path counts; 0 freezes.
     lr_multipliers: tuple[tuple[str, float], ...] = ()
-    ema_decay: float = _key(0.9999, low=0.0, high=1.0)  # of the weights; 0 is off
+    ema_decay: float = _key(0.9999, low=0.0, high=BELOW_ONE)  # of the weights; 0 is off
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -138,7 +141,7 @@ def parse(values: ml_collections.ConfigDict | dict[str, Any]) -> Config:
     Raises:
       ValueError: a key is unknown, missing, of the wrong type or out of range, or two keys contradict each other.
     """
-    if isinstance(values, ml_collections.ConfigDict):
+    if not isinstance(values, dict):
         values = values.to_dict()
     config = _parse_section(Config, values, prefix="")
     _check_consistency(config)
@@ -146,18 +149,24 @@ def parse(values: ml_collections.ConfigDict | dict[str, Any]) -> Config:
 
 
 def save(config: Config, file: Path) -> None:
-    """Writes the resolved config as JSON."""
-    file.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+    """Writes the resolved config as JSON; a full disk leaves an existing file as it is."""
+    new = file.with_suffix(".tmp")
+    new.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+    new.replace(file)
 
 
 def load(file: Path) -> Config:
     """Reads what `save` wrote. Raises OSError or ValueError, naming the file or the key."""
     try:
-        return parse(json.loads(file.read_text()))
+        values = json.loads(file.read_text())
     except FileNotFoundError:
         raise FileNotFoundError(f"{file} does not exist: {file.parent} is not the folder of a run") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{file} is damaged: {error}") from None
+    try:
+        return parse(values)
+    except ValueError as error:
+        raise ValueError(f"{file} is not the config of a run of this version: {error}") from None
 
 
 def differences(old: Config, new: Config) -> list[str]:
@@ -213,9 +222,16 @@ def _convert(kind: Any, value: Any, *, name: str) -> Any:
     if origin is tuple or type(value) is not kind:
         expected = "tuple" if origin is tuple else kind.__name__
         raise ValueError(f"config key {name} must be of type {expected}, not {value!r}")
-    if kind is float and value != value:
-        raise ValueError(f"config key {name} must be a number, not nan")
+    if kind is float and not math.isfinite(value):
+        raise ValueError(f"config key {name} must be a finite number, not {value}")
     return value
+
+
+_KINDS_THAT_READ = {
+    "levels": ("fsq",), "projection": ("simvq", "ema"), "input_projection": ("simvq",), "search": ("simvq", "ema"),
+    "gradient": ("simvq", "ema"), "init": ("simvq", "ema"), "commitment_weight": ("simvq", "ema"), "decay": ("ema",),
+    "restart_threshold": ("ema",),
+}
 
 
 def _check_consistency(config: Config) -> None:
@@ -235,12 +251,10 @@ def _check_consistency(config: Config) -> None:
             raise ValueError(f"config key optim.lr_multipliers: {pattern!r} is not a pattern: {error}") from None
         if factor < 0:
             raise ValueError(f"config key optim.lr_multipliers: {pattern!r} has the negative factor {factor}")
-    if (quantizer.kind == "fsq") != bool(quantizer.levels):
-        raise ValueError(f"config key model.quantizer.levels is {quantizer.levels!r}, "
-                         f"but model.quantizer.kind is {quantizer.kind}: FSQ needs levels, the others have none")
-    if quantizer.kind == "fsq" and quantizer.init != "random":
-        raise ValueError("config key model.quantizer.init must be random for fsq, which has no codebook to initialise")
-    if quantizer.input_projection and quantizer.kind != "simvq":
-        raise ValueError(f"config key model.quantizer.input_projection belongs to simvq, not {quantizer.kind}")
-    if quantizer.restart_threshold and quantizer.kind != "ema":
-        raise ValueError(f"config key model.quantizer.restart_threshold belongs to ema, not {quantizer.kind}")
+    for name, kinds in _KINDS_THAT_READ.items():
+        value = getattr(quantizer, name)
+        if quantizer.kind not in kinds and value != getattr(Quantizer(), name):
+            raise ValueError(f"config key model.quantizer.{name} {value!r} has no meaning for {quantizer.kind}, "
+                             f"only for {' and '.join(kinds)}")
+    if quantizer.kind == "fsq" and not quantizer.levels:
+        raise ValueError("config key model.quantizer.levels is empty, but FSQ needs levels")

@@ -7,7 +7,6 @@ side, on the same images. Images are resized bicubically to the run's size on th
 original and reconstruction are compared on exactly these pixels, as float32 in [0, 1].
 """
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,9 @@ import numpy as np
 from absl import flags
 
 from vqrae_jax import build, checkpoint, cli, reporting, step
+from vqrae_jax import config as config_lib
 from vqrae_jax.config import Config
-from vqrae_jax.data import BadImages, eval_batches
+from vqrae_jax.data import BadImages, Source, eval_batches
 from vqrae_jax.metrics import knn_top1
 from vqrae_jax.models.flat import Arrays
 from vqrae_jax.models.quantizers import code_usage, perplexity
@@ -27,11 +27,15 @@ from vqrae_jax.models.quantizers import code_usage, perplexity
 Batch = dict[str, Any]
 
 
-def open_batches(config: Config, bad_images: BadImages, *, source: str = "", limit: int = 0) -> Iterable[Batch]:
-    """The evaluation images of a config; `source` replaces its SPEC, `limit` > 0 takes only the first so many."""
-    source = source or config.eval.source or config.data.source
-    return eval_batches(build.data_source(source, training=False), image_size=config.data.image_size,
-                        batch_size=config.eval.batch_size, bad_images=bad_images, limit=limit or None)
+def spec(config: Config) -> str:
+    """The SPEC of a config's evaluation images."""
+    return config.eval.source or config.data.source
+
+
+def open_batches(config: Config, source: Source, bad_images: BadImages, *, limit: int) -> Iterable[Batch]:
+    """The images of a source at a config's size; `limit` > 0 takes only so many, evenly spread over the source."""
+    return eval_batches(source, image_size=config.data.image_size, batch_size=config.eval.batch_size,
+                        bad_images=bad_images, limit=limit or None)
 
 
 def evaluate(eval_step: step.EvalStep, arrays: Arrays, batches: Iterable[Batch],
@@ -47,7 +51,7 @@ def evaluate(eval_step: step.EvalStep, arrays: Arrays, batches: Iterable[Batch],
     Returns:
       metrics and pictures. Metrics: `psnr` (dB) and `ssim`, means over images; `code_usage`, the share of codes that
       any image hit; `code_perplexity`, exp of the entropy of their usage histogram; `knn_top1`, leave-one-out over the
-      images on the mean of their continuous features (only where labels exist and some label occurs twice);
+      images on the mean of their continuous features (only where there are at least two labels, and one of them twice);
       `num_images`. Pictures: `original` and `reconstruction`, float32 `[samples, H, W, 3]` in [0, 1].
 
     Raises:
@@ -68,15 +72,13 @@ def evaluate(eval_step: step.EvalStep, arrays: Arrays, batches: Iterable[Batch],
             reconstructions.append(result["images"][valid][:samples - kept])
             kept += len(originals[-1])
     psnr, ssim, features, labels = (np.concatenate(parts) for parts in (psnr, ssim, features, labels))
-    if not len(psnr):
-        raise ValueError("none of the images to evaluate on could be read")
     metrics = {
         "psnr": float(psnr.mean(dtype=np.float64)),
         "ssim": float(ssim.mean(dtype=np.float64)),
         "code_usage": float(code_usage(jnp.asarray(counts))),
         "code_perplexity": float(perplexity(jnp.asarray(counts))),
     }
-    if labels.min() >= 0 and len(np.unique(labels)) < len(labels):
+    if labels.min() >= 0 and 1 < len(np.unique(labels)) < len(labels):
         metrics["knn_top1"] = knn_top1(features, labels)
     metrics["num_images"] = len(psnr)
     return metrics, {"original": np.concatenate(originals), "reconstruction": np.concatenate(reconstructions)}
@@ -103,26 +105,28 @@ def main(_) -> None:
     out = Path(_OUT.value or workdirs[0] / "evaluation")
     with checkpoint.disk_errors(out):
         out.mkdir(parents=True, exist_ok=True)
-    bad_images = BadImages(None)
+    configs = [config_lib.load(workdir / "config.json") for workdir in workdirs]
+    if len(sizes := {config.data.image_size for config in configs}) > 1:
+        raise ValueError(f"runs for images of different sizes, {sorted(sizes)}, cannot be compared: one at a time")
+    data = _DATA.value or spec(configs[0])
+    source, bad_images = build.data_source(data, training=False), BadImages(None)
     columns, rows = {}, {}
-    source = _DATA.value
     for name, workdir in zip(names, workdirs, strict=True):
         config, graphdef, arrays = checkpoint.load_run(workdir, step=_STEP.value)
-        source = source or config.eval.source or config.data.source
-        eval_step = jax.jit(step.make_eval_step(graphdef))
-        batches = open_batches(config, bad_images, source=source, limit=_LIMIT.value)
-        columns[name], pictures = evaluate(eval_step, arrays, batches, samples=config.eval.samples)
+        batches = open_batches(config, source, bad_images, limit=_LIMIT.value)
+        columns[name], pictures = evaluate(jax.jit(step.make_eval_step(graphdef)), arrays, batches,
+                                           samples=configs[0].eval.samples)
         rows.setdefault("original", pictures["original"])
         rows[f"{name}  {columns[name]['psnr']:.2f} dB"] = pictures["reconstruction"]
 
-    print(f"data: {source}")
+    print(f"data: {data}")
     print(table(columns))
     for name, reason in bad_images.names().items():
         print(f"left out: {name}: {reason}")
-    shared = {"data": source, "left_out": bad_images.names()}
+    shared = {"data": data, "left_out": bad_images.names()}
     content = {**columns[names[0]], **shared} if len(names) == 1 else {"runs": columns, **shared}
     with checkpoint.disk_errors(out):
-        (out / "metrics.json").write_text(json.dumps(content, indent=2) + "\n")
+        (out / "metrics.json").write_text(reporting.to_json(content, indent=2) + "\n")
         reporting.save_png(out / "reconstructions.png", reporting.image_rows(rows))
     print(f"wrote {out / 'metrics.json'} and {out / 'reconstructions.png'}")
 
@@ -137,5 +141,5 @@ if __name__ == "__main__":
     _DATA = flags.DEFINE_string("data", "", "SPEC of the images; empty is what the first run's config says")
     _OUT = flags.DEFINE_string("out", "", "folder for the results; empty is WORKDIR/evaluation")
     _STEP = flags.DEFINE_integer("step", None, "which checkpoint; the last if not given")
-    _LIMIT = flags.DEFINE_integer("limit", 0, "only the first so many images; 0 is all", lower_bound=0)
+    _LIMIT = flags.DEFINE_integer("limit", 0, "only so many images, evenly spread; 0 is all", lower_bound=0)
     cli.run(main)

@@ -31,7 +31,7 @@ class Tokenizer:
         self.image_size = config.data.image_size
         model = flat.merge(graphdef, arrays)
         self.num_codes = model.quantizer.num_codes
-        self._arrays, self._tokens = arrays, model.encoder.grid**2
+        self._arrays, self._grid = arrays, model.encoder.grid
         self._features = jax.jit(lambda arrays, images: flat.merge(graphdef, arrays).features(images))
         self._encode = jax.jit(lambda arrays, images: flat.merge(graphdef, arrays).encode(images))
         self._lookup = jax.jit(lambda arrays, codes: flat.merge(graphdef, arrays).lookup(codes))
@@ -62,8 +62,9 @@ class Tokenizer:
         codes = np.asarray(codes)
         if not np.issubdtype(codes.dtype, np.integer):
             raise ValueError(f"codes must be integers, not {codes.dtype}")
-        if codes.ndim not in (2, 3) or codes[0].size != self._tokens:
-            raise ValueError(f"codes must be [B, h, w] or [B, N] with {self._tokens} codes an image, not {codes.shape}")
+        if codes.shape[1:] not in ((self._grid, self._grid), (self._grid**2,)):
+            raise ValueError(f"codes must be [B, {self._grid}, {self._grid}] or [B, {self._grid**2}], "
+                             f"not {codes.shape}")
         wrong = np.argwhere((codes < 0) | (codes >= self.num_codes))
         if len(wrong):
             at = tuple(int(i) for i in wrong[0])

@@ -2,9 +2,11 @@
 
 import json
 import logging
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -64,12 +66,13 @@ class Reporter:
             save_png(self._workdir / "samples" / f"{step:07d}.png", picture)
         if self._tensorboard:
             self._tensorboard.add_image("reconstructions", picture, step, dataformats="HWC")
-        log.info("step %d  evaluation  %s", step, "  ".join(f"{k} {v:.4f}" for k, v in metrics.items()))
+        shown = "  ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in metrics.items())
+        log.info("step %d  evaluation  %s", step, shown)
 
     def write(self, step: int, metrics: Mapping[str, float], timings: Mapping[str, float]) -> None:
         """One line of metrics.jsonl; TensorBoard and Weights & Biases get `timings` too."""
         with disk_errors(self._workdir), self._file.open("a") as file:
-            file.write(json.dumps({"step": step, **metrics}) + "\n")
+            file.write(to_json({"step": step, **metrics}) + "\n")
         if self._tensorboard:
             for name, value in {**metrics, **timings}.items():
                 self._tensorboard.add_scalar(name, value, step)
@@ -81,6 +84,16 @@ class Reporter:
             self._tensorboard.close()
         if self._wandb:
             self._wandb.finish()
+
+
+def to_json(content: Mapping[str, Any], *, indent: int | None = None) -> str:
+    """JSON of metrics at full precision; what is not finite, which JSON cannot say, becomes null."""
+    def finite(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {name: finite(entry) for name, entry in value.items()}
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(finite(content), indent=indent)
 
 
 def _drop_later_lines(file: Path, last_step: int) -> None:

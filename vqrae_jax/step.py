@@ -30,11 +30,11 @@ class TrainState(NamedTuple):
     """Everything that changes during training.
 
     Attributes:
-      step: int32, optimizer steps made.
+      step: int32, batches seen, skipped ones included.
       params: the learned parameters.
       codebook: frozen codes and EMA statistics: saved, but not learned by gradient.
       opt_state: of the optimizer.
-      ema: moving average of `params` and `codebook`; empty when it is off.
+      ema: moving average of `params` and of the codes that move; empty when it is off.
       skipped: int32, steps whose loss or gradient was not finite, and which changed nothing.
       skipped_in_a_row: int32, how many of those came last.
     """
@@ -65,16 +65,25 @@ TrainStep = Callable[[TrainState, Frozen, Any], tuple[TrainState, Metrics]]
 EvalStep = Callable[[Arrays, jax.Array, jax.Array], Metrics]
 
 
-def init_state(config: Config, params: Mapping[str, jax.Array], codebook: Mapping[str, jax.Array],
-               optimizer: optax.GradientTransformation) -> tuple[TrainState, Frozen]:
-    """Splits a model's parameters into what learns and what is frozen, and starts optimizer, EMA and teacher."""
+def init_state(config: Config, graphdef: nnx.GraphDef, params: Mapping[str, jax.Array],
+               codebook: Mapping[str, jax.Array], optimizer: optax.GradientTransformation) -> tuple[TrainState, Frozen]:
+    """Splits a model's parameters into what learns and what is frozen, and starts optimizer, EMA and teacher.
+
+    Raises:
+      ValueError: distillation of an encoder that is frozen.
+    """
     multipliers = config.optim.lr_multipliers
     learned = {path: value for path, value in params.items() if not optim.is_frozen(path, multipliers)}
     frozen = {path: value for path, value in params.items() if path not in learned}
     # Copies: an array that stands in two places cannot be donated.
     copy = lambda arrays: jax.tree.map(jnp.copy, arrays)
-    ema = copy({**learned, **codebook}) if config.optim.ema_decay else {}
+    moving = {f"quantizer/{name}" for name in flat.merge(graphdef, params, codebook).quantizer.moving_codes}
+    averaged = {**learned, **{path: codebook[path] for path in moving}}
+    ema = copy(averaged) if config.optim.ema_decay else {}
     encoder = {path: value for path, value in params.items() if path.startswith("encoder/")}
+    if config.loss.distill_weight and not encoder.keys() & learned.keys():
+        raise ValueError("config key loss.distill_weight has no effect on an encoder that is frozen: "
+                         "set it to 0, or let optim.lr_multipliers give the encoder a rate")
     teacher = copy(encoder) if config.loss.distill_weight else {}
     zero = lambda: jnp.zeros((), jnp.int32)
     state = TrainState(step=zero(), params=learned, codebook=dict(codebook), opt_state=optimizer.init(learned),
@@ -106,7 +115,7 @@ def make_train_step(config: Config, graphdef: nnx.GraphDef, *, optimizer: optax.
     Returns:
       `train_step(state, frozen, images) -> (state, metrics)`, to be jitted with `state` donated. `images` is uint8
       `[B, H, W, 3]`, the global batch. Metrics are float32 scalars; `loss/*` are the weighted terms that add up to
-      `loss/total`. A step whose loss or gradient is not finite changes nothing but the counters.
+      `loss/total`. A step whose loss, gradient or update is not finite changes nothing but the counters.
     """
     weights = config.loss
 
@@ -153,19 +162,20 @@ def make_train_step(config: Config, graphdef: nnx.GraphDef, *, optimizer: optax.
         ema = optim.moving_average(state.ema, {**params, **codebook}, config.optim.ema_decay)
 
         grad_norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(terms["total"]) & jnp.isfinite(grad_norm)
+        finite = jnp.isfinite(terms["total"]) & jnp.isfinite(grad_norm) & jnp.isfinite(optax.tree.norm(updates))
         new = (params, codebook, opt_state, ema)
         old = (state.params, state.codebook, state.opt_state, state.ema)
         params, codebook, opt_state, ema = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
         skipped = state.skipped + ~finite
         in_a_row = jnp.where(finite, 0, state.skipped_in_a_row + 1)
+        lr = schedule(state.step - state.skipped)  # a skipped step does not move the schedule
         state = TrainState(state.step + 1, params, codebook, opt_state, ema, skipped, in_a_row)
         return state, {
             **{f"loss/{name}": value for name, value in terms.items()},
             "code_usage_batch": code_usage(stats["counts"]),
             "code_perplexity_batch": perplexity(stats["counts"]),
             "grad_norm": grad_norm,
-            "lr": jnp.asarray(schedule(state.step - 1), jnp.float32),
+            "lr": jnp.asarray(lr, jnp.float32),
             "skipped_steps": skipped,
             "skipped_in_a_row": in_a_row,
         }

@@ -2,6 +2,7 @@
 
 import logging
 import signal
+import threading
 from contextlib import closing
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from flax import nnx
 from vqrae_jax import build, checkpoint, evaluate, optim, reporting
 from vqrae_jax import step as step_lib
 from vqrae_jax.config import Config
-from vqrae_jax.data import BadImages, TrainIterator, train_batches
+from vqrae_jax.data import BadImages, Source, TrainIterator, train_batches
 from vqrae_jax.models.flat import Arrays
 from vqrae_jax.step import Frozen, TrainState
 
@@ -32,14 +33,15 @@ def run(config: Config, workdir: Path) -> dict[str, float]:
       the metrics of the evaluation at the end.
 
     Raises:
-      ValueError, OSError: a config, data or a folder that cannot work, before anything is written to the folder.
+      ValueError, OSError: a config, data or a folder that cannot work, before training starts.
+      KeyboardInterrupt: a signal stopped the run, after it was saved.
       FloatingPointError: `train.max_skipped` steps in a row had a loss or gradient that was not finite.
     """
     graphdef, param_shapes, codebook_shapes = checkpoint.structure(workdir, config)
     optim.check_patterns(param_shapes, config.optim.lr_multipliers)
     bad_images = BadImages(workdir / "bad_images.jsonl")
     batches = _open_training_data(config, bad_images)
-    evaluate.open_batches(config, bad_images)  # finds out now whether the data is there
+    eval_source = build.data_source(evaluate.spec(config), training=False)
 
     checkpoint.open_run(workdir, config)
     _describe(config, param_shapes, codebook_shapes)
@@ -47,13 +49,13 @@ def run(config: Config, workdir: Path) -> dict[str, float]:
     # Whatever ends this block, saving in the background is waited for.
     with closing(checkpoint.Checkpoints(workdir)) as checkpoints, closing(batches):
         if steps := checkpoints.steps():
-            abstract, abstract_frozen = checkpoint.abstract_state(config, param_shapes, codebook_shapes)
+            abstract, abstract_frozen = checkpoint.abstract_state(config, graphdef, param_shapes, codebook_shapes)
             frozen = checkpoint.load_frozen(workdir, abstract_frozen)
             state, data_state = checkpoints.restore(steps[-1], abstract)
             batches.set_state(data_state)
         else:
             params, codebook = _initial_arrays(config, graphdef, param_shapes, codebook_shapes, bad_images)
-            state, frozen = step_lib.init_state(config, params, codebook, optimizer)
+            state, frozen = step_lib.init_state(config, graphdef, params, codebook, optimizer)
             del params, codebook
             checkpoint.save_frozen(workdir, frozen)
         train_step = jax.jit(step_lib.make_train_step(config, graphdef, optimizer=optimizer, schedule=schedule,
@@ -61,7 +63,8 @@ def run(config: Config, workdir: Path) -> dict[str, float]:
                              donate_argnums=0)
         eval_step = jax.jit(step_lib.make_eval_step(graphdef))
         with closing(reporting.Reporter(workdir, config, first_step=int(state.step))) as reporter:
-            result = _loop(config, train_step, eval_step, state, frozen, batches, checkpoints, reporter, bad_images)
+            result = _loop(config, train_step, eval_step, state, frozen, batches, eval_source, checkpoints, reporter,
+                           bad_images)
     if bad := bad_images.names():
         names = ", ".join(list(bad)[:5]) + (", ..." if len(bad) > 5 else "")
         log.warning("%d images could not be read and were left out: %s; see %s", len(bad), names, bad_images.path)
@@ -69,14 +72,18 @@ def run(config: Config, workdir: Path) -> dict[str, float]:
 
 
 def _loop(config: Config, train_step: step_lib.TrainStep, eval_step: step_lib.EvalStep, state: TrainState,
-          frozen: Frozen, batches: TrainIterator, checkpoints: checkpoint.Checkpoints, reporter: reporting.Reporter,
-          bad_images: BadImages) -> dict[str, float]:
-    """Steps from `state` to the end; returns the metrics of the last evaluation, empty if a signal came first."""
+          frozen: Frozen, batches: TrainIterator, eval_source: Source, checkpoints: checkpoint.Checkpoints,
+          reporter: reporting.Reporter, bad_images: BadImages) -> dict[str, float]:
+    """Steps from `state` to the end; returns the metrics of the last evaluation, empty if no step was left."""
     result = {}
+    if int(state.step) >= config.train.steps:
+        log.info("step %d of %d is reached: nothing left to do", state.step, config.train.steps)
     with _StopSignal() as stop:
         for step in range(int(state.step) + 1, config.train.steps + 1):
             state, metrics = train_step(state, frozen, next(batches)["image"])
-            last, psnr = step == config.train.steps, None
+            last, psnr, stopping = step == config.train.steps, None, stop.requested
+            evaluating = step % config.train.eval_every == 0 or last
+            saving = step % config.train.checkpoint_every == 0 or last or stopping
             if step % config.train.log_every == 0 or last:
                 metrics = {name: float(value) for name, value in metrics.items()}
                 reporter.train(step, metrics)
@@ -86,20 +93,21 @@ def _loop(config: Config, train_step: step_lib.TrainStep, eval_step: step_lib.Ev
                         f"{metrics['skipped_in_a_row']:.0f} steps in a row up to step {step} had a loss or gradient "
                         f"that was not finite; {checkpoints.workdir} keeps the last good state: lower optim.lr and "
                         "start a new run with init_from that folder")
+            if evaluating or saving:
+                jax.block_until_ready(state)  # or the steps under way would count as time of the evaluation
             reporter.pause()
-            if step % config.train.eval_every == 0 or last:
+            if evaluating:
                 arrays = {**frozen.params, **state.params, **state.codebook, **state.ema}
                 result, pictures = evaluate.evaluate(
-                    eval_step, arrays, evaluate.open_batches(config, bad_images, limit=config.eval.limit),
+                    eval_step, arrays, evaluate.open_batches(config, eval_source, bad_images, limit=config.eval.limit),
                     samples=config.eval.samples)
                 reporter.evaluation(step, result, reporting.image_rows(pictures))
                 psnr = result["psnr"]
-            if step % config.train.checkpoint_every == 0 or last or stop.requested:
+            if saving:
                 checkpoints.save(state, batches.get_state(), psnr=psnr)
             reporter.resume()
-            if stop.requested and not last:
-                log.warning("stopped by a signal after step %d; the same command continues", step)
-                return {}
+            if stopping and not last:
+                raise KeyboardInterrupt(f"stopped by a signal after step {step}; the same command continues")
     return result
 
 
@@ -162,7 +170,9 @@ class _StopSignal:
         self.requested = False
 
     def __enter__(self):
-        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        # Only a process's main thread may have handlers; a notebook may run elsewhere.
+        numbers = (signal.SIGTERM, signal.SIGINT) if threading.current_thread() is threading.main_thread() else ()
+        self._before = {number: signal.signal(number, self._note) for number in numbers}
         return self
 
     def __exit__(self, *_):

@@ -240,7 +240,7 @@ def train_batches(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _EvalExample:
-    """Position in the padded source -> image, label, and whether they are there."""
+    """Position in the padded evaluation set -> image, label, and whether they are there."""
 
     source: Source
     count: int
@@ -248,7 +248,9 @@ class _EvalExample:
     bad_images: BadImages
 
     def __call__(self, position: int) -> dict[str, np.ndarray | np.generic]:
-        example = _read(self.source, position, self.bad_images) if position < self.count else None
+        # Spread evenly: a folder's first images may all be of one class.
+        index = position * len(self.source) // self.count if position < self.count else -1
+        example = _read(self.source, index, self.bad_images) if index >= 0 else None
         if example is None:
             image, label = np.zeros((self.image_size, self.image_size, 3), np.uint8), -1
         else:
@@ -257,7 +259,7 @@ class _EvalExample:
             "image": image,
             "label": np.int32(label),
             "valid": np.bool_(example is not None),
-            "index": np.int64(position if position < self.count else -1),
+            "index": np.int64(index),
         }
 
 
@@ -275,7 +277,7 @@ def eval_batches(
     """The images in order, each once, resized and centre-cropped; every batch is full, every shard has as many.
 
     Padding and bad images have valid = False, label -1 and black pixels. Global batch n, its shards one after the
-    other, holds the positions n*B ... (n+1)*B - 1 of the source, B = batch_size * shard_count.
+    other, holds the positions n*B ... (n+1)*B - 1 of the evaluation set, B = batch_size * shard_count.
 
     Args:
       source: where the images come from.
@@ -284,7 +286,7 @@ def eval_batches(
       bad_images: collects the images that cannot be read.
       shard_index: which shard (`jax.process_index()`).
       shard_count: number of shards (`jax.process_count()`).
-      limit: only the first so many images; None is all.
+      limit: only so many images, evenly spread over the source; None is all.
       threads: threads that read; each makes a whole batch.
 
     Returns:

@@ -7,6 +7,7 @@ All share one interface:
     quantizer.codes()                      [K, e] float32: the codes that are looked up, in code space
     quantizer.num_codes                    K
     quantizer.next_state(stats, rng=...)   {name: array}: its state after a training step with these statistics
+    quantizer.moving_codes                 names of the state that holds codes and changes: what a weight EMA averages
 
 `width` d is the tokens' width, `dim` e the codes'. Where they differ, a linear layer leads into code space and another
 one out of it. Search, losses and statistics are float32, and every matmul here asks for full float32 precision: TPUs
@@ -14,14 +15,14 @@ and GPUs otherwise round the operands, and the nearest code is decided by small 
 """
 
 import math
-from typing import Literal, NamedTuple, get_args
+from typing import ClassVar, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from .vit import Linear
+from vqrae_jax.models.vit import Linear
 
 Search = Literal["euclidean", "cosine"]
 Gradient = Literal["straight_through", "rotation"]
@@ -214,6 +215,8 @@ class SimVQ(_CodebookQuantizer):
       block_tokens: see `nearest_code`.
     """
 
+    moving_codes: ClassVar[tuple[str, ...]] = ()
+
     def __init__(self, *, width: int, size: int, dim: int, init_std: float | None = None, project: bool | None = None,
                  search: Search = "euclidean", input_projection: bool = False, commitment_weight: float = 0.25,
                  gradient: Gradient = "straight_through", block_tokens: int | None = None, rngs: nnx.Rngs):
@@ -257,6 +260,8 @@ class EMAVQ(_CodebookQuantizer):
 
     State: `codebook` [K, e], `counts` [K] and `sums` [K, e], float32, with codebook = sums / counts from the start.
     """
+
+    moving_codes: ClassVar[tuple[str, ...]] = ("codebook",)
 
     def __init__(self, *, width: int, size: int, dim: int, project: bool | None = None, search: Search = "euclidean",
                  commitment_weight: float = 0.25, gradient: Gradient = "straight_through", decay: float = 0.99,
@@ -351,6 +356,8 @@ class FSQ(nnx.Module):
       width: tokens' width d; where it is not len(levels), linear layers lead to the coordinates and back.
       levels: levels per coordinate, each at least 2; their product is the number of codes.
     """
+
+    moving_codes: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, *, width: int, levels: tuple[int, ...], rngs: nnx.Rngs):
         self.levels = tuple(levels)
