@@ -1,11 +1,18 @@
 """What tests share: tiny encoders in the layout of real checkpoints, and the folder of real images."""
 
+import os
 import shutil
+import tempfile
 from pathlib import Path
 
-import pytest
+# Many tests compile the same tiny step; they and the processes they start share one cache. Set before JAX is imported.
+_cache = tempfile.TemporaryDirectory(prefix="vqrae_jax_test_cache_")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _cache.name)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
-from vqrae_jax import config as config_lib
+import pytest  # noqa: E402
+
+from vqrae_jax import config as config_lib  # noqa: E402
 
 REPOSITORY = Path(__file__).parents[1]
 REFERENCE = Path(__file__).parent / "reference"

@@ -10,6 +10,7 @@
 import dataclasses
 import errno
 import logging
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +32,7 @@ log = logging.getLogger(__name__)
 # May change between two starts of a run: they alter neither the parameters nor the metrics of a step.
 _FREE_KEYS = ("train.log_every", "train.checkpoint_every", "train.eval_every", "train.max_skipped", "data.threads",
               "data.workers", "eval.", "log.")
+_CANNOT_WRITE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT)
 BEST_METRIC = "psnr"
 
 
@@ -83,8 +85,7 @@ def disk_errors(workdir: Path) -> Iterator[None]:
         if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
             raise OSError(f"the disk is full: {workdir} could not be written; the last complete checkpoint is kept, "
                           "free some space and start again to continue from it") from error
-        if isinstance(error, PermissionError | NotADirectoryError | FileExistsError) or (
-                isinstance(error, OSError) and error.errno == errno.EROFS):
+        if isinstance(error, OSError) and error.errno in _CANNOT_WRITE:
             raise OSError(f"cannot write to {workdir}: {error.strerror}; choose a folder you may write to") from error
         raise
 
@@ -98,12 +99,16 @@ class Checkpoints:
             LatestN(2),
             BestN(get_metric_fn=_best_metric, n=1, keep_checkpoints_without_metrics=False),
         ])
+        if not read_only:
+            # Orbax can do this in a thread, which a process that fails early does not wait for.
+            for unfinished in (workdir / "checkpoints").glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(unfinished)
         self._manager = ocp.CheckpointManager(
             (workdir / "checkpoints").absolute(),
             item_names=("model", "training", "data"),
             # Without best_fn Orbax keeps metrics in memory only, and a restart would forget which step was best.
             options=ocp.CheckpointManagerOptions(preservation_policy=policy, best_fn=_best_metric, create=not read_only,
-                                                 read_only=read_only, cleanup_tmp_directories=not read_only))
+                                                 read_only=read_only))
 
     def steps(self) -> list[int]:
         """The steps of all complete checkpoints, in order."""

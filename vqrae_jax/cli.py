@@ -26,7 +26,10 @@ def _parse_flags(argv: Sequence[str]) -> Sequence[str]:
     except Exception as error:  # a config file is arbitrary Python that runs while flags are parsed
         if any(argument.startswith("--traceback") for argument in argv):
             raise
-        _fail(error)
+        # ml_collections names only the last part of an unknown key.
+        culprits = [flag for flag in (argument.split("=")[0] for argument in argv)
+                    if flag.startswith("--") and repr(flag.rpartition(".")[2]) in str(error).replace("\\'", "'")]
+        _fail(error, *culprits)
 
 
 def _guarded(main: Callable[[Sequence[str]], Any], argv: Sequence[str]) -> None:
@@ -51,10 +54,11 @@ def _guarded(main: Callable[[Sequence[str]], Any], argv: Sequence[str]) -> None:
                           "train.accumulate"))
 
 
-def _fail(error: BaseException) -> NoReturn:
+def _fail(error: BaseException, *context: str) -> NoReturn:
     # str(KeyError) would quote its message.
-    message = error.args[0] if isinstance(error, KeyError) and error.args else error
-    lines = str(message).strip().splitlines() or [type(error).__name__]
+    message = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+    message = message.replace("\\n", "\n").replace("\\'", "'")  # a KeyError inside a KeyError
+    lines = message.strip().splitlines() or [type(error).__name__]
     # absl hands on the traceback of a config file as part of a message.
-    text = lines[-1] if "Traceback" in str(message) else " ".join(lines)
-    sys.exit(f"error: {' '.join(text.split())}")
+    text = lines[-1] if "Traceback" in message else " ".join(lines)
+    sys.exit("error: " + ": ".join([*context, " ".join(text.split())]))

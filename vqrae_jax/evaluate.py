@@ -33,7 +33,7 @@ def spec(config: Config) -> str:
 
 
 def open_batches(config: Config, source: Source, bad_images: BadImages, *, limit: int) -> Iterable[Batch]:
-    """The images of a source at a config's size; `limit` > 0 takes only so many, evenly spread over the source."""
+    """The images of a source at a config's size; `limit` > 0 takes only so many, always the same."""
     return eval_batches(source, image_size=config.data.image_size, batch_size=config.eval.batch_size,
                         bad_images=bad_images, limit=limit or None)
 
@@ -141,5 +141,5 @@ if __name__ == "__main__":
     _DATA = flags.DEFINE_string("data", "", "SPEC of the images; empty is what the first run's config says")
     _OUT = flags.DEFINE_string("out", "", "folder for the results; empty is WORKDIR/evaluation")
     _STEP = flags.DEFINE_integer("step", None, "which checkpoint; the last if not given")
-    _LIMIT = flags.DEFINE_integer("limit", 0, "only so many images, evenly spread; 0 is all", lower_bound=0)
+    _LIMIT = flags.DEFINE_integer("limit", 0, "only so many images, always the same; 0 is all", lower_bound=0)
     cli.run(main)

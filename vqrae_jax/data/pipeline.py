@@ -243,13 +243,12 @@ class _EvalExample:
     """Position in the padded evaluation set -> image, label, and whether they are there."""
 
     source: Source
-    count: int
+    chosen: np.ndarray
     image_size: int
     bad_images: BadImages
 
     def __call__(self, position: int) -> dict[str, np.ndarray | np.generic]:
-        # Spread evenly: a folder's first images may all be of one class.
-        index = position * len(self.source) // self.count if position < self.count else -1
+        index = int(self.chosen[position]) if position < len(self.chosen) else -1
         example = _read(self.source, index, self.bad_images) if index >= 0 else None
         if example is None:
             image, label = np.zeros((self.image_size, self.image_size, 3), np.uint8), -1
@@ -286,7 +285,7 @@ def eval_batches(
       bad_images: collects the images that cannot be read.
       shard_index: which shard (`jax.process_index()`).
       shard_count: number of shards (`jax.process_count()`).
-      limit: only so many images, evenly spread over the source; None is all.
+      limit: only so many images, a random choice that is always the same; None is all.
       threads: threads that read; each makes a whole batch.
 
     Returns:
@@ -302,7 +301,9 @@ def eval_batches(
         raise ValueError(f"limit must be at least 1 or None, got {limit}")
     count = len(source) if limit is None else min(limit, len(source))
     padded = math.ceil(count / (batch_size * shard_count)) * batch_size * shard_count
-    example = _EvalExample(source=source, count=count, image_size=image_size, bad_images=bad_images)
+    # Not the first ones: in a folder these may all be of one class.
+    chosen = np.sort(np.random.default_rng(0).permutation(len(source))[:count])
+    example = _EvalExample(source=source, chosen=chosen, image_size=image_size, bad_images=bad_images)
     batches = grain.MapDataset.range(padded).map(example).batch(batch_size)[shard_index::shard_count]
     read_options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(2, threads))
 
