@@ -78,6 +78,8 @@ def _loop(config: Config, train_step: step_lib.TrainStep, eval_step: step_lib.Ev
     result = {}
     if int(state.step) >= config.train.steps:
         log.info("step %d of %d is reached: nothing left to do", state.step, config.train.steps)
+    else:
+        log.info("training to step %d; the first step takes longer, for it is compiled", config.train.steps)
     with _StopSignal() as stop:
         for step in range(int(state.step) + 1, config.train.steps + 1):
             state, metrics = train_step(state, frozen, next(batches)["image"])
