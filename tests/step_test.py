@@ -180,7 +180,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(tiny_config):
 def test_the_weight_average_starts_at_the_weights_and_includes_the_codebook(tiny_config):
     tiny_config.model.quantizer.kind = "ema"
     run = Run(config_lib.parse(tiny_config))
-    averaged = lambda state: {**state.params, "quantizer/codebook": state.codebook["quantizer/codebook"]}
+    averaged = lambda state: {**state.params, **state.codebook}
     before = averaged(run.state)
     chex.assert_trees_all_equal(run.state.ema, before)
     run.train(1)
@@ -191,6 +191,9 @@ def test_the_weight_average_starts_at_the_weights_and_includes_the_codebook(tiny
         expected = 0.9 * first.ema[path] + 0.1 * value
         np.testing.assert_allclose(run.state.ema[path], expected, rtol=1e-5, atol=1e-7)
     assert np.any(run.state.ema["quantizer/codebook"] != before["quantizer/codebook"])
+    tiny_config.model.quantizer.kind = "simvq"
+    run = Run(config_lib.parse(tiny_config))
+    assert run.state.ema.keys() == run.state.params.keys()  # frozen codes need no average
 
 
 def test_learning_rates_differ_by_path(tiny_config):

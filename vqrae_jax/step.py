@@ -34,7 +34,7 @@ class TrainState(NamedTuple):
       params: the learned parameters.
       codebook: frozen codes and EMA statistics: saved, but not learned by gradient.
       opt_state: of the optimizer.
-      ema: moving average of `params` and of the codes that move; empty when it is off.
+      ema: moving average of `params` and of the codebook state that moves; empty when it is off.
       skipped: int32, steps whose loss or gradient was not finite, and which changed nothing.
       skipped_in_a_row: int32, how many of those came last.
     """
@@ -77,7 +77,7 @@ def init_state(config: Config, graphdef: nnx.GraphDef, params: Mapping[str, jax.
     frozen = {path: value for path, value in params.items() if path not in learned}
     # Copies: an array that stands in two places cannot be donated.
     copy = lambda arrays: jax.tree.map(jnp.copy, arrays)
-    moving = {f"quantizer/{name}" for name in flat.merge(graphdef, params, codebook).quantizer.moving_codes}
+    moving = {f"quantizer/{name}" for name in flat.merge(graphdef, params, codebook).quantizer.moving_state}
     averaged = {**learned, **{path: codebook[path] for path in moving}}
     ema = copy(averaged) if config.optim.ema_decay else {}
     encoder = {path: value for path, value in params.items() if path.startswith("encoder/")}

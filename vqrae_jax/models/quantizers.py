@@ -7,7 +7,7 @@ All share one interface:
     quantizer.codes()                      [K, e] float32: the codes that are looked up, in code space
     quantizer.num_codes                    K
     quantizer.next_state(stats, rng=...)   {name: array}: its state after a training step with these statistics
-    quantizer.moving_codes                 names of the state that holds codes and changes: what a weight EMA averages
+    quantizer.moving_state                 names of what next_state changes: a weight EMA averages them too
 
 `width` d is the tokens' width, `dim` e the codes'. Where they differ, a linear layer leads into code space and another
 one out of it. Search, losses and statistics are float32, and every matmul here asks for full float32 precision: TPUs
@@ -215,7 +215,7 @@ class SimVQ(_CodebookQuantizer):
       block_tokens: see `nearest_code`.
     """
 
-    moving_codes: ClassVar[tuple[str, ...]] = ()
+    moving_state: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, *, width: int, size: int, dim: int, init_std: float | None = None, project: bool | None = None,
                  search: Search = "euclidean", input_projection: bool = False, commitment_weight: float = 0.25,
@@ -261,7 +261,7 @@ class EMAVQ(_CodebookQuantizer):
     State: `codebook` [K, e], `counts` [K] and `sums` [K, e], float32, with codebook = sums / counts from the start.
     """
 
-    moving_codes: ClassVar[tuple[str, ...]] = ("codebook",)
+    moving_state: ClassVar[tuple[str, ...]] = ("codebook", "counts", "sums")
 
     def __init__(self, *, width: int, size: int, dim: int, project: bool | None = None, search: Search = "euclidean",
                  commitment_weight: float = 0.25, gradient: Gradient = "straight_through", decay: float = 0.99,
@@ -357,7 +357,7 @@ class FSQ(nnx.Module):
       levels: levels per coordinate, each at least 2; their product is the number of codes.
     """
 
-    moving_codes: ClassVar[tuple[str, ...]] = ()
+    moving_state: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, *, width: int, levels: tuple[int, ...], rngs: nnx.Rngs):
         self.levels = tuple(levels)
