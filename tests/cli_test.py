@@ -126,7 +126,7 @@ def test_reconstruct_shows_originals_over_reconstructions(run, tmp_path):
 
 
 @pytest.mark.parametrize(("arguments", "says"), [
-    (["vqrae_jax.evaluate", "--workdir={tmp}"], "is not the folder of a run"),
+    (["vqrae_jax.evaluate", "--workdir={tmp}/typo"], "is not the folder of a run"),
     (["vqrae_jax.evaluate", "--workdir={run}", "--out={tmp}", "--data=folder:{tmp}"], "error: no image under"),
     (["vqrae_jax.evaluate", "--workdir={run}", "--step=7"], "holds the checkpoints"),
     (["vqrae_jax.reconstruct", "--workdir={run}", "--out={tmp}/r.png"], "error: no images given"),
@@ -140,6 +140,7 @@ def test_other_commands_fail_in_one_line(arguments, says, run, tmp_path):
         os.remove(tmp_path / "text.jpg")
     assert_one_line_error(command(*(a.format(tmp=tmp_path, run=run) for a in arguments)), says)
     assert not (tmp_path / "r.png").exists()
+    assert not (tmp_path / "typo").exists()
 
 
 @pytest.mark.parametrize("verb", ["main", "evaluate", "reconstruct"])

@@ -141,13 +141,10 @@ class Checkpoints:
         model, _ = _items(abstract)
         return self._manager.restore(step, args=ocp.args.Composite(model=ocp.args.StandardRestore(model)))["model"]
 
-    def wait(self) -> None:
-        """Returns when everything saved so far is on disk."""
+    def close(self) -> None:
+        """Returns when everything that was saved is on disk."""
         with disk_errors(self.workdir):
             self._manager.wait_until_finished()
-
-    def close(self) -> None:
-        self.wait()
         self._manager.close()
 
 

@@ -103,13 +103,13 @@ def main(_) -> None:
     workdirs = [Path(workdir) for workdir in _WORKDIR.value]
     names = _labels(workdirs)
     out = Path(_OUT.value or workdirs[0] / "evaluation")
-    with checkpoint.disk_errors(out):
-        out.mkdir(parents=True, exist_ok=True)
     configs = [config_lib.load(workdir / "config.json") for workdir in workdirs]
     if len(sizes := {config.data.image_size for config in configs}) > 1:
         raise ValueError(f"runs for images of different sizes, {sorted(sizes)}, cannot be compared: one at a time")
     data = _DATA.value or spec(configs[0])
     source, bad_images = build.data_source(data, training=False), BadImages(None)
+    with checkpoint.disk_errors(out):
+        out.mkdir(parents=True, exist_ok=True)  # before the work, and after what may be misspelt
     columns, rows = {}, {}
     for name, workdir in zip(names, workdirs, strict=True):
         config, graphdef, arrays = checkpoint.load_run(workdir, step=_STEP.value)

@@ -40,7 +40,8 @@ def run(config: Config, workdir: Path) -> dict[str, float]:
     graphdef, param_shapes, codebook_shapes = checkpoint.structure(workdir, config)
     optim.check_patterns(param_shapes, config.optim.lr_multipliers)
     bad_images = BadImages(workdir / "bad_images.jsonl")
-    batches = _open_training_data(config, bad_images)
+    source = build.data_source(config.data.source, training=True)
+    batches = _open_batches(config, source, bad_images)
     eval_source = build.data_source(evaluate.spec(config), training=False)
 
     checkpoint.open_run(workdir, config)
@@ -54,7 +55,7 @@ def run(config: Config, workdir: Path) -> dict[str, float]:
             state, data_state = checkpoints.restore(steps[-1], abstract)
             batches.set_state(data_state)
         else:
-            params, codebook = _initial_arrays(config, graphdef, param_shapes, codebook_shapes, bad_images)
+            params, codebook = _initial_arrays(config, graphdef, param_shapes, codebook_shapes, source, bad_images)
             state, frozen = step_lib.init_state(config, graphdef, params, codebook, optimizer)
             del params, codebook
             checkpoint.save_frozen(workdir, frozen)
@@ -113,16 +114,16 @@ def _loop(config: Config, train_step: step_lib.TrainStep, eval_step: step_lib.Ev
     return result
 
 
-def _open_training_data(config: Config, bad_images: BadImages) -> TrainIterator:
+def _open_batches(config: Config, source: Source, bad_images: BadImages) -> TrainIterator:
     data = config.data
     return train_batches(
-        build.data_source(data.source, training=True), image_size=data.image_size, batch_size=config.train.batch_size,
-        seed=config.seed, crop_scale_min=data.crop_scale_min, flip=data.flip, threads=data.threads,
-        workers=data.workers, bad_images=bad_images)
+        source, image_size=data.image_size, batch_size=config.train.batch_size, seed=config.seed,
+        crop_scale_min=data.crop_scale_min, flip=data.flip, threads=data.threads, workers=data.workers,
+        bad_images=bad_images)
 
 
 def _initial_arrays(config: Config, graphdef: nnx.GraphDef, param_shapes: Arrays, codebook_shapes: Arrays,
-                    bad_images: BadImages) -> tuple[Arrays, Arrays]:
+                    source: Source, bad_images: BadImages) -> tuple[Arrays, Arrays]:
     """Parameters and codebook state that a run starts from: another run's, or pretrained and random ones."""
     if config.init_from:
         _, _, arrays = checkpoint.load_run(Path(config.init_from))
@@ -131,7 +132,7 @@ def _initial_arrays(config: Config, graphdef: nnx.GraphDef, param_shapes: Arrays
         return {path: arrays[path] for path in param_shapes}, {path: arrays[path] for path in codebook_shapes}
     params, codebook = build.initial_arrays(config)
     if config.model.quantizer.init == "kmeans":
-        batches = _open_training_data(config, bad_images)  # an iterator of its own: training starts at batch 0
+        batches = _open_batches(config, source, bad_images)  # an iterator of its own: training starts at batch 0
         images, tokens = [], 0
         while tokens < KMEANS_TOKENS_PER_CODE * config.model.quantizer.size:
             images.append(next(batches)["image"])
