@@ -68,4 +68,6 @@ def test_pytorch_and_tensorflow_are_no_run_time_dependency():
                  if isinstance(node, ast.Import) for alias in node.names}
         names |= {node.module.split(".")[0] for node in ast.walk(ast.parse(file.read_text()))
                   if isinstance(node, ast.ImportFrom) and node.module}
-        assert not names & {"torch", "tensorflow", "transformers", "chex"}, file
+        # Reads PyTorch's own files where it is installed, and says so where it is not.
+        allowed = {"torch"} if file == PACKAGE / "convert" / "tensors.py" else set()
+        assert not names & {"torch", "tensorflow", "transformers", "chex"} - allowed, file

@@ -18,10 +18,10 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from vqrae_jax.convert.tensors import local_folder
 from vqrae_jax.models.encoders import Encoder, interpolate_positions
 from vqrae_jax.models.vit import Activation, FinalNorm, ViTSpec
 
@@ -323,19 +323,10 @@ def _run_size(spec: EncoderSpec, image_size: int | None) -> int:
 
 
 def _local_folder(path_or_id: str | Path, *, weights: bool) -> Path:
-    """The folder itself, or the hub's snapshot of that id with the files we need."""
-    folder = Path(path_or_id).expanduser()
-    if folder.is_dir():
-        return folder
     files = ["config.json", "preprocessor_config.json"]
     if weights:
         files += ["model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"]
-    try:
-        return Path(snapshot_download(str(path_or_id), allow_patterns=files))
-    except Exception as error:  # the hub's client raises what its network stack raises
-        raise OSError(f"{path_or_id} is not a folder, and could not be fetched from the Hugging Face hub "
-                      f"({type(error).__name__}); download it where there is a network and give the local folder") \
-            from error
+    return local_folder(path_or_id, files)
 
 
 def _read_json(file: Path) -> dict[str, Any]:

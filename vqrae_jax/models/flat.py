@@ -10,15 +10,13 @@ from typing import Any
 import jax
 from flax import nnx
 
-from vqrae_jax.models.quantizers import CodebookState
-
 Arrays = dict[str, jax.Array]
 
 
 def split(module: nnx.Module) -> tuple[nnx.GraphDef, Arrays, Arrays]:
-    """A module's structure, its learned parameters, and its codebook state (frozen codes, EMA statistics)."""
-    graphdef, params, codebook = nnx.split(module, nnx.Param, CodebookState)
-    return graphdef, _arrays(params), _arrays(codebook)
+    """A module's structure, its parameters, and everything else it keeps (frozen codes, statistics)."""
+    graphdef, params, rest = nnx.split(module, nnx.Param, ...)
+    return graphdef, _arrays(params), _arrays(rest)
 
 
 def merge(graphdef: nnx.GraphDef, *parts: Mapping[str, jax.Array]) -> Any:

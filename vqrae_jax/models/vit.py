@@ -9,6 +9,7 @@ not grow with depth and one path pattern names a parameter of every layer.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Literal
 
 import jax
@@ -130,13 +131,27 @@ class Transformer(nnx.Module):
         make_blocks = nnx.vmap(lambda rngs: Block(spec, dtype=dtype, rngs=rngs), in_axes=0, out_axes=0)
         self.blocks = make_blocks(rngs.split(spec.depth))
         self.norm = layer_norm(spec.width, eps=spec.norm_eps, affine=final_norm == "affine", rngs=rngs)
-        self.dtype = dtype
+        self.depth, self.dtype = spec.depth, dtype
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        (x,) = self.hidden_states(x, [self.depth])
+        return self.norm(x.astype(jnp.float32))
+
+    def hidden_states(self, x: jax.Array, layers: Sequence[int]) -> list[jax.Array]:
+        """The tokens after each of `layers`, without the final LayerNorm: `[B, N, d]` in the compute dtype each.
+
+        Layers are numbered as `transformers` numbers `hidden_states`: 0 is the input, `depth` the last block's output.
+        They must ascend. Blocks after the last of them are not run.
+        """
         graphdef, stacked = nnx.split(self.blocks)
         run_block = lambda x, params: (nnx.merge(graphdef, params)(x), None)
-        x, _ = jax.lax.scan(run_block, x.astype(self.dtype), stacked)
-        return self.norm(x.astype(jnp.float32))
+        states, x, done = [], x.astype(self.dtype), 0
+        for layer in layers:
+            part = jax.tree.map(lambda leaf, done=done, layer=layer: leaf[done:layer], stacked)
+            x, _ = jax.lax.scan(run_block, x, part)
+            states.append(x)
+            done = layer
+        return states
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
