@@ -4,18 +4,20 @@
         --config.init_from=runs/siglip_l_stage1 --config.data.source=folder:/data/images
 
 Hardware: as stage 1, with about twice the memory for the encoder's optimizer and its teacher. Result: not yet measured.
-The PyTorch recipe adds LPIPS (0.5), which this code does not have yet.
+The PyTorch recipe: LPIPS at half its weight, no discriminator.
 """
 
 from ml_collections import ConfigDict
 
 from configs import siglip_l_stage1
+from vqrae_jax import config as config_lib
 
 
 def get_config() -> ConfigDict:
     config = siglip_l_stage1.get_config()
     config.init_from = "runs/siglip_l_stage1"
     config.train.update(steps=50_000, checkpoint_every=2500)
-    config.loss.distill_weight = 2.0
+    config.loss.update(perceptual_weight=0.5, distill_weight=2.0)
+    config.gan = config_lib.default().gan
     config.optim.update(lr=1e-5, end_lr=1e-6, warmup_steps=1000, lr_multipliers=())
     return config

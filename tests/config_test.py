@@ -36,15 +36,26 @@ def changed(**changes):
     ({"train__steps": True}, "config key train.steps must be of type int"),
     ({"train__batch_size": 0}, "config key train.batch_size must be at least 1, not 0"),
     ({"data__crop_scale_min": 1.5}, "config key data.crop_scale_min must be between 0.001 and 1.0, not 1.5"),
-    ({"model__quantizer__kind": "vqgan"}, "model.quantizer.kind must be one of simvq, ema, fsq, not 'vqgan'"),
+    ({"model__quantizer__kind": "vqgan"}, "model.quantizer.kind must be one of simvq, ema, fsq, adapter_fsq, ranked, none, not 'vqgan'"),
     ({"model__quantizer": 3}, "config key model.quantizer must hold keys, not 3"),
-    ({"model__quantizer__levels": [8, 8]}, "model.quantizer.levels (8, 8) has no meaning for simvq, only for fsq"),
+    ({"model__quantizer__levels": [8, 8]}, "model.quantizer.levels (8, 8) has no meaning for simvq, only for fsq and adapter_fsq"),
     ({"model__quantizer__restart_threshold": 1.0}, "restart_threshold 1.0 has no meaning for simvq, only for ema"),
     ({"optim__lr_multipliers": [["encoder/(", 0.0]]}, "'encoder/(' is not a pattern"),
     ({"optim__lr_multipliers": [["encoder/.*", -1.0]]}, "negative factor -1.0"),
     ({"optim__lr_multipliers": [["encoder/.*"]]}, "must have 2 entries"),
     ({"optim__end_lr": 1.0}, "optim.end_lr 1.0 must not exceed optim.lr 0.0004"),
-    ({"optim__warmup_steps": 100_000}, "optim.warmup_steps 100000 must be below train.steps 100000"),
+    ({"optim__warmup_steps": 100_000}, "optim.warmup_steps 100000 must be below the 100000 steps"),
+    ({"gan__discriminator": "patchgan", "gan__discriminator_start_step": 9, "gan__start_step": 8},
+     "gan.start_step 8 is before gan.discriminator_start_step 9"),
+    ({"gan__discriminator": "patchgan", "gan__channels": 48}, "gan.channels 48 must be a multiple of 32"),
+    ({"gan__heads": "disc.pt"}, "gan.heads 'disc.pt' has no meaning for none, only for dino_s8 and dino_s16"),
+    ({"gan__discriminator": "dino_s8", "gan__warmup_steps": 100_000}, "gan.warmup_steps 100000 must be below"),
+    ({"loss__perceptual_weight": 1.0}, "needs a network: set loss.perceptual.lpips or loss.perceptual.convnext_s"),
+    ({"loss__perceptual__lpips": 1.0}, "loss.perceptual_weight is 0, but loss.perceptual names a network"),
+    ({"model__decoder__shape": "custom", "model__decoder__width": 8}, "model.decoder.depth is 0, but a custom shape"),
+    ({"model__decoder__depth": 8}, "model.decoder.depth 8 has no meaning for symmetric, only for custom"),
+    ({"model__quantizer__kind": "fsq", "model__quantizer__l2_normalize": True}, "l2_normalize True has no meaning"),
+    ({"optim__end_lr_multipliers": [["(", 1.0]]}, "optim.end_lr_multipliers: '(' is not a pattern"),
     ({"train__accumulate": 3}, "train.batch_size 256 is not divisible by train.accumulate 3"),
 ])
 def test_a_wrong_key_or_value_is_named(changes, says):
@@ -76,7 +87,7 @@ def test_differences_are_named():
 
 
 def test_every_key_is_read_by_something():
-    aliases = {"q": "quantizer", "o": "optim", "weights": "loss"}
+    aliases = {"q": "quantizer", "o": "optim", "weights": "loss", "d": "decoder", "g": "gan"}
     read = set()
     for file in (REPOSITORY / "vqrae_jax").rglob("*.py"):
         if file.name == "config.py":
@@ -94,17 +105,56 @@ def test_every_key_is_read_by_something():
     assert not set(keys(config_lib.Config(), "config")) - read
 
 
+def siglip(width, depth, heads, mlp_dim, patch_size, image_size):
+    return {"model_type": "siglip", "vision_config": {
+        "model_type": "siglip_vision_model", "hidden_size": width, "num_hidden_layers": depth,
+        "num_attention_heads": heads, "intermediate_size": mlp_dim, "image_size": image_size, "patch_size": patch_size}}
+
+
 # The shapes of the encoders that the shipped configs name; the values of their config.json files on the hub.
 HUB_CONFIGS = {
-    "google/siglip-large-patch16-384": {
-        "model_type": "siglip", "vision_config": {
-            "model_type": "siglip_vision_model", "hidden_size": 1024, "num_hidden_layers": 24,
-            "num_attention_heads": 16, "intermediate_size": 4096, "image_size": 384, "patch_size": 16}},
+    "google/siglip-base-patch16-224": siglip(768, 12, 12, 3072, 16, 224),
+    "google/siglip-large-patch16-384": siglip(1024, 24, 16, 4096, 16, 384),
+    "google/siglip2-so400m-patch16-256": siglip(1152, 27, 16, 4304, 16, 256),
+    "google/siglip2-so400m-patch16-512": siglip(1152, 27, 16, 4304, 16, 512),
     "facebook/dinov2-with-registers-base": {
         "model_type": "dinov2_with_registers", "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
         "mlp_ratio": 4, "image_size": 518, "patch_size": 14, "num_register_tokens": 4, "hidden_act": "gelu",
         "layer_norm_eps": 1e-6},
+    "facebook/dinov3-vitl16-pretrain-lvd1689m": {
+        "model_type": "dinov3_vit", "hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16,
+        "intermediate_size": 4096, "image_size": 224, "patch_size": 16, "num_register_tokens": 4, "hidden_act": "gelu",
+        "layer_norm_eps": 1e-5, "rope_theta": 100.0, "query_bias": True, "key_bias": False, "value_bias": True,
+        "proj_bias": True, "mlp_bias": True, "use_gated_mlp": False},
+    "OpenGVLab/InternViT-300M-448px": {
+        "model_type": "intern_vit_6b", "hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16,
+        "intermediate_size": 4096, "image_size": 448, "patch_size": 14, "norm_type": "layer_norm", "qkv_bias": True,
+        "qk_normalization": False, "hidden_act": "gelu", "layer_norm_eps": 1e-6},
 }
+
+
+def dense(inputs, outputs):
+    return inputs * outputs + outputs
+
+
+def blocks(width, depth, mlp_dim, *, layer_scale=False, key_bias=True):
+    """Parameters of transformer blocks: attention, MLP, two LayerNorms, two layer scales."""
+    return depth * (4 * dense(width, width) + dense(width, mlp_dim) + dense(mlp_dim, width) + 4 * width
+                    + 2 * width * layer_scale - width * (not key_bias))
+
+
+def decoder(inputs, width, depth, mlp_dim, patch_size, *, cls=0):
+    return dense(inputs, width) + cls * width + blocks(width, depth, mlp_dim) + 2 * width + dense(
+        width, patch_size**2 * 3)
+
+
+SO400M = dense(16 * 16 * 3, 1152) + blocks(1152, 27, 4304) + 2 * 1152
+SO400M_DECODER = decoder(1152, 1152, 27, 4304, 16)
+SIMVQ_1536 = lambda width: dense(width, 1536) + dense(1536, 1536) + dense(1536, width)
+INTERNVIT = dense(14 * 14 * 3, 1024) + (1024 + 1) * 1024 + blocks(1024, 24, 4096, layer_scale=True)
+DINOV2_B = dense(14 * 14 * 3, 768) + (256 + 5) * 768 + blocks(768, 12, 3072, layer_scale=True)
+ADAPTERS = (2 * 768 + dense(768, 512) + dense(512, 512) + dense(512, 5) + 5
+            + dense(256, 768) + 2 * dense(768, 768) + 4 * 768)
 
 # Learned by the encoder, the quantizer and the decoder; numbers of codebook state.
 PARAMETERS = {
@@ -112,12 +162,16 @@ PARAMETERS = {
     # SigLIP-L's vision tower at 224 without head: that at 384 (303,688,704 in transformers) less 380 positions, less
     # the LayerNorm's scale and bias. SimVQ's one linear layer; RAE's ViT-L decoder.
     "siglip_l_stage1": (303_688_704 - 380 * 1024 - 2 * 1024, 1024 * 1024 + 1024, 304_149_248, 16384 * 1024),
-    # DINOv2-B: patches, positions of 16x16 tokens, cls and 4 registers, 12 blocks with layer scale, no LayerNorm's
-    # affine. RAE's ViT-XL: linear in, cls, 28 blocks, LayerNorm, pixels.
-    "dinov2_b": (14 * 14 * 3 * 768 + 768 + (256 + 5) * 768 + 12 * (12 * 768**2 + 15 * 768), 0,
-                 768 * 1152 + 2 * 1152 + 28 * (4 * 1152**2 + 2 * 1152 * 4096 + 9 * 1152 + 4096) + 2 * 1152
-                 + 1152 * 768 + 768, 8192 * 768 * 2 + 8192),
+    "siglip2_so400m_256_stage1": (SO400M + 256 * 1152, SIMVQ_1536(1152), SO400M_DECODER, 16384 * 1536),
+    "siglip2_so400m_512_stage1": (SO400M + 1024 * 1152, SIMVQ_1536(1152), SO400M_DECODER, 16384 * 1536),
+    "internvit_300m_448_stage1": (INTERNVIT, SIMVQ_1536(1024), decoder(1024, 1024, 24, 4096, 14), 16384 * 1536),
+    "dinov2_b": (DINOV2_B, 0, decoder(768, 1152, 28, 4096, 16, cls=1), 8192 * 768 * 2 + 8192),
+    "dinov3_l": (dense(16 * 16 * 3, 1024) + 5 * 1024 + blocks(1024, 24, 4096, layer_scale=True, key_bias=False),
+                 2 * dense(1024, 1024), decoder(1024, 1152, 28, 4096, 16, cls=1), 64000 * 1024),
+    "siglip_fsq": (dense(16 * 16 * 3, 768) + 196 * 768 + blocks(768, 12, 3072), ADAPTERS,
+                   decoder(768, 1152, 28, 4096, 16, cls=1), 5 * 128),
 }
+SAME = {"nano_gan": "nano_stage1", "dinov2_b_decxl": "dinov2_b", "ablation": "siglip2_so400m_256_stage1"}
 
 
 def shipped(name: str, tmp_path: Path) -> config_lib.Config:
@@ -138,7 +192,45 @@ def test_shipped_configs_build_at_full_size(name, tmp_path):
     counts = [sum(value.size for path, value in params.items() if path.startswith(part))
               for part in ("encoder/", "quantizer/", "decoder/")]
     counts.append(sum(value.size for value in codebook.values()))
-    assert tuple(counts) == PARAMETERS[name.replace("stage2", "stage1")]
+    name = name.replace("stage2", "stage1")
+    assert tuple(counts) == PARAMETERS[SAME[name] if name in SAME else name]
+
+
+def test_the_ablation_takes_arguments():
+    get_config = importlib.import_module("configs.ablation").get_config
+    config = get_config("dim=384,size=4096,strategy=distilled")
+    assert (config.model.quantizer.dim, config.model.quantizer.size, config.loss.distill_weight) == (384, 4096, 1.0)
+    config_lib.parse(config)
+    for wrong in ("dims=3", "dim=many", "strategy=none"):
+        with pytest.raises(ValueError, match="give dim=N, size=N or strategy=frozen|joint|distilled"):
+            get_config(wrong)
+
+
+# What the paper's Table 7 says, key by key, for its three encoders.
+TABLE_7 = {"optim.b1": 0.9, "optim.b2": 0.999, "optim.weight_decay": 1e-4, "optim.clip_norm": 1.0,
+           "optim.warmup_steps": 2000, "model.dtype": "bfloat16", "model.quantizer.size": 16384,
+           "model.quantizer.dim": 1536, "loss.perceptual_weight": 1.1, "loss.perceptual.convnext_s": 1.0,
+           "loss.perceptual.lpips": 0.0, "data.flip": True}
+STAGE_1 = {"optim.lr": 4e-4, "optim.end_lr": 1e-4, "gan.discriminator": "none", "loss.distill_weight": 0.0}
+STAGE_2 = {"optim.lr": 1e-4, "optim.end_lr": 1e-5, "gan.discriminator": "patchgan", "loss.distill_weight": 1.0,
+           "gan.weight": 0.1, "gan.lr": 4e-5, "gan.discriminator_loss": "hinge"}
+
+
+@pytest.mark.parametrize(("name", "says"), [
+    ("siglip2_so400m_256_stage1", {"train.steps": 100_000, "train.batch_size": 1024, "data.image_size": 256}),
+    ("siglip2_so400m_512_stage1", {"train.steps": 100_000, "train.batch_size": 1024, "data.image_size": 512}),
+    ("internvit_300m_448_stage1", {"train.steps": 45_000, "train.batch_size": 768, "data.image_size": 448}),
+    ("siglip2_so400m_256_stage2", {"train.steps": 70_000, "train.batch_size": 1024, "gan.start_step": 50_000}),
+    ("siglip2_so400m_512_stage2", {"train.steps": 70_000, "train.batch_size": 1024, "gan.start_step": 50_000}),
+    ("internvit_300m_448_stage2", {"train.steps": 60_000, "train.batch_size": 768, "gan.start_step": 30_000}),
+])
+def test_the_papers_recipes_to_the_letter(name, says):
+    config = importlib.import_module(f"configs.{name}").get_config()
+    for key, value in {**TABLE_7, **(STAGE_1 if "stage1" in name else STAGE_2), **says}.items():
+        section = config
+        for part in key.split("."):
+            section = section[part]
+        assert section == value, key
 
 
 @pytest.mark.parametrize("name", SHIPPED)

@@ -14,14 +14,13 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from vqrae_jax.convert import huggingface
+from vqrae_jax.convert import huggingface, tensors
+from vqrae_jax.models import flat
 from vqrae_jax.models.encoders import Encoder, interpolate_positions, resize_bicubic
-from vqrae_jax.models.vit import ViTSpec
 
 REFERENCE = Path(__file__).parent / "reference"
-NAMES = ("siglip_vision", "siglip", "dinov2", "dinov2_with_registers", "vit_mae")
-SIGLIP_LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096,
-                "image_size": 384, "patch_size": 16}
+FINAL_NORM = ("siglip_vision", "siglip", "dinov2", "dinov2_with_registers", "vit_mae", "siglip_so400m", "dinov3_vit")
+NAMES = (*FINAL_NORM, "intern_vit")
 
 
 def reference_images() -> np.ndarray:
@@ -80,8 +79,55 @@ def test_every_token_matches_committed_pytorch_tokens(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_every_token_matches_live_pytorch(name, references, tmp_path):
     tokens = references.make_reference(name, images=reference_images(), folder=tmp_path / name, seed=100)
-    _, larger, smaller = references.CASES[name][1]
-    assert_tokens_match(tmp_path / name, {key: tokens[key] for key in (f"plain_{larger}", f"affine_{smaller}")})
+    native, larger, smaller = references.CASES[name][1]
+    keys = (f"plain_{larger}", f"affine_{smaller}") if name in FINAL_NORM else (f"affine_{native}", f"affine_{smaller}")
+    assert_tokens_match(tmp_path / name, {key: tokens[key] for key in keys})
+
+
+@pytest.mark.parametrize("name", ["siglip_vision", "dinov2", "dinov2_with_registers", "dinov3_vit", "vit_mae",
+                                  "intern_vit"])
+def test_hidden_layers_match_live_pytorch(name, references):
+    spec = huggingface.read_encoder_spec(REFERENCE / name)
+    # Some of these folders hold a whole model, whose head PyTorch needs as well.
+    model = references.load_model(REFERENCE / name)
+    states = references.torch_layers(model, reference_images(), spec.image_size)
+    assert len(states) == spec.vit.depth + 1
+    layers = (1, spec.vit.depth)
+    encoder = huggingface.build_encoder(REFERENCE / name, layers=layers, combine="concat")
+    expected = np.concatenate([states[layer] for layer in layers], axis=-1)
+    assert encoder.width == expected.shape[-1]
+    np.testing.assert_allclose(features(encoder, reference_images()), expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["dinov3_vit", "intern_vit"])
+def test_features_of_a_layer_are_those_of_an_encoder_that_ends_there(name):
+    spec = huggingface.read_encoder_spec(REFERENCE / name)
+    graphdef, _, _ = flat.split(nnx.eval_shape(lambda: Encoder(
+        dataclasses.replace(spec.vit, depth=1), image_size=spec.image_size, mean=spec.mean, std=spec.std,
+        rngs=nnx.Rngs(0))))
+    params = huggingface.load_encoder_params(REFERENCE / name)
+    params = {path: jnp.asarray(value[:1] if "/blocks/" in path else value) for path, value in params.items()}
+    images, layers = reference_images(), (1, spec.vit.depth)
+    first = features(flat.merge(graphdef, params), images)
+    last = features(huggingface.build_encoder(REFERENCE / name), images)
+    concatenated = huggingface.build_encoder(REFERENCE / name, layers=layers, combine="concat")
+    assert concatenated.width == 2 * spec.vit.width
+    np.testing.assert_allclose(features(concatenated, images), np.concatenate([first, last], axis=-1), atol=1e-5)
+    added = huggingface.build_encoder(REFERENCE / name, layers=layers)
+    assert added.width == spec.vit.width
+    np.testing.assert_allclose(features(added, images), first + last, atol=1e-5)
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"layers": (0, 3)}, r"layers \(0, 3\) must ascend within 1 and 3"),
+    ({"layers": (4,)}, r"layers \(4,\) must ascend within 1 and 3"),
+    ({"layers": (2, 1)}, r"layers \(2, 1\) must ascend"),
+    ({"layers": (2, 2)}, r"layers \(2, 2\) must ascend"),
+    ({"layers": (1, 2), "combine": "mean"}, "combine 'mean' is unknown: use sum or concat"),
+])
+def test_layers_that_cannot_be_had_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        huggingface.build_encoder(REFERENCE / "siglip_vision", **options)
 
 
 @pytest.mark.parametrize("size", [32, 45, 100])
@@ -138,7 +184,8 @@ def test_registers_missing_from_the_config_or_miscounted_are_errors(tmp_path):
         huggingface.read_encoder_spec(folder)
 
 
-@pytest.mark.parametrize("name, final_norm", [(name, "affine") for name in NAMES] + [("siglip_vision", "plain")])
+@pytest.mark.parametrize("name, final_norm", [(name, "affine") for name in NAMES] +
+                         [("siglip_vision", "plain"), ("dinov3_vit", "plain")])
 def test_saving_and_loading_is_exact(name, final_norm, tmp_path):
     spec = huggingface.read_encoder_spec(REFERENCE / name)
     params = huggingface.load_encoder_params(REFERENCE / name, final_norm=final_norm)
@@ -155,16 +202,11 @@ def test_saving_and_loading_is_exact(name, final_norm, tmp_path):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_transformers_reads_what_we_save(name, references, tmp_path):
-    import transformers
     spec = dataclasses.replace(huggingface.read_encoder_spec(REFERENCE / name),
                                image_size=references.CASES[name][1][1])  # a run at another size than the source's
     params = huggingface.load_encoder_params(REFERENCE / name, image_size=spec.image_size)
     huggingface.save_encoder(params, spec=spec, out_dir=tmp_path)
-    model_class = getattr(transformers, huggingface.FAMILIES[spec.model_type].architecture)
-    options = {"mask_ratio": 0.0} if name == "vit_mae" else {}
-    model, info = model_class.from_pretrained(tmp_path, output_loading_info=True, **options)
-    assert set(info["missing_keys"]) <= {"embeddings.mask_token"}  # unused in inference
-    assert not info["unexpected_keys"] and not info["mismatched_keys"]
+    model = references.load_model(tmp_path)
     assert_tokens_match(tmp_path, {
         f"affine_{spec.image_size}": references.torch_tokens(model, reference_images(), spec.image_size)})
 
@@ -183,10 +225,12 @@ def test_saving_names_the_parameter_that_does_not_fit(tmp_path):
 @pytest.mark.parametrize("name", NAMES)
 def test_loaded_paths_and_shapes_are_those_of_the_module(name):
     spec = huggingface.read_encoder_spec(REFERENCE / name)
+    final_norm = "plain" if name in FINAL_NORM else "affine"
     encoder = nnx.eval_shape(lambda: Encoder(spec.vit, image_size=spec.image_size, mean=spec.mean, std=spec.std,
-                                             final_norm="plain", rngs=nnx.Rngs(0)))
+                                             final_norm=final_norm, rngs=nnx.Rngs(0)))
     expected = {"/".join(path): variable.shape for path, variable in nnx.to_flat_state(nnx.state(encoder))}
-    params = huggingface.load_encoder_params(REFERENCE / name, final_norm="plain")
+    params = huggingface.load_encoder_params(REFERENCE / name, final_norm=final_norm)
+    assert not any(path.startswith("vit/transformer/norm") for path in params)
     assert {path: value.shape for path, value in params.items()} == expected
     assert "vit/transformer/blocks/attention/qkv/kernel" in params
     assert all(type(value) is np.ndarray and value.dtype == np.float32 for value in params.values())
@@ -254,6 +298,12 @@ def test_damaged_or_unreadable_files_are_named(folder):
     ("dinov2", {"hidden_act": "relu"}, "config.json: hidden_act='relu' is not supported"),
     ("dinov2", {"image_size": [35, 42]}, r"config.json: image_size=\[35, 42\] is not supported, only squares"),
     ("siglip", {"model_type": "siglip2"}, "config.json: model_type 'siglip2' is not supported"),
+    ("dinov3_vit", {"use_gated_mlp": True}, "config.json: use_gated_mlp=True is not supported"),
+    ("dinov3_vit", {"key_bias": True}, "config.json: key_bias=True is not supported, only False"),
+    ("dinov3_vit", {"mlp_bias": False}, "config.json: mlp_bias=False is not supported, only True"),
+    ("intern_vit", {"qk_normalization": True}, "config.json: qk_normalization=True is not supported"),
+    ("intern_vit", {"norm_type": "rms_norm"}, "config.json: norm_type='rms_norm' is not supported"),
+    ("intern_vit", {"qkv_bias": False}, "config.json: qkv_bias=False is not supported"),
 ])
 def test_unsupported_options_are_named(name, options, message, tmp_path):
     folder = Path(shutil.copytree(REFERENCE / name, tmp_path / name))
@@ -271,17 +321,101 @@ def test_image_size_that_the_patch_does_not_divide(folder):
 def test_published_size_that_the_patch_does_not_divide(folder):
     """As siglip-so400m-patch14-384: 27 x 27 positions, the last pixels unused by the original."""
     edit_config(folder, image_size=44)
-    assert huggingface.read_encoder_spec(folder).image_size == 44
-    with pytest.raises(ValueError, match="image_size 44 is not a multiple"):
-        huggingface.build_encoder(folder)
     tokens = np.load(folder / "tokens.npz")
     assert_tokens_match(folder, {"affine_40": tokens["affine_40"]})
+    encoder, images = huggingface.build_encoder(folder), reference_images()
+    assert (encoder.image_size, encoder.grid) == (44, 5)
+    same_pixels = features(huggingface.build_encoder(folder, image_size=40), images[:, :40, :40])
+    np.testing.assert_array_equal(features(encoder, images), same_pixels)
+    with pytest.raises(ValueError, match="image_size 45 is not a multiple.*use image_size=40 or 48"):
+        huggingface.build_encoder(folder, image_size=45)
+
+
+def test_dinov3_has_no_key_bias_that_could_learn(tmp_path):
+    folder = Path(shutil.copytree(REFERENCE / "dinov3_vit", tmp_path / "dinov3"))
+    params = huggingface.load_encoder_params(folder)
+    attention = "vit/transformer/blocks/attention/"
+    assert {path: value.shape for path, value in params.items() if path.startswith(attention + "q")} == \
+        {attention + "qkv/kernel": (2, 24, 72), attention + "query_value_bias": (2, 48)}
+    assert "vit/position_embedding" not in params
+    edit_tensors(folder, **{"layer/0/attention/k_proj/bias": np.ones(24, np.float32)})
+    with pytest.raises(ValueError, match="unexpected tensor layer.0.attention.k_proj.bias"):
+        huggingface.load_encoder_params(folder)
+
+
+def test_dinov3_layers_under_either_name(tmp_path):
+    """The hub's files say `layer.0`, the modules of newer transformers `model.layer.0`."""
+    folder = Path(shutil.copytree(REFERENCE / "dinov3_vit", tmp_path / "dinov3"))
+    tensors = load_file(folder / "model.safetensors")
+    assert "layer.0.attention.q_proj.weight" in tensors and "norm.weight" in tensors
+    save_file({"model." * name.startswith("layer") + name: tensor for name, tensor in tensors.items()},
+              folder / "model.safetensors")
+    params = huggingface.load_encoder_params(folder)
+    for path, value in huggingface.load_encoder_params(REFERENCE / "dinov3_vit").items():
+        np.testing.assert_array_equal(params[path], value, err_msg=path)
+
+
+def test_rotary_positions_need_a_head_width_that_is_a_multiple_of_4(tmp_path):
+    folder = Path(shutil.copytree(REFERENCE / "dinov3_vit", tmp_path / "dinov3"))
+    edit_config(folder, num_attention_heads=4)
+    with pytest.raises(ValueError, match="a head width that is a multiple of 4, not 6"):
+        huggingface.read_encoder_spec(folder)
+
+
+def test_intern_vit_has_no_final_norm_to_make_plain():
+    for load in (huggingface.build_encoder, huggingface.load_encoder_params):
+        with pytest.raises(ValueError, match="'plain' cannot apply: this encoder has no final LayerNorm; use 'affine'"):
+            load(REFERENCE / "intern_vit", final_norm="plain")
+
+
+def test_intern_vit_inside_a_chat_model(tmp_path):
+    folder = Path(shutil.copytree(REFERENCE / "intern_vit", tmp_path / "chat"))
+    tensors = load_file(folder / "model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {np.dtype(ml_dtypes.bfloat16)}  # as on the hub
+    others = {name: np.zeros(3, np.float32) for name in ("language_model.model.norm.weight", "mlp1.0.weight")}
+    save_file({f"vision_model.{name}": tensor for name, tensor in tensors.items()} | others,
+              folder / "model.safetensors")
+    vision = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({"model_type": "internvl_chat", "vision_config": vision}))
+    assert huggingface.read_encoder_spec(folder) == huggingface.read_encoder_spec(REFERENCE / "intern_vit")
+    assert_tokens_match(folder, np.load(folder / "tokens.npz"))
+    (folder / "preprocessor_config.json").unlink()
+    assert huggingface.read_encoder_spec(folder).mean == huggingface.IMAGENET_MEAN
+    # A config that says nothing means the 6B model.
+    (folder / "config.json").write_text('{"model_type": "internvl_chat"}')
+    with pytest.raises(ValueError, match="qkv_bias=False is not supported"):
+        huggingface.read_encoder_spec(folder)
+
+
+def test_saved_intern_vit_refers_to_the_code_on_the_hub(tmp_path):
+    spec = huggingface.read_encoder_spec(REFERENCE / "intern_vit")
+    huggingface.save_encoder(huggingface.load_encoder_params(REFERENCE / "intern_vit"), spec=spec, out_dir=tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    code = "OpenGVLab/InternViT-300M-448px--"
+    assert config["auto_map"] == {"AutoConfig": code + "configuration_intern_vit.InternVisionConfig",
+                                  "AutoModel": code + "modeling_intern_vit.InternVisionModel"}
+    original = load_file(REFERENCE / "intern_vit/model.safetensors")
+    assert {name: tensor.shape for name, tensor in load_file(tmp_path / "model.safetensors").items()} == \
+        {name: tensor.shape for name, tensor in original.items()}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_files_written_by_torch(dtype, folder):
+    torch = pytest.importorskip("torch", reason="writes the file")
+    from safetensors import torch as safetensors_torch
+    file = folder / "model.safetensors"
+    tensors = {name: tensor.to(getattr(torch, dtype)) for name, tensor in safetensors_torch.load_file(file).items()}
+    safetensors_torch.save_file(tensors, file)
+    params = huggingface.load_encoder_params(folder)
+    rounded = tensors["post_layernorm.weight"].float().numpy()
+    np.testing.assert_array_equal(params["vit/transformer/norm/scale"], rounded)
+    assert {value.dtype for value in params.values()} == {np.dtype(np.float32)}
 
 
 def test_hub_model_without_a_network_is_a_one_line_error(monkeypatch):
     def offline(repo_id, **options):
         raise ConnectionError("no route to host\nlong explanation")
-    monkeypatch.setattr(huggingface, "snapshot_download", offline)
+    monkeypatch.setattr(tensors, "snapshot_download", offline)
     with pytest.raises(OSError, match="some/model is not a folder.*give the local folder") as error:
         huggingface.build_encoder("some/model")
     assert "\n" not in str(error.value)
@@ -292,14 +426,14 @@ def test_reading_the_spec_from_the_hub_asks_for_no_weights(monkeypatch):
     def download(repo_id, *, allow_patterns):
         asked.append(allow_patterns)
         return str(REFERENCE / "dinov2")
-    monkeypatch.setattr(huggingface, "snapshot_download", download)
+    monkeypatch.setattr(tensors, "snapshot_download", download)
     huggingface.read_encoder_spec("some/model")
     assert not any("safetensors" in pattern for pattern in asked[0])
     huggingface.load_encoder_params("some/model")
     assert "model.safetensors" in asked[1]
 
 
-@pytest.mark.parametrize("model_type", huggingface.FAMILIES)
+@pytest.mark.parametrize("model_type", huggingface.FAMILIES.keys() - {"intern_vit_6b"})  # which is not in transformers
 def test_defaults_are_those_of_transformers(model_type):
     transformers = pytest.importorskip("transformers")
     config = transformers.AutoConfig.for_model(model_type)
@@ -307,19 +441,55 @@ def test_defaults_are_those_of_transformers(model_type):
         assert getattr(config, option) == value, option
 
 
-def siglip_large_parameters() -> int:
-    spec = ViTSpec(width=1024, depth=24, heads=16, mlp_dim=4096, activation="gelu_tanh", patch_size=16)
-    encoder = nnx.eval_shape(lambda: Encoder(spec, image_size=384, mean=(0.5,) * 3, std=(0.5,) * 3, rngs=nnx.Rngs(0)))
-    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(encoder)))
+_SO400M = {"model_type": "siglip_vision_model", "hidden_size": 1152, "num_hidden_layers": 27,
+           "num_attention_heads": 16, "intermediate_size": 4304}
+_LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
+
+# What the hub's config.json say, tokens per side at the native size, and the number of parameters.
+PUBLISHED = {
+    "siglip-large-patch16-384": (
+        _LARGE | {"model_type": "siglip_vision_model", "image_size": 384, "patch_size": 16}, 24, 303_688_704),
+    "siglip-so400m-patch14-384": (_SO400M | {"image_size": 384, "patch_size": 14}, 27, 412_987_248),
+    "siglip2-so400m-patch16-256": (_SO400M | {"image_size": 256, "patch_size": 16}, 16, 412_649_712),
+    "siglip2-so400m-patch16-512": (_SO400M | {"image_size": 512, "patch_size": 16}, 32, 413_534_448),
+    "dinov3-vitl16-pretrain-lvd1689m": (
+        _LARGE | {"model_type": "dinov3_vit", "image_size": 224, "patch_size": 16, "num_register_tokens": 4,
+                  "rope_theta": 100.0, "layer_norm_eps": 1e-5, "key_bias": False}, 14, 303_128_576),
+    "InternViT-300M-448px": (
+        _LARGE | {"model_type": "intern_vit_6b", "image_size": 448, "patch_size": 14, "qkv_bias": True,
+                  "qk_normalization": False, "norm_type": "layer_norm", "layer_norm_eps": 1e-6}, 32, 304_011_264),
+}
 
 
-def test_siglip_large_has_as_many_parameters_as_the_original():
-    assert siglip_large_parameters() == 303_688_704
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_encoders_have_as_many_tokens_and_parameters_as_the_originals(name, tmp_path):
+    config, grid, parameters = PUBLISHED[name]
+    assert published_encoder(config, tmp_path) == (grid, parameters)
 
 
-def test_siglip_large_has_as_many_parameters_as_pytorch():
-    torch = pytest.importorskip("torch")
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_encoders_have_as_many_parameters_as_pytorch(name, references):
+    import torch
     import transformers
+    config, _, parameters = PUBLISHED[name]
+    options = {name: value for name, value in config.items() if name != "model_type"}
     with torch.device("meta"):
-        model = transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**SIGLIP_LARGE, vision_use_head=False))
-    assert siglip_large_parameters() == sum(parameter.numel() for parameter in model.parameters())
+        if config["model_type"] == "siglip_vision_model":
+            model = transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**options, vision_use_head=False))
+        elif config["model_type"] == "dinov3_vit":
+            model = transformers.DINOv3ViTModel(transformers.DINOv3ViTConfig(**options))
+        else:
+            model = references.InternViT(**options)
+    # We have neither the token that stands for masked patches, nor a cls token apart from its position.
+    unused = {"dinov3_vit": 1, "intern_vit_6b": 1, "siglip_vision_model": 0}[config["model_type"]]
+    count = sum(parameter.numel() for parameter in model.parameters()) - unused * config["hidden_size"]
+    assert count == parameters
+
+
+def published_encoder(config: dict, folder: Path) -> tuple[int, int]:
+    """(tokens per side, parameters) at the native size."""
+    (folder / "config.json").write_text(json.dumps(config))
+    spec = huggingface.read_encoder_spec(folder)
+    encoder = nnx.eval_shape(lambda: Encoder(spec.vit, image_size=spec.image_size, mean=spec.mean, std=spec.std,
+                                             rngs=nnx.Rngs(0)))
+    return encoder.grid, sum(leaf.size for leaf in jax.tree.leaves(nnx.state(encoder)))

@@ -1,6 +1,8 @@
 """The quantizers against brute force, and the promises their docstrings make."""
 
 import functools
+import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +10,20 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from scipy.special import erf
 
-from vqrae_jax.models import quantizers
-from vqrae_jax.models.quantizers import EMAVQ, FSQ, CodebookState, SimVQ, nearest_code, update_ema_codebook
+from vqrae_jax.models import flat, quantizers
+from vqrae_jax.models.quantizers import (
+    EMAVQ,
+    FSQ,
+    AdapterFSQ,
+    CodebookState,
+    Identity,
+    RankedVQ,
+    SimVQ,
+    nearest_code,
+    update_ema_codebook,
+)
 
 WIDTH = 16
 
@@ -19,19 +32,27 @@ def tokens(*shape, seed=0):
     return jax.random.normal(jax.random.key(seed), shape)
 
 
-def make(name, **options):
+def make(name, **options) -> Any:
     rngs = nnx.Rngs(0)
     if name == "fsq":
         return FSQ(width=WIDTH, levels=(8, 5, 5), rngs=rngs, **options)
+    if name == "adapter_fsq":
+        return AdapterFSQ(width=WIDTH, levels=(8, 5, 4), hidden_dim=24, frequencies=8, rngs=rngs, **options)
+    if name == "ranked":
+        return RankedVQ(width=WIDTH, size=64, dim=WIDTH, key_dim=12, rngs=rngs, **options)
+    if name == "simvq_l2":
+        options |= {"l2_normalize": True, "input_projection": True}
     cls = SimVQ if name.startswith("simvq") else EMAVQ
     dim = 8 if name.endswith("projected") else WIDTH
     return cls(width=WIDTH, size=64, dim=dim, rngs=rngs, **options)
 
 
-NAMES = ["simvq", "simvq_projected", "emavq", "emavq_projected", "fsq"]
+NAMES = ["simvq", "simvq_projected", "simvq_l2", "ranked", "emavq", "emavq_projected", "fsq", "adapter_fsq"]
 VARIANTS = [(name, {}) for name in NAMES] + [
     ("simvq", {"search": "cosine"}), ("simvq", {"input_projection": True}), ("simvq", {"project": True}),
-    ("simvq", {"block_tokens": 7}), ("simvq_projected", {"gradient": "rotation"}), ("emavq", {"gradient": "rotation"})]
+    ("simvq", {"l2_normalize": True, "project": True}), ("ranked", {"block_tokens": 7}),
+    ("ranked", {"gradient": "rotation"}), ("simvq", {"block_tokens": 7}),
+    ("simvq_projected", {"gradient": "rotation"}), ("emavq", {"gradient": "rotation"})]
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "train"))
@@ -98,13 +119,27 @@ def test_bf16_tokens_are_searched_in_float32(name):
     assert all(loss.dtype == jnp.float32 and loss.shape == () for loss in out.losses.values())
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_every_loss_has_a_weight_and_all_state_that_moves_is_named(name):
+    module = make(name)
+    out = run(module, tokens(30, WIDTH))
+    assert out.losses.keys() == module.loss_weights.keys()
+    assert module.next_state(out.stats, rng=jax.random.key(0)).keys() == set(module.moving_state)
+
+
 EXPECTED_GRADIENTS = {
     "simvq": {"projection.kernel", "projection.bias"},
     "simvq_projected": {"projection.kernel", "projection.bias", "project_in.kernel", "project_in.bias",
                         "project_out.kernel", "project_out.bias"},
+    "simvq_l2": {"projection.kernel", "projection.bias", "project_in.kernel", "project_in.bias"},
+    "ranked": set(),
     "emavq": set(),
     "emavq_projected": {"project_in.kernel", "project_in.bias", "project_out.kernel", "project_out.bias"},
     "fsq": {"project_in.kernel", "project_in.bias", "project_out.kernel", "project_out.bias"},
+    "adapter_fsq": {"project_in.gain", *(f"{path}.{leaf}" for path, leaf in itertools.product(
+        ("project_in.fc1", "project_in.fc2", "project_in.fc3", "project_out.fc1", "project_out.fc2", "project_out.fc3"),
+        ("kernel", "bias"))), *(f"{path}.{leaf}" for path, leaf in itertools.product(
+            ("project_in.norm", "project_out.norm1", "project_out.norm2"), ("scale", "bias")))},
 }
 
 
@@ -117,8 +152,8 @@ def test_exactly_the_expected_variables_learn(name):
         return sum(out.losses.values()) + jnp.sum(out.z_q * tokens(50, WIDTH, seed=1))
 
     gradients = nnx.to_flat_state(jax.jit(jax.grad(loss))(params))
-    learning = {".".join(path) for path, g in gradients if np.abs(g[...]).max() > 0}
-    assert learning == EXPECTED_GRADIENTS[name] == {".".join(path) for path, _ in gradients}
+    learning = {".".join(map(str, path)) for path, g in gradients if np.abs(g[...]).max() > 0}
+    assert learning == EXPECTED_GRADIENTS[name] == {".".join(map(str, path)) for path, _ in gradients}
     assert all(isinstance(v, CodebookState) for _, v in nnx.to_flat_state(rest))
 
 
@@ -134,7 +169,7 @@ def test_rotation_matches_its_explicit_matrix_and_value():
     module, z, weight = make("emavq", gradient="rotation"), tokens(5, WIDTH), tokens(5, WIDTH, seed=1)
     gradient = jax.jit(jax.grad(lambda z: jnp.sum(module(z, train=True).z_q * weight)))(z)
     q = np.asarray(module(z, train=True).z_q)
-    np.testing.assert_allclose(quantizers.rotate_onto(z, q), q, atol=1e-5)
+    np.testing.assert_allclose(quantizers.rotate_onto(z, jnp.asarray(q)), q, atol=1e-5)
     for i in range(len(z)):
         e, c = (v / np.linalg.norm(v) for v in (np.asarray(z[i]), q[i]))
         r = (e + c) / np.linalg.norm(e + c)
@@ -149,16 +184,17 @@ def test_rotation_gradient_stays_finite_at_zero_and_opposite_vectors():
     np.testing.assert_allclose(quantizers.rotate_onto(z, q)[2], q[2], atol=1e-6)
 
 
-def test_commitment_weight_weighs_the_commitment_term_only():
+def test_losses_are_plain_means_whatever_their_weights():
     z = tokens(30, WIDTH)
-    light, heavy = (run(make("simvq", commitment_weight=w), z) for w in (0.25, 2.0))
-    mean_square = np.mean((np.asarray(z) - np.asarray(light.z_q)) ** 2)
-    np.testing.assert_allclose(light.losses["codebook"], mean_square, rtol=1e-5)
-    np.testing.assert_allclose(heavy.losses["codebook"], mean_square, rtol=1e-5)
-    np.testing.assert_allclose(light.losses["commitment"], 0.25 * mean_square, rtol=1e-5)
-    np.testing.assert_allclose(heavy.losses["commitment"], 2.0 * mean_square, rtol=1e-5)
-    assert set(run(make("emavq"), z).losses) == {"commitment"}
-    assert run(make("fsq"), z).losses == {}
+    for name in ("simvq", "emavq", "ranked"):
+        module = make(name, commitment_weight=2.0)
+        out = run(module, z)
+        mean_square = np.mean((np.asarray(z) - np.asarray(out.z_q)) ** 2)
+        for loss in out.losses.values():
+            np.testing.assert_allclose(loss, mean_square, rtol=1e-5)
+        assert module.loss_weights == {"commitment": 2.0} | ({"codebook": 1.0} if name == "simvq" else {})
+    assert make("adapter_fsq").loss_weights == {"commitment": 1.0}
+    assert make("fsq").loss_weights == {}
 
 
 def test_the_commitment_loss_moves_tokens_and_the_codebook_loss_moves_codes():
@@ -226,6 +262,48 @@ def test_input_projection_starts_as_the_identity():
     np.testing.assert_array_equal(run(with_it, z).indices, run(without, z).indices)
 
 
+def unit(x):
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def float64(module):
+    """The module's arrays by path, as NumPy float64."""
+    _, params, rest = flat.split(module)
+    return {path: np.asarray(value, np.float64) for path, value in (params | rest).items()}
+
+
+def jittered(module):
+    """The module with noise on every parameter, so that no bias, scale or gain is trivial."""
+    graphdef, params, rest = flat.split(module)
+    keys = jax.random.split(jax.random.key(5), max(1, len(params)))
+    noisy = {path: value + 0.1 * jax.random.normal(key, value.shape)
+             for key, (path, value) in zip(keys, params.items(), strict=False)}
+    return flat.merge(graphdef, noisy, rest)
+
+
+def test_l2_normalized_simvq_is_its_formula():
+    module, z = jittered(make("simvq_l2")), 3 * tokens(50, WIDTH)
+    p = float64(module)
+    x = unit(np.asarray(z, np.float64) @ p["project_in/kernel"] + p["project_in/bias"])
+    codes = unit(p["codebook"] @ p["projection/kernel"] + p["projection/bias"])
+    indices = (x @ codes.T).argmax(-1)
+    out = run(module, z)
+    np.testing.assert_array_equal(out.indices, indices)
+    np.testing.assert_allclose(out.z_q, codes[indices], atol=1e-6)
+    np.testing.assert_allclose(module.codes(), codes, atol=1e-6)
+    for loss in ("codebook", "commitment"):
+        np.testing.assert_allclose(out.losses[loss], np.mean((x - codes[indices]) ** 2), rtol=1e-5)
+
+
+def test_l2_normalized_straight_through_copies_the_gradient_of_the_normalised_token():
+    module, weight = make("simvq_l2"), tokens(30, WIDTH, seed=1)  # the input projection is the identity
+    gradient = jax.jit(jax.grad(lambda z: jnp.sum(module(z, train=True).z_q * weight)))
+    z = 3 * tokens(30, WIDTH)
+    length, x, w = np.linalg.norm(z, axis=-1, keepdims=True), unit(np.asarray(z)), np.asarray(weight)
+    np.testing.assert_allclose(gradient(z), (w - x * (w * x).sum(-1, keepdims=True)) / length, atol=1e-5)
+    assert np.isfinite(gradient(z.at[0].set(0))).all()
+
+
 def test_simvq_trains_to_full_usage():
     """Diffuse tokens from the published initialisation; clustered tokens from k-means, whose usage training keeps."""
     diffuse = tokens(1024, 32)
@@ -261,9 +339,30 @@ def train(module, z, *, steps):
     return outs[0], outs[-1]
 
 
+# RankedVQ.
+
+def test_ranked_vq_returns_the_raw_code_whose_key_has_the_highest_cosine():
+    module, z = make("ranked"), tokens(50, WIDTH)
+    module.keys[...] = module.keys[...] * jnp.linspace(0.1, 10, 64)[:, None]  # a key's length must not count
+    p = float64(module)
+    indices = (unit(np.asarray(z, np.float64) @ p["queries"]) @ unit(p["keys"]).T).argmax(-1)
+    out = run(module, z)
+    np.testing.assert_array_equal(out.indices, indices)
+    np.testing.assert_array_equal(out.z_q, np.asarray(module.codebook[...])[indices])
+    gradient = jax.grad(lambda z: module(z, train=True).losses["commitment"])(z)
+    np.testing.assert_allclose(gradient, 2 * (np.asarray(z) - out.z_q) / z.size, rtol=1e-5, atol=1e-7)
+
+
+def test_ranked_vq_starts_with_codes_of_rms_one_that_their_keys_speak_for():
+    module = RankedVQ(width=64, size=500, dim=64, rngs=nnx.Rngs(0))
+    np.testing.assert_allclose(np.sqrt(np.mean(np.asarray(module.codes()) ** 2)), 1, atol=0.02)
+    near = module.codes() + 0.1 * tokens(500, 64)
+    np.testing.assert_array_equal(run(module, near).indices, np.arange(500))
+
+
 # Initialisation from data.
 
-@pytest.mark.parametrize("name", ["simvq", "simvq_projected", "emavq", "emavq_projected"])
+@pytest.mark.parametrize("name", ["simvq", "simvq_projected", "simvq_l2", "emavq", "emavq_projected"])
 def test_init_from_data_finds_the_clusters(name):
     module = make(name)
     centres = tokens(64, WIDTH)
@@ -386,6 +485,140 @@ def test_fsq_rounds_the_bounded_tanh_and_passes_its_gradient():
     np.testing.assert_allclose(gradient, (1 - 1e-3) * (1 - np.tanh(z) ** 2), atol=1e-5)
 
 
+def layer_norm(x, p, path):
+    centred = x - x.mean(-1, keepdims=True)
+    return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5) * p[f"{path}/scale"] + p[f"{path}/bias"]
+
+
+def linear(x, p, path):
+    return x @ p[f"{path}/kernel"] + p[f"{path}/bias"]
+
+
+def gelu(x):
+    return 0.5 * x * (1 + erf(x / np.sqrt(2)))
+
+
+def test_adapter_fsq_is_its_formula():
+    module, z = jittered(make("adapter_fsq")), 2 + 3 * tokens(300, WIDTH)
+    p, levels = float64(module), np.array(module.levels)
+    x = layer_norm(np.asarray(z, np.float64), p, "project_in/norm")
+    x = gelu(linear(gelu(linear(x, p, "project_in/fc1")), p, "project_in/fc2"))
+    scaled = np.tanh(linear(x, p, "project_in/fc3")) * p["project_in/gain"] * (levels - 1) / 2
+    digits = np.round(np.clip(scaled + (levels - 1) / 2, 0, levels - 1)).astype(int)
+    codes = digits - (levels - 1) / 2
+    phases = 2 * np.pi * codes @ p["project_out/frequencies"]
+    x = linear(np.concatenate([np.sin(phases), np.cos(phases)], -1), p, "project_out/fc1")
+    x = linear(gelu(layer_norm(x, p, "project_out/norm1")), p, "project_out/fc2")
+    z_q = linear(gelu(layer_norm(x, p, "project_out/norm2")), p, "project_out/fc3")
+    out = run(module, z)
+    np.testing.assert_array_equal(out.indices, np.ravel_multi_index(tuple(digits.T), module.levels))
+    np.testing.assert_allclose(out.z_q, z_q, atol=1e-4)
+    np.testing.assert_allclose(out.losses["commitment"], np.mean((scaled - codes) ** 2), rtol=1e-5)
+    assert (np.abs(scaled) > (levels - 1) / 2).any(axis=0).all()  # clipping took part
+
+
+def test_adapter_fsq_codes_are_centred_and_the_last_coordinate_changes_fastest():
+    module = make("adapter_fsq")
+    grid = itertools.product(np.arange(-3.5, 4), np.arange(-2, 3), np.arange(-1.5, 2))
+    np.testing.assert_array_equal(module.codes(), np.array(list(grid)))
+
+
+def test_adapter_fsq_starts_as_published():
+    module = AdapterFSQ(width=16, levels=(8, 8), rngs=nnx.Rngs(0))
+    _, params, rest = flat.split(module)
+    np.testing.assert_array_equal(params["project_in/gain"], [3, 3])
+    assert params["project_in/fc2/kernel"].shape == (512, 512)
+    assert params["project_out/fc1/kernel"].shape == (256, 16)
+    assert rest.keys() == {"project_out/frequencies"}
+    np.testing.assert_allclose(np.std(rest["project_out/frequencies"]), 10, rtol=0.1)
+
+
+# Against torch, gradients included.
+
+def torch_simvq(torch, p, z):
+    normalize = torch.nn.functional.normalize
+    x = normalize(z @ p["project_in/kernel"] + p["project_in/bias"], dim=-1)
+    codes = normalize(p["codebook"] @ p["projection/kernel"] + p["projection/bias"], dim=-1)
+    indices = (x @ codes.T).argmax(-1)
+    q = codes[indices]
+    losses = {"codebook": ((q - x.detach()) ** 2).mean(), "commitment": ((q.detach() - x) ** 2).mean()}
+    return x + (q - x).detach(), indices, losses
+
+
+def torch_ranked(torch, p, z):
+    similarity = torch.nn.functional.cosine_similarity((z @ p["queries"])[:, None], p["keys"][None], dim=-1)
+    indices = similarity.argmax(-1)
+    q = p["codebook"][indices]
+    return z + (q - z).detach(), indices, {"commitment": ((q - z) ** 2).mean()}
+
+
+def torch_adapter_fsq(torch, p, z):
+    f = torch.nn.functional
+    linear = lambda x, path: f.linear(x, p[f"{path}/kernel"].T, p[f"{path}/bias"])
+    norm = lambda x, path: f.layer_norm(x, x.shape[-1:], p[f"{path}/scale"], p[f"{path}/bias"])
+    x = f.gelu(linear(norm(z, "project_in/norm"), "project_in/fc1"))
+    x = linear(f.gelu(linear(x, "project_in/fc2")), "project_in/fc3")
+    half = torch.tensor([3.5, 2.0, 1.5], dtype=z.dtype)
+    scaled = x.tanh() * p["project_in/gain"] * half
+    digits = (scaled.detach() + half).clamp(torch.zeros(3), 2 * half).round()
+    code = scaled + (digits - half - scaled).detach()
+    phases = 2 * torch.pi * code @ p["project_out/frequencies"]
+    x = norm(linear(torch.cat([phases.sin(), phases.cos()], -1), "project_out/fc1"), "project_out/norm1")
+    x = norm(linear(f.gelu(x), "project_out/fc2"), "project_out/norm2")
+    indices = (digits * torch.tensor([20, 4, 1])).sum(-1).long()
+    return linear(f.gelu(x), "project_out/fc3"), indices, {"commitment": ((digits - half - scaled) ** 2).mean()}
+
+
+@pytest.mark.parametrize(("name", "reference"), [
+    ("simvq_l2", torch_simvq), ("ranked", torch_ranked), ("adapter_fsq", torch_adapter_fsq)])
+def test_outputs_losses_and_gradients_agree_with_torch(name, reference):
+    torch = pytest.importorskip("torch", reason="torch is not installed: no reference to compare with")
+    module, z, weight = jittered(make(name)), tokens(40, WIDTH), tokens(40, WIDTH, seed=1)
+    graphdef, params, rest = flat.split(module)
+
+    def objective(params, z):
+        quantizer = flat.merge(graphdef, params, rest)
+        out = quantizer(z, train=True)
+        weights = quantizer.loss_weights
+        return sum(weights[k] * loss for k, loss in out.losses.items()) + jnp.mean(out.z_q * weight), out
+
+    (gradients, gradient), out = jax.jit(jax.grad(objective, argnums=(0, 1), has_aux=True))(params, z)
+    p = {path: torch.tensor(value, requires_grad=path in params) for path, value in float64(module).items()}
+    torch_z = torch.tensor(np.asarray(z, np.float64), requires_grad=True)
+    z_q, indices, losses = reference(torch, p, torch_z)
+    weighted = sum(module.loss_weights[k] * loss for k, loss in losses.items())
+    (weighted + (z_q * torch.tensor(np.asarray(weight))).mean()).backward()
+    np.testing.assert_array_equal(out.indices, indices)
+    np.testing.assert_allclose(out.z_q, z_q.detach(), atol=1e-4)
+    assert out.losses.keys() == losses.keys()
+    for key, loss in losses.items():
+        np.testing.assert_allclose(out.losses[key], loss.item(), rtol=1e-5)
+    for path, ours, theirs in [("tokens", gradient, torch_z), *((path, gradients[path], p[path]) for path in params)]:
+        scale = float(theirs.grad.abs().max())
+        np.testing.assert_allclose(ours, theirs.grad, atol=1e-4 * scale, err_msg=path)
+
+
+# No quantization.
+
+def test_identity_hands_the_tokens_on_as_uses_of_one_code():
+    module, z = Identity(), tokens(2, 30, WIDTH).astype(jnp.bfloat16)
+    out = run(module, z)
+    np.testing.assert_array_equal(out.z_q, z.astype(jnp.float32))
+    assert out.z_q.dtype == jnp.float32
+    np.testing.assert_array_equal(out.indices, np.zeros((2, 30), np.int32))
+    np.testing.assert_array_equal(out.stats["counts"], [60])
+    assert quantizers.code_usage(out.stats["counts"]) == quantizers.perplexity(out.stats["counts"]) == 1
+    assert (module.num_codes, out.losses, module.loss_weights, module.moving_state) == (1, {}, {}, ())
+    assert module.next_state(out.stats, rng=jax.random.key(0)) == {}
+    weight = tokens(2, 30, WIDTH, seed=1)
+    gradient = jax.grad(lambda z: jnp.sum(module(z, train=True).z_q * weight))(z.astype(jnp.float32))
+    np.testing.assert_array_equal(gradient, weight)
+    with pytest.raises(ValueError, match="no codes"):
+        module.lookup(out.indices)
+    with pytest.raises(ValueError, match="no codes"):
+        module.codes()
+
+
 # Numbers about usage, and errors.
 
 def test_usage_and_perplexity():
@@ -397,13 +630,20 @@ def test_usage_and_perplexity():
 
 @pytest.mark.parametrize(("options", "message"), [
     ({"search": "manhattan"}, "manhattan"), ({"gradient": "reinforce"}, "reinforce"),
-    ({"dim": 8, "project": False}, "width 16.*dim 8"), ({"dim": 8, "input_projection": True}, "input_projection")])
+    ({"l2_normalize": True, "search": "cosine"}, "l2_normalize"), ({"dim": 8, "project": False}, "width 16.*dim 8"),
+    ({"dim": 8, "input_projection": True}, "input_projection")])
 def test_impossible_options_are_errors(options, message):
     with pytest.raises(ValueError, match=message):
         SimVQ(**{"width": WIDTH, "size": 4, "dim": WIDTH, "rngs": nnx.Rngs(0), **options})
 
 
+def test_ranked_vq_refuses_codes_of_another_width():
+    with pytest.raises(ValueError, match="dim 8.*width 16"):
+        RankedVQ(width=WIDTH, size=4, dim=8, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("cls", [FSQ, AdapterFSQ])
 @pytest.mark.parametrize("levels", [(), (8, 1), (2**16, 2**16)])
-def test_impossible_levels_are_errors(levels):
+def test_impossible_levels_are_errors(cls, levels):
     with pytest.raises(ValueError, match="levels"):
-        FSQ(width=4, levels=levels, rngs=nnx.Rngs(0))
+        cls(width=4, levels=levels, rngs=nnx.Rngs(0))

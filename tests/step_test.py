@@ -1,5 +1,6 @@
 """The training step: which parameters learn, in every shipped config, and what a step does to the rest."""
 
+import functools
 import importlib
 
 import chex
@@ -9,28 +10,48 @@ import numpy as np
 import optax
 import pytest
 
-from vqrae_jax import build, optim
+from vqrae_jax import build, losses, optim
 from vqrae_jax import config as config_lib
 from vqrae_jax import step as step_lib
+from vqrae_jax.convert import huggingface
+from vqrae_jax.models import flat
+from vqrae_jax.models.perceptual import ConvNeXtSpec
+from vqrae_jax.models.vit import ViTSpec
 
 from .config_test import SHIPPED
 from .conftest import REFERENCE
 
-TINY_ENCODERS = {"nano": "siglip_vision", "google/siglip-large-patch16-384": "siglip",
-                 "facebook/dinov2-with-registers-base": "dinov2_with_registers"}
+TINY_ENCODERS = {
+    "nano": "siglip_vision", "google/siglip-large-patch16-384": "siglip", "google/siglip-base-patch16-224": "siglip",
+    "google/siglip2-so400m-patch16-256": "siglip", "google/siglip2-so400m-patch16-512": "siglip",
+    "facebook/dinov2-with-registers-base": "dinov2_with_registers",
+    "facebook/dinov3-vitl16-pretrain-lvd1689m": "dinov3_vit", "OpenGVLab/InternViT-300M-448px": "intern_vit",
+}
 
 
 def reduced(name: str) -> config_lib.Config:
-    """A shipped config at toy size: a tiny encoder of the same family, few codes; everything else as shipped."""
+    """A shipped config at toy size: a tiny encoder of the same family, few codes; everything else as shipped.
+
+    Networks of the losses are random (and tiny, see `tiny_networks`), and a discriminator is there from the start.
+    """
     config = importlib.import_module(f"configs.{name}").get_config()
     tiny = TINY_ENCODERS[config.model.encoder.path]
     config.model.encoder.path = str(REFERENCE / tiny)
-    config.model.quantizer.update(size=16, dim=32)
+    if config.model.quantizer.kind == "adapter_fsq":
+        config.model.quantizer.update(levels=(4, 4, 2), size=32, dim=3)
+    else:
+        width = huggingface.read_encoder_spec(config.model.encoder.path).vit.width
+        config.model.quantizer.update(size=16, dim=2 * width if config.model.quantizer.dim == 1536 else width)
     config.data.image_size = 32
     if config.model.encoder.input_size:
         config.model.encoder.input_size = 32
     config.model.decoder.update(shape="symmetric", patch_size=0)
     config.model.dtype = "float32"
+    config.loss.perceptual.random_weights = True
+    config.gan.random_weights = config.gan.discriminator.startswith("dino")
+    config.gan.update(discriminator_start_step=0, start_step=0, warmup_steps=0, ramp_steps=0)
+    if config.gan.discriminator == "patchgan":
+        config.gan.channels = 32
     config.train.update(steps=100, batch_size=4)
     config.optim.warmup_steps = 1
     config.init_from = ""
@@ -43,13 +64,14 @@ class Run:
     def __init__(self, config: config_lib.Config):
         self.config = config
         self.graphdef, _, _ = build.structure(config)
-        self.optimizer, schedule = build.optimizer(config)
+        self.parts = build.parts(config, self.graphdef)
         self.params, self.codebook = build.initial_arrays(config)
-        self.state, self.frozen = step_lib.init_state(config, self.graphdef, self.params, self.codebook,
-                                                        self.optimizer)
-        self.step = step_lib.make_train_step(config, self.graphdef, optimizer=self.optimizer, schedule=schedule,
-                                             pixel_loss=build.PIXEL_LOSSES[config.loss.pixel])
-        self.jitted = jax.jit(self.step)
+        self.networks, network_state = build.network_arrays(config)
+        self.state, self.frozen = step_lib.init_state(config, self.parts, self.params, self.codebook, self.networks,
+                                                      network_state)
+        self.step = step_lib.make_train_step(config, self.parts)
+        self.gan = config.gan.discriminator != "none"
+        self.jitted = jax.jit(functools.partial(self.step, gan=self.gan))
 
     def images(self, seed=0, batch=4):
         size = self.config.data.image_size
@@ -62,12 +84,24 @@ class Run:
 
 
 # Per config: patterns of what changes in ten steps; everything else must stay as it is, bit for bit.
+SIMVQ = ("quantizer/(projection|project_in|project_out)/.*", "decoder/.*")
 LEARNS = {
-    "nano_stage1": ("quantizer/projection/.*", "decoder/.*"),
-    "nano_stage2": ("quantizer/projection/.*", "decoder/.*", "encoder/.*"),
-    "siglip_l_stage1": ("quantizer/projection/.*", "decoder/.*"),
-    "siglip_l_stage2": ("quantizer/projection/.*", "decoder/.*", "encoder/.*"),
+    "nano_stage1": SIMVQ,
+    "nano_gan": SIMVQ,
+    "nano_stage2": (*SIMVQ, "encoder/.*"),
+    "siglip_l_stage1": SIMVQ,
+    "siglip_l_stage2": (*SIMVQ, "encoder/.*"),
+    "siglip2_so400m_256_stage1": SIMVQ,
+    "siglip2_so400m_256_stage2": (*SIMVQ, "encoder/.*"),
+    "siglip2_so400m_512_stage1": SIMVQ,
+    "siglip2_so400m_512_stage2": (*SIMVQ, "encoder/.*"),
+    "internvit_300m_448_stage1": SIMVQ,
+    "internvit_300m_448_stage2": (*SIMVQ, "encoder/.*"),
+    "ablation": SIMVQ,
+    "dinov3_l": SIMVQ,
     "dinov2_b": ("quantizer/(codebook|counts|sums)", "decoder/.*"),
+    "dinov2_b_decxl": ("quantizer/(codebook|counts|sums)", "decoder/.*"),
+    "siglip_fsq": ("quantizer/(?!.*frequencies).*", "decoder/.*"),
 }
 
 
@@ -92,22 +126,23 @@ def test_every_learned_parameter_has_a_gradient_and_no_other_is_in_the_optimizer
     run = Run(reduced(name))
     params, frozen = run.state.params, run.frozen
     # An optimizer that hands the gradient through: the step then adds it to the parameters.
-    keep = optax.GradientTransformation(lambda params: (), lambda grads, state, params: (grads, state))
-    step = step_lib.make_train_step(run.config, run.graphdef, optimizer=keep, schedule=lambda step: 0.0,
-                                    pixel_loss=build.PIXEL_LOSSES[run.config.loss.pixel])
-    new, _ = jax.jit(step)(run.state._replace(opt_state=()), frozen, run.images())
+    keep = optax.GradientTransformation(lambda params: step_state, lambda grads, state, params: (grads, state))
+    step_state = (optax.ScaleByScheduleState(jnp.zeros((), jnp.int32)),)
+    step = step_lib.make_train_step(run.config, run.parts._replace(optimizer=keep))
+    new, _ = jax.jit(functools.partial(step, gan=run.gan))(run.state._replace(opt_state=step_state), frozen,
+                                                           run.images())
     for path in params:
         assert np.any(new.params[path] != params[path]), f"{path} has no gradient"
     assert all(optim.is_frozen(path, run.config.optim.lr_multipliers) for path in frozen.params)
-    assert run.state.opt_state[1][0].mu.keys() == params.keys() == run.params.keys() - frozen.params.keys()
+    assert run.state.opt_state[1].mu.keys() == params.keys() == run.params.keys() - frozen.params.keys()
 
 
 def test_the_step_is_traced_once(tiny_config):
     chex.clear_trace_counter()
     run = Run(config_lib.parse(tiny_config))
-    step = jax.jit(chex.assert_max_traces(run.step, n=1))
+    step = jax.jit(chex.assert_max_traces(run.step, n=1), static_argnames="gan")
     for i in range(3):
-        run.state, _ = step(run.state, run.frozen, run.images(i))
+        run.state, _ = step(run.state, run.frozen, run.images(i), gan=False)
     assert int(run.state.step) == 3
 
 
@@ -131,10 +166,15 @@ def test_losses_are_reported_as_they_are_optimised(tiny_config):
     tiny_config.optim.lr_multipliers = ()
     run = Run(config_lib.parse(tiny_config))
     metrics = run.train(3)
-    terms = [value for name, value in metrics.items() if name.startswith("loss/") and name != "loss/total"]
-    assert metrics["loss/total"] == pytest.approx(sum(terms), rel=1e-5)
-    assert set(metrics) >= {"loss/pixel", "loss/codebook", "loss/commitment", "loss/distill", "grad_norm", "lr"}
-    assert metrics["loss/commitment"] == pytest.approx(0.25 * metrics["loss/codebook"], rel=1e-5)
+    assert {name: metrics[f"weight/{name}"] for name in ("pixel", "codebook", "commitment", "distill")} == {
+        "pixel": 2.0, "codebook": 0.5, "commitment": 0.125, "distill": 3.0}
+    weighted = {name.removeprefix("weighted/"): value for name, value in metrics.items() if "weighted/" in name}
+    for name, value in weighted.items():
+        assert value == pytest.approx(metrics[f"weight/{name}"] * metrics[f"loss/{name}"], rel=1e-5)
+    assert metrics["loss/total"] == pytest.approx(sum(weighted.values()), rel=1e-5)
+    assert metrics["loss/commitment"] == pytest.approx(metrics["loss/codebook"], rel=1e-5)
+    assert metrics["grad_norm"] == pytest.approx(
+        sum(metrics[f"grad_norm/{part}"] ** 2 for part in ("encoder", "quantizer", "decoder")) ** 0.5, rel=1e-5)
 
 
 def test_distillation_compares_the_student_with_its_teacher(tiny_config):
@@ -143,13 +183,13 @@ def test_distillation_compares_the_student_with_its_teacher(tiny_config):
     tiny_config.optim.update(lr_multipliers=(), weight_decay=0.0, warmup_steps=0, lr=1e-4, end_lr=1e-4)
     run = Run(config_lib.parse(tiny_config))
     _, metrics = run.jitted(run.state, run.frozen, run.images())
-    assert float(metrics["loss/distill"]) == 0.0
+    assert float(metrics["weighted/distill"]) == 0.0
     moved = {path: value * 1.05 if path.startswith("encoder/") else value for path, value in run.state.params.items()}
     state = run.state._replace(params=moved)
     distances = []
     for _ in range(5):
         state, metrics = run.jitted(state, run.frozen, run.images())
-        distances.append(float(metrics["loss/distill"]))
+        distances.append(float(metrics["weighted/distill"]))
     assert distances == sorted(distances, reverse=True)
     assert distances[0] > distances[-1] > 0
 
@@ -207,7 +247,7 @@ def test_learning_rates_differ_by_path(tiny_config):
     assert moved("encoder/vit/patch_embedding/kernel") == pytest.approx(1e-4, rel=1e-2)
     assert "encoder/vit/transformer/blocks/norm1/scale" in run.frozen.params
     with pytest.raises(ValueError, match=r"'encodr/\.\*' matches no parameter"):
-        optim.check_patterns(run.params, (("encodr/.*", 0.0),))
+        optim.check_patterns(run.params, (("encodr/.*", 0.0),), key="optim.lr_multipliers")
 
 
 def test_the_schedule_warms_up_and_ends_at_the_end_rate():
@@ -224,5 +264,161 @@ def test_codebook_from_data_is_a_codebook_of_the_encoders_tokens(tiny_config):
     images = [run.images(seed, batch=8) for seed in range(4)]
     values = step_lib.codebook_from_data(run.graphdef, arrays, images, seed=0)
     assert values.keys() == {"quantizer/codebook", "quantizer/counts", "quantizer/sums"}
-    loss = lambda arrays: step_lib.flat.merge(run.graphdef, arrays)(images[0], train=False).quantized.losses
+    loss = lambda arrays: flat.merge(run.graphdef, arrays)(images[0], train=False).quantized.losses
     assert loss({**arrays, **values})["commitment"] < 0.7 * loss(arrays)["commitment"]
+
+
+@pytest.fixture(autouse=True)
+def tiny_networks(monkeypatch):
+    """ConvNeXt and DINO at toy size; LPIPS's VGG16 has one size only."""
+    monkeypatch.setattr(build, "CONVNEXT_SMALL", ConvNeXtSpec(depths=(1, 1, 1, 1), widths=(8, 8, 8, 8)))
+    tiny = ViTSpec(width=16, depth=12, heads=2, mlp_dim=32, activation="gelu_tanh", patch_size=8, prefix_tokens=1)
+    monkeypatch.setattr(build, "DINO_SPECS", {"dino_s8": tiny, "dino_s16": tiny})
+    monkeypatch.setattr(build, "DINO_IMAGE_SIZE", 32)
+
+
+def adversarial(config, **changes):
+    config.gan.update(discriminator="patchgan", channels=32, weight=0.5, lr=1e-3, end_lr=1e-3, **changes)
+    return config
+
+
+LOSSES = ("pixel", "perceptual", "vq", "distill", "gan")
+
+
+@pytest.mark.parametrize("on", [[name for i, name in enumerate(LOSSES) if mask >> i & 1] for mask in range(1, 32)],
+                         ids="+".join)
+def test_every_combination_of_losses_reaches_exactly_the_promised_groups(on, tiny_config):
+    tiny_config.loss.update(pixel_weight=float("pixel" in on), vq_weight=float("vq" in on),
+                            distill_weight=float("distill" in on), perceptual_weight=float("perceptual" in on))
+    if "perceptual" in on:
+        tiny_config.loss.perceptual.update(convnext_s=1.0, random_weights=True)
+    if "gan" in on:
+        adversarial(tiny_config)
+    tiny_config.optim.lr_multipliers = ()
+    run = Run(config_lib.parse(tiny_config))
+    if "distill" in on:  # at the start the student is its teacher
+        moved = {path: value * 1.05 if path.startswith("encoder/") else value
+                 for path, value in run.state.params.items()}
+        run.state = run.state._replace(params=moved)
+    metrics = run.train(1)
+    from_pixels = bool({"pixel", "perceptual", "gan"} & set(on))
+    promised = {"decoder": from_pixels, "encoder": from_pixels or bool({"vq", "distill"} & set(on)),
+                "quantizer": "vq" in on}
+    for part, learns in promised.items():
+        assert (metrics[f"grad_norm/{part}"] > 0) == learns, f"{part} with {on}: {metrics}"
+    assert (metrics.get("grad_norm/discriminator", 0.0) > 0) == ("gan" in on)
+    assert np.isfinite(metrics["loss/total"])
+
+
+def test_the_adaptive_weight_is_the_ratio_of_two_whole_gradients(tiny_config):
+    """And the step's gradient is that of the losses' weighted sum, differentiated in one go."""
+    tiny_config.optim.lr_multipliers = ()
+    tiny_config.loss.update(vq_weight=0.0)
+    run = Run(config_lib.parse(adversarial(tiny_config, adaptive=True)))
+    images = run.images().astype(np.float32) / 255
+    discriminator = flat.merge(run.parts.gan.graphdef, flat.under("discriminator/", run.networks))
+    reconstruct = lambda params: flat.merge(run.graphdef, params, run.codebook)(images, train=True).images
+    pixel = jax.grad(lambda params: losses.l2(reconstruct(params), images))(run.params)
+    gan = jax.grad(lambda params: losses.linear_generator(discriminator(reconstruct(params))))(run.params)
+    last = "decoder/pixels/kernel"
+    expected = jnp.linalg.norm(pixel[last]) / jnp.linalg.norm(gan[last])
+    grads, _, scalars, _ = jax.jit(lambda: step_lib._gradients(
+        run.config, run.parts, run.state, run.frozen, run.images(), rng=jax.random.key(0), gan=True))()
+    assert float(scalars["gan/adaptive_weight"]) == pytest.approx(float(expected), rel=1e-3)
+    assert float(scalars["weight/gan"]) == pytest.approx(0.5 * float(expected), rel=1e-3)
+    for path in run.params:
+        np.testing.assert_allclose(grads[path], pixel[path] + 0.5 * expected * gan[path], rtol=1e-3, atol=1e-6)
+
+
+def test_the_gan_starts_when_the_config_says_and_costs_nothing_before(tiny_config):
+    plain = Run(config_lib.parse(tiny_config))
+    tiny_config.train.steps = 20
+    run = Run(config_lib.parse(adversarial(tiny_config, discriminator_start_step=2, start_step=4, ramp_steps=3)))
+    flops = lambda run, gan: jax.jit(run.step, static_argnames="gan").lower(
+        run.state, run.frozen, run.images(), gan=gan).compile().cost_analysis()["flops"]
+    assert flops(run, False) == flops(plain, False)
+    weights = []
+    for step in range(9):
+        before = run.state.gan.params
+        gan = step >= 2
+        run.state, metrics = jax.jit(run.step, static_argnames="gan")(run.state, run.frozen, run.images(step), gan=gan)
+        changed = any(np.any(before[path] != run.state.gan.params[path]) for path in before)
+        assert changed == gan
+        weights.append(float(metrics.get("weight/gan", -1.0)))
+    assert weights == pytest.approx([-1, -1, 0, 0, 0.125, 0.25, 0.375, 0.5, 0.5])
+
+
+def test_the_discriminator_learns_to_tell_reconstructions_from_images(tiny_config):
+    tiny_config.optim.update(lr=0.0, end_lr=0.0, weight_decay=0.0)
+    run = Run(config_lib.parse(adversarial(tiny_config, lecam_weight=0.001, augment=True, cutout=0.2)))
+    metrics = [run.train(1), run.train(30)]
+    assert metrics[1]["loss/discriminator"] < 0.5 * metrics[0]["loss/discriminator"]
+    assert metrics[1]["gan/logits_real"] > metrics[1]["gan/logits_fake"]
+    assert np.all(run.state.gan.mean_logits != 0)
+
+
+def test_a_frozen_backbone_and_its_heads(tiny_config):
+    """The DINO discriminator: the backbone is frozen, heads and their power iteration move."""
+    adversarial(tiny_config)
+    tiny_config.gan.update(discriminator="dino_s8", random_weights=True, channels=128, augment=True)
+    run = Run(config_lib.parse(tiny_config))
+    before = run.state.gan
+    backbone = {path for path in run.frozen.networks if path.startswith(step_lib.BACKBONE)}
+    assert backbone
+    assert backbone.isdisjoint(before.params)
+    run.train(2)
+    for path, value in before.params.items():
+        assert np.any(value != run.state.gan.params[path]), path
+    assert before.state
+    for path, value in before.state.items():
+        assert np.any(value != run.state.gan.state[path]), path
+
+
+def test_a_discriminator_that_is_not_finite_skips_the_step(tiny_config):
+    run = Run(config_lib.parse(adversarial(tiny_config)))
+    run.train(1)
+    path = next(iter(run.state.gan.params))
+    broken = run.state._replace(gan=run.state.gan._replace(
+        params=run.state.gan.params | {path: run.state.gan.params[path] * jnp.nan}))
+    state, metrics = run.jitted(broken, run.frozen, run.images())
+    chex.assert_trees_all_equal(state.params, run.state.params)
+    assert float(metrics["skipped_steps"]) == 1
+
+
+def test_usage_is_counted_over_a_window(tiny_config):
+    tiny_config.train.log_every = 3
+    run = Run(config_lib.parse(tiny_config))
+    tokens = 4 * 16
+    seen = []
+    for i in range(5):
+        run.state, _ = run.jitted(run.state, run.frozen, run.images(i))
+        seen.append(int(run.state.code_counts.sum()))
+    assert seen == [tokens, 2 * tokens, 3 * tokens, tokens, 2 * tokens]
+
+
+def test_an_end_rate_of_its_own(tiny_config):
+    """Table 7: the encoder stays at 1e-5 while the decoder comes down from 1e-4 to it."""
+    tiny_config.train.steps = 10
+    tiny_config.optim.update(lr=1e-4, end_lr=1e-5, warmup_steps=0, lr_multipliers=(("encoder/.*", 0.1),),
+                             end_lr_multipliers=(("encoder/.*", 1.0),))
+    run = Run(config_lib.parse(tiny_config))
+    rates = [run.train(1) for _ in range(10)]
+    assert [r["lr/encoder"] for r in rates] == pytest.approx([1e-5] * 10)
+    assert rates[0]["lr/decoder"] == pytest.approx(1e-4)
+    assert 1e-5 < rates[-1]["lr/decoder"] < 2e-5
+
+
+@pytest.mark.parametrize(("loss", "real", "fake", "expected"), [
+    (losses.hinge_discriminator, [2.0, 0.5], [-3.0, 0.0], 0.5 * (0.25 + 0.5)),
+    (losses.vanilla_discriminator, [0.0], [0.0], np.log(2)),
+])
+def test_discriminator_losses(loss, real, fake, expected):
+    assert float(loss(jnp.array(real), jnp.array(fake))) == pytest.approx(expected)
+
+
+def test_generator_losses():
+    fake = jnp.array([1.0, -2.0])
+    assert float(losses.linear_generator(fake)) == pytest.approx(0.5)
+    expected = np.mean(np.log1p(np.exp(-np.array([1.0, -2.0]))))
+    assert float(losses.non_saturating_generator(fake)) == pytest.approx(expected)
+    assert float(losses.lecam(*map(jnp.float32, (2.0, -1.0, 0.5, 1.5)))) == pytest.approx(0.5**2 + 1.5**2)

@@ -1,6 +1,7 @@
 """From a config to the things it names: the only place where a name becomes a module, an optimizer or a data source."""
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -9,22 +10,37 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from vqrae_jax import losses, optim
+from vqrae_jax import losses, optim, step
 from vqrae_jax.config import Config
+from vqrae_jax.convert import discriminators as convert_discriminators
 from vqrae_jax.convert import huggingface
+from vqrae_jax.convert import perceptual as convert_perceptual
 from vqrae_jax.data import sources
 from vqrae_jax.models import flat
 from vqrae_jax.models.decoder import VIT_B, VIT_L, VIT_XL, Decoder
+from vqrae_jax.models.discriminators import (
+    DINO_S8,
+    DINO_S16,
+    DinoDiscriminator,
+    PatchGAN,
+    diff_augment,
+    random_crop,
+)
 from vqrae_jax.models.encoders import Encoder
 from vqrae_jax.models.flat import Arrays
-from vqrae_jax.models.quantizers import EMAVQ, FSQ, SimVQ
+from vqrae_jax.models.perceptual import CONVNEXT_SMALL, LPIPS, ConvNeXt
+from vqrae_jax.models.quantizers import EMAVQ, FSQ, AdapterFSQ, Identity, Quantizer, RankedVQ, SimVQ
 from vqrae_jax.models.vit import TransformerSpec
-from vqrae_jax.models.vqrae import VQRAE, Quantizer
+from vqrae_jax.models.vqrae import VQRAE
 
 NANO_ENCODER = Path(__file__).parent / "assets" / "nano"
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 DECODER_SHAPES = {"vit_b": VIT_B, "vit_l": VIT_L, "vit_xl": VIT_XL}
 PIXEL_LOSSES = {"l1": losses.l1, "l2": losses.l2}
+DINO_SPECS = {"dino_s8": DINO_S8, "dino_s16": DINO_S16}
+DINO_IMAGE_SIZE = 224
+DISCRIMINATOR_LOSSES = {"hinge": losses.hinge_discriminator, "vanilla": losses.vanilla_discriminator}
+GENERATOR_LOSSES = {"linear": losses.linear_generator, "non_saturating": losses.non_saturating_generator}
 
 
 def encoder_path(config: Config) -> str:
@@ -84,11 +100,22 @@ def _model(config: Config, spec: huggingface.EncoderSpec, rngs: nnx.Rngs) -> VQR
                          f"{grid * output_patch} pixels, but data.image_size is {size}")
     dtype = DTYPES[config.model.dtype]
     encoder = Encoder(spec.vit, image_size=input_size, mean=spec.mean, std=spec.std,
-                      final_norm=config.model.encoder.final_norm, dtype=dtype, rngs=rngs)
-    decoder_spec = DECODER_SHAPES.get(config.model.decoder.shape) or symmetric(spec.vit)
-    decoder = Decoder(decoder_spec, latent_width=spec.vit.width, grid=grid, patch_size=output_patch, mean=spec.mean,
-                      std=spec.std, cls_token=config.model.decoder.cls_token, dtype=dtype, rngs=rngs)
-    return VQRAE(encoder=encoder, quantizer=_quantizer(config, width=spec.vit.width, rngs=rngs), decoder=decoder)
+                      final_norm=config.model.encoder.final_norm, layers=config.model.encoder.layers,
+                      combine=config.model.encoder.combine, dtype=dtype, rngs=rngs)
+    decoder = Decoder(_decoder_spec(config, spec), latent_width=encoder.width, grid=grid, patch_size=output_patch,
+                      mean=spec.mean, std=spec.std, cls_token=config.model.decoder.cls_token,
+                      learned_positions=config.model.decoder.learned_positions, dtype=dtype, rngs=rngs)
+    return VQRAE(encoder=encoder, quantizer=_quantizer(config, width=encoder.width, rngs=rngs), decoder=decoder,
+                 noise_tau=config.model.noise_tau, latent_statistics=config.model.latent_statistics)
+
+
+def _decoder_spec(config: Config, encoder: huggingface.EncoderSpec) -> TransformerSpec:
+    d = config.model.decoder
+    if d.shape == "symmetric":
+        return symmetric(encoder.vit)
+    if d.shape == "custom":
+        return dataclasses.replace(VIT_B, width=d.width, depth=d.depth, heads=d.heads, mlp_dim=d.mlp_dim)
+    return DECODER_SHAPES[d.shape]
 
 
 def symmetric(encoder: TransformerSpec) -> TransformerSpec:
@@ -99,26 +126,132 @@ def symmetric(encoder: TransformerSpec) -> TransformerSpec:
 
 def _quantizer(config: Config, *, width: int, rngs: nnx.Rngs) -> Quantizer:
     q = config.model.quantizer
-    if q.kind == "fsq":
-        quantizer = FSQ(width=width, levels=q.levels, rngs=rngs)
-        if (quantizer.num_codes, len(q.levels)) != (q.size, q.dim):
-            raise ValueError(f"config keys model.quantizer.size {q.size} and dim {q.dim} must be the product and the "
-                             f"number of model.quantizer.levels {q.levels}: {quantizer.num_codes} and {len(q.levels)}")
+    if q.kind == "none":
+        quantizer = Identity()
+        _check_size(config, quantizer.num_codes, width, "1 and the features' width")
+        return quantizer
+    if q.kind in ("fsq", "adapter_fsq"):
+        quantizer = (FSQ if q.kind == "fsq" else AdapterFSQ)(width=width, levels=q.levels, rngs=rngs)
+        _check_size(config, quantizer.num_codes, len(q.levels),
+                    f"the product and the number of model.quantizer.levels {q.levels}")
         return quantizer
     common: dict[str, Any] = dict(
-        width=width, size=q.size, dim=q.dim, project=True if q.projection else None, search=q.search,
-        commitment_weight=q.commitment_weight, gradient=q.gradient, rngs=rngs)
+        width=width, size=q.size, dim=q.dim, commitment_weight=q.commitment_weight, gradient=q.gradient, rngs=rngs)
+    if q.kind == "ranked":
+        return RankedVQ(**common)
+    common |= dict(project=True if q.projection else None, search=q.search)
     if q.kind == "ema":
         return EMAVQ(**common, decay=q.decay, restart_threshold=q.restart_threshold)
-    return SimVQ(**common, input_projection=q.input_projection)
+    return SimVQ(**common, input_projection=q.input_projection, l2_normalize=q.l2_normalize)
 
 
-def optimizer(config: Config) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """AdamW and its learning-rate schedule."""
+def _check_size(config: Config, size: int, dim: int, expected: str) -> None:
+    q = config.model.quantizer
+    if (q.size, q.dim) != (size, dim):
+        raise ValueError(f"config keys model.quantizer.size {q.size} and dim {q.dim} must be {expected}: "
+                         f"{size} and {dim}")
+
+
+def networks(config: Config) -> tuple[dict[str, nnx.GraphDef], Arrays, Arrays]:
+    """The networks of the losses by name, and the shapes of their parameters and state under `name/`.
+
+    Names are `lpips`, `convnext_s` and `discriminator`, as far as the config has them; nothing is allocated.
+    """
+    graphdefs, params, state = {}, {}, {}
+    for name, module in nnx.eval_shape(lambda: _networks(config, nnx.Rngs(config.seed))).items():
+        graphdefs[name], module_params, module_state = flat.split(module)
+        params |= flat.prefixed(f"{name}/", module_params)
+        state |= flat.prefixed(f"{name}/", module_state)
+    return graphdefs, params, state
+
+
+def network_arrays(config: Config) -> tuple[Arrays, Arrays]:
+    """Parameters and state of `networks` at the start of a run: pretrained weights, everything else from `seed`.
+
+    Raises:
+      OSError: weights that are not there; the message says how to get them.
+      ValueError: weights of another network.
+    """
+    @jax.jit
+    def init():
+        params, state = {}, {}
+        for name, module in _networks(config, nnx.Rngs(config.seed)).items():
+            _, module_params, module_state = flat.split(module)
+            params |= flat.prefixed(f"{name}/", module_params)
+            state |= flat.prefixed(f"{name}/", module_state)
+        return params, state
+
+    params, state = init()
+    perceptual, gan = config.loss.perceptual, config.gan
+    if perceptual.lpips and not perceptual.random_weights:
+        params |= flat.prefixed("lpips/", convert_perceptual.load_lpips(perceptual.lpips_vgg16, perceptual.lpips_linear))
+    if perceptual.convnext_s and not perceptual.random_weights:
+        params |= flat.prefixed("convnext_s/", convert_perceptual.load_convnext_small(perceptual.convnext_s_weights))
+    if gan.discriminator in DINO_SPECS and not gan.random_weights:
+        params |= flat.prefixed("discriminator/", convert_discriminators.load_dino_backbone(
+            gan.backbone, spec=DINO_SPECS[gan.discriminator], image_size=DINO_IMAGE_SIZE))
+    if gan.heads:
+        heads, heads_state = convert_discriminators.load_dino_heads(Path(gan.heads))
+        params |= flat.prefixed("discriminator/", heads)
+        state |= flat.prefixed("discriminator/", heads_state)
+    return jax.tree.map(jnp.asarray, (params, state))
+
+
+def _networks(config: Config, rngs: nnx.Rngs) -> dict[str, nnx.Module]:
+    dtype, modules = DTYPES[config.model.dtype], {}
+    if config.loss.perceptual.lpips:
+        modules["lpips"] = LPIPS(dtype=dtype, rngs=rngs)
+    if config.loss.perceptual.convnext_s:
+        modules["convnext_s"] = ConvNeXt(CONVNEXT_SMALL, dtype=dtype, rngs=rngs)
+    if config.gan.discriminator == "patchgan":
+        modules["discriminator"] = PatchGAN(channels=config.gan.channels, dtype=dtype, rngs=rngs)
+    elif config.gan.discriminator != "none":
+        modules["discriminator"] = DinoDiscriminator(DINO_SPECS[config.gan.discriminator], image_size=DINO_IMAGE_SIZE,
+                                                     dtype=dtype, rngs=rngs)
+    return modules
+
+
+def parts(config: Config, graphdef: nnx.GraphDef) -> step.Parts:
+    """What a training step is made of besides arrays.
+
+    Args:
+      config: of the run.
+      graphdef: its model's structure.
+    """
+    graphdefs, _, _ = networks(config)
+    shares = {name: getattr(config.loss.perceptual, name) for name in ("lpips", "convnext_s") if name in graphdefs}
+    o, g = config.optim, config.gan
+    rates = functools.partial(_learning_rate, config)
+    gan = None
+    if g.discriminator != "none":
+        schedule = optim.warmup_cosine(lr=g.lr, end_lr=g.end_lr, warmup_steps=g.warmup_steps,
+                                       steps=config.train.steps - g.discriminator_start_step)
+
+        def augment(images: jax.Array, rng: jax.Array) -> jax.Array:
+            crop_rng, augment_rng = jax.random.split(rng)
+            if g.discriminator in DINO_SPECS:
+                images = random_crop(images, DINO_IMAGE_SIZE, crop_rng)
+            return diff_augment(images, augment_rng, cutout=g.cutout) if g.augment else images
+
+        gan = step.Gan(
+            graphdef=graphdefs["discriminator"], schedule=schedule, augment=augment,
+            optimizer=optim.adamw(lambda path: schedule, b1=g.b1, b2=g.b2, weight_decay=g.weight_decay,
+                                  clip_norm=g.clip_norm),
+            discriminator_loss=DISCRIMINATOR_LOSSES[g.discriminator_loss],
+            generator_loss=GENERATOR_LOSSES[g.generator_loss])
+    return step.Parts(
+        graphdef=graphdef, learning_rate=rates,
+        optimizer=optim.adamw(rates, b1=o.b1, b2=o.b2, weight_decay=o.weight_decay, clip_norm=o.clip_norm),
+        pixel_loss=PIXEL_LOSSES[config.loss.pixel],
+        perceptual={name: (graphdefs[name], share / sum(shares.values())) for name, share in shares.items()}, gan=gan)
+
+
+def _learning_rate(config: Config, path: str) -> optax.Schedule:
     o = config.optim
-    schedule = optim.warmup_cosine(lr=o.lr, end_lr=o.end_lr, warmup_steps=o.warmup_steps, steps=config.train.steps)
-    return optim.adamw(schedule, b1=o.b1, b2=o.b2, weight_decay=o.weight_decay, clip_norm=o.clip_norm,
-                       multipliers=o.lr_multipliers), schedule
+    factor = optim.multiplier(path, o.lr_multipliers)
+    end_factor = optim.multiplier(path, (*o.end_lr_multipliers, (".*", factor)))
+    return optim.warmup_cosine(lr=factor * o.lr, end_lr=end_factor * o.end_lr, warmup_steps=o.warmup_steps,
+                               steps=config.train.steps)
 
 
 def data_source(spec: str, *, training: bool) -> sources.Source:

@@ -2,9 +2,10 @@
 
     config.json    the resolved config
     encoder/       the encoder's Hugging Face config, which says what shape the model has
-    checkpoints/   Orbax, one folder a step: `model` (weights, EMA, codebook), `training` (optimizer, counters) and
-                   `data` (the position in the data); the last two and the best one are kept
-    frozen/        Orbax, written once: frozen parameters and teacher, so that the run needs nothing but its folder
+    checkpoints/   Orbax, one folder a step: `model` (weights, EMA, codebook), `training` (optimizer, discriminator,
+                   counters) and `data` (the position in the data); the last two and the best one are kept
+    frozen/        Orbax, written once: frozen parameters, teacher and the losses' networks, so that the run needs
+                   nothing but its folder
 """
 
 import dataclasses
@@ -12,7 +13,7 @@ import errno
 import logging
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from vqrae_jax import config as config_lib
 from vqrae_jax.config import Config
 from vqrae_jax.convert import huggingface
 from vqrae_jax.models.flat import Arrays
-from vqrae_jax.step import Frozen, TrainState, init_state
+from vqrae_jax.step import Frozen, Parts, TrainState, init_state
 
 log = logging.getLogger(__name__)
 # May change between two starts of a run: they alter neither the parameters nor the metrics of a step.
@@ -161,21 +162,45 @@ def _items(state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
 def save_frozen(workdir: Path, frozen: Frozen) -> None:
     """Writes a run's frozen arrays; replaces those of an earlier start that left no checkpoint."""
     with disk_errors(workdir), ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save((workdir / "frozen").absolute(), frozen._asdict(), force=True)
+        for name, arrays in frozen._asdict().items():
+            if arrays:  # Orbax refuses to save nothing
+                checkpointer.save((workdir / "frozen" / name).absolute(), arrays, force=True)
 
 
 def load_frozen(workdir: Path, abstract: Frozen) -> Frozen:
     """Reads what `save_frozen` wrote."""
+    return Frozen(**{name: _load_frozen(workdir, name, arrays) for name, arrays in abstract._asdict().items()})
+
+
+def _load_frozen(workdir: Path, name: str, abstract: Arrays) -> Arrays:
+    if not abstract:
+        return {}
     with ocp.StandardCheckpointer() as checkpointer:
-        return Frozen(**checkpointer.restore((workdir / "frozen").absolute(), abstract._asdict()))
+        return checkpointer.restore((workdir / "frozen" / name).absolute(), abstract)
 
 
-def abstract_state(config: Config, graphdef: nnx.GraphDef, params: Arrays,
-                   codebook: Arrays) -> tuple[TrainState, Frozen]:
+def write_run(workdir: Path, config: Config, params: Arrays, codebook: Arrays) -> None:
+    """Makes a run's folder of a model from elsewhere: one checkpoint, at step 0, that can be loaded and started from.
+
+    Raises:
+      ValueError: the folder holds a run already.
+      OSError: it cannot be written.
+    """
+    if _has_checkpoint(workdir):
+        raise ValueError(f"{workdir} holds a run already: choose another --workdir")
+    graphdef, _, _ = structure(workdir, config)
+    open_run(workdir, config)
+    state, frozen = init_state(config, build.parts(config, graphdef), params, codebook, {}, {})
+    save_frozen(workdir, frozen)
+    with closing(Checkpoints(workdir)) as checkpoints:
+        checkpoints.save(state, {"next_batch": 0}, psnr=None)
+
+
+def abstract_state(config: Config, parts: Parts, params: Arrays, codebook: Arrays) -> tuple[TrainState, Frozen]:
     """Shapes and place of a run's state, from the shapes of its model; nothing is allocated."""
-    optimizer, _ = build.optimizer(config)
-    shapes = jax.eval_shape(lambda params, codebook: init_state(config, graphdef, params, codebook, optimizer),
-                            params, codebook)
+    _, networks, network_state = build.networks(config)
+    shapes = jax.eval_shape(lambda *arrays: init_state(config, parts, *arrays), params, codebook, networks,
+                            network_state)
     # Said explicitly, or Orbax would look for the kind of device that the checkpoint was saved from.
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
@@ -199,8 +224,8 @@ def load_run(workdir: Path, *, step: int | None = None) -> tuple[Config, nnx.Gra
     if step not in [None, *steps]:
         raise FileNotFoundError(f"{workdir} holds the checkpoints {steps}, not {step}")
     graphdef, params, codebook = structure(workdir, config)
-    state, frozen = abstract_state(config, graphdef, params, codebook)
+    state, frozen = abstract_state(config, build.parts(config, graphdef), params, codebook)
     model = checkpoints.restore_model(steps[-1] if step is None else step, state)
     checkpoints.close()
-    return config, graphdef, {**load_frozen(workdir, frozen).params, **model["params"], **model["codebook"],
+    return config, graphdef, {**_load_frozen(workdir, "params", frozen.params), **model["params"], **model["codebook"],
                               **model["ema"]}

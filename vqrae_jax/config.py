@@ -55,17 +55,20 @@ class Encoder:
     path: str = "nano"  # a Hugging Face folder or hub id, or `nano`, which ships with the package
     input_size: int = _key(0, low=0)  # side of the image the encoder sees; 0 is data.image_size
     final_norm: Literal["affine", "plain"] = "affine"
+    layers: tuple[int, ...] = ()  # whose tokens are the features, 1 is the first block's; empty: the last
+    combine: Literal["sum", "concat"] = "sum"  # of several layers
     random_weights: bool = False  # read only the shape from path: for tests and measurements
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Quantizer:
-    kind: Literal["simvq", "ema", "fsq"] = "simvq"
-    size: int = _key(16384, low=2)  # number of codes; FSQ: the product of its levels
-    dim: int = _key(1536, low=1)  # width of a code; FSQ: the number of its levels
+    kind: Literal["simvq", "ema", "fsq", "adapter_fsq", "ranked", "none"] = "simvq"  # none: an autoencoder, no codes
+    size: int = _key(16384, low=1)  # number of codes; FSQ: the product of its levels; none: 1
+    dim: int = _key(1536, low=1)  # width of a code; FSQ: the number of its levels; none: the features' width
     levels: tuple[int, ...] = ()  # FSQ only
     projection: bool = False  # linear layers around the codebook even where dim equals the encoder's width
     input_projection: bool = False  # SimVQ: an identity-initialised layer before the search
+    l2_normalize: bool = False  # SimVQ: tokens and codes of length 1
     search: Literal["euclidean", "cosine"] = "euclidean"
     gradient: Literal["straight_through", "rotation"] = "straight_through"
     init: Literal["random", "kmeans"] = "random"  # kmeans: on the encoder's features of the first images
@@ -76,25 +79,75 @@ class Quantizer:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Decoder:
-    shape: Literal["symmetric", "vit_b", "vit_l", "vit_xl"] = "symmetric"
+    shape: Literal["symmetric", "vit_b", "vit_l", "vit_xl", "custom"] = "symmetric"
+    width: int = _key(0, low=0)  # custom only, as are the next three
+    depth: int = _key(0, low=0)
+    heads: int = _key(0, low=0)
+    mlp_dim: int = _key(0, low=0)
     patch_size: int = _key(0, low=0)  # side of the square of pixels a token becomes; 0 is the encoder's
     cls_token: bool = False
+    learned_positions: bool = False  # position embeddings that start as sin-cos and learn
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Model:
     dtype: Literal["float32", "bfloat16"] = "float32"  # of computation; parameters are float32
+    noise_tau: float = _key(0.0, low=0.0)  # of the noise on features in training (RAE); codes want none
+    latent_statistics: bool = False  # latents are handed out normalised per channel and position
     encoder: Encoder = Encoder()
     quantizer: Quantizer = Quantizer()
     decoder: Decoder = Decoder()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Perceptual:
+    """Networks whose distance is the perceptual loss: the mean of theirs, weighted by their shares."""
+
+    lpips: float = _key(0.0, low=0.0)  # share of LPIPS on VGG16
+    convnext_s: float = _key(0.0, low=0.0)  # share of the distance of ConvNeXt-S's logits
+    lpips_vgg16: str = "timm/vgg16.tv_in1k"  # weights: a file, a folder or a hub id
+    lpips_linear: str = ""  # LPIPS's own 1x1 weights; empty: those that ship with the package
+    convnext_s_weights: str = "~/.cache/vqrae_jax/convnext_small-0c510722.pth"
+    random_weights: bool = False  # for tests and measurements
+    remat: bool = False  # recompute the networks' activations in the backward pass, to save memory
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Loss:
     pixel: Literal["l1", "l2"] = "l2"
     pixel_weight: float = _key(1.0, low=0.0)
+    perceptual_weight: float = _key(0.0, low=0.0)
+    perceptual: Perceptual = Perceptual()
     vq_weight: float = _key(1.0, low=0.0)
     distill_weight: float = _key(0.0, low=0.0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Gan:
+    discriminator: Literal["none", "patchgan", "dino_s8", "dino_s16"] = "none"
+    weight: float = _key(0.1, low=0.0)  # of the generator's loss
+    adaptive: bool = False  # times the ratio of the two losses' gradients at the decoder's last layer
+    max_adaptive_weight: float = _key(1e4, low=0.0)
+    discriminator_start_step: int = _key(0, low=0)  # when the discriminator begins to learn
+    start_step: int = _key(0, low=0)  # when the decoder begins to learn from it
+    ramp_steps: int = _key(0, low=0)  # over which the weight then rises from 0
+    discriminator_loss: Literal["hinge", "vanilla"] = "hinge"
+    generator_loss: Literal["linear", "non_saturating"] = "linear"
+    lecam_weight: float = _key(0.0, low=0.0)
+    lecam_decay: float = _key(0.999, low=0.0, high=BELOW_ONE)
+    augment: bool = False  # DiffAug
+    cutout: float = _key(0.0, low=0.0, high=1.0)  # side of DiffAug's hole as a share of the image's
+    channels: int = _key(128, low=32)  # PatchGAN: of the first layer, a multiple of 32
+    backbone: str = "facebook/dino-vits8"  # DINO: weights of the frozen ViT: a file, a folder or a hub id
+    heads: str = ""  # DINO: a PyTorch checkpoint with trained heads; empty: new ones
+    random_weights: bool = False  # DINO: for tests and measurements
+    lr: float = _key(4e-5, low=0.0)
+    end_lr: float = _key(4e-5, low=0.0)
+    warmup_steps: int = _key(0, low=0)
+    b1: float = _key(0.9, low=0.0, high=BELOW_ONE)
+    b2: float = _key(0.999, low=0.0, high=BELOW_ONE)
+    weight_decay: float = _key(0.0, low=0.0)
+    clip_norm: float = _key(0.0, low=0.0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -108,6 +161,8 @@ class Optim:
     clip_norm: float = _key(1.0, low=0.0)  # of the global gradient; 0 is off
     # (path pattern, factor on lr): the first pattern that matches a whole path counts; 0 freezes.
     lr_multipliers: tuple[tuple[str, float], ...] = ()
+    # The same for end_lr; where none matches, the factor on lr counts.
+    end_lr_multipliers: tuple[tuple[str, float], ...] = ()
     ema_decay: float = _key(0.9999, low=0.0, high=BELOW_ONE)  # of the weights; 0 is off
 
 
@@ -126,6 +181,7 @@ class Config:
     eval: Eval = Eval()
     model: Model = Model()
     loss: Loss = Loss()
+    gan: Gan = Gan()
     optim: Optim = Optim()
     log: Log = Log()
 
@@ -227,34 +283,73 @@ def _convert(kind: Any, value: Any, *, name: str) -> Any:
     return value
 
 
-_KINDS_THAT_READ = {
-    "levels": ("fsq",), "projection": ("simvq", "ema"), "input_projection": ("simvq",), "search": ("simvq", "ema"),
-    "gradient": ("simvq", "ema"), "init": ("simvq", "ema"), "commitment_weight": ("simvq", "ema"), "decay": ("ema",),
+# Keys that mean something for some kinds only; for the others they must keep their default.
+_QUANTIZER_KINDS = {
+    "levels": ("fsq", "adapter_fsq"), "projection": ("simvq", "ema"), "input_projection": ("simvq",),
+    "l2_normalize": ("simvq",), "search": ("simvq", "ema"), "gradient": ("simvq", "ema", "ranked"),
+    "init": ("simvq", "ema"), "commitment_weight": ("simvq", "ema", "ranked"), "decay": ("ema",),
     "restart_threshold": ("ema",),
 }
+_DECODER_SHAPES = {name: ("custom",) for name in ("width", "depth", "heads", "mlp_dim")}
+_DINO = ("dino_s8", "dino_s16")
+_DISCRIMINATORS = {"channels": ("patchgan",), "backbone": _DINO, "heads": _DINO, "random_weights": _DINO}
 
 
 def _check_consistency(config: Config) -> None:
-    train, quantizer = config.train, config.model.quantizer
+    train, quantizer, decoder, perceptual, gan = (config.train, config.model.quantizer, config.model.decoder,
+                                                  config.loss.perceptual, config.gan)
     if train.batch_size % train.accumulate:
         raise ValueError(f"config key train.batch_size {train.batch_size} is not divisible by "
                          f"train.accumulate {train.accumulate}")
-    if config.optim.warmup_steps >= train.steps:
-        raise ValueError(f"config key optim.warmup_steps {config.optim.warmup_steps} must be below "
-                         f"train.steps {train.steps}")
-    if config.optim.end_lr > config.optim.lr:
-        raise ValueError(f"config key optim.end_lr {config.optim.end_lr} must not exceed optim.lr {config.optim.lr}")
-    for pattern, factor in config.optim.lr_multipliers:
+    _check_optimizer("optim", config.optim, steps=train.steps)
+    for key in ("lr_multipliers", "end_lr_multipliers"):
+        _check_multipliers(f"optim.{key}", getattr(config.optim, key))
+    _check_kinds("model.quantizer", quantizer, quantizer.kind, _QUANTIZER_KINDS)
+    _check_kinds("model.decoder", decoder, decoder.shape, _DECODER_SHAPES)
+    _check_kinds("gan", gan, gan.discriminator, _DISCRIMINATORS)
+    if "fsq" in quantizer.kind and not quantizer.levels:
+        raise ValueError("config key model.quantizer.levels is empty, but FSQ needs levels")
+    for name in _DECODER_SHAPES:
+        if decoder.shape == "custom" and not getattr(decoder, name):
+            raise ValueError(f"config key model.decoder.{name} is 0, but a custom shape needs it")
+    if config.loss.perceptual_weight and not perceptual.lpips + perceptual.convnext_s:
+        raise ValueError(f"config key loss.perceptual_weight {config.loss.perceptual_weight} needs a network: set "
+                         "loss.perceptual.lpips or loss.perceptual.convnext_s above 0")
+    if perceptual.lpips + perceptual.convnext_s and not config.loss.perceptual_weight:
+        raise ValueError("config key loss.perceptual_weight is 0, but loss.perceptual names a network")
+    if gan.discriminator != "none":
+        if gan.start_step < gan.discriminator_start_step:
+            raise ValueError(f"config key gan.start_step {gan.start_step} is before gan.discriminator_start_step "
+                             f"{gan.discriminator_start_step}: the decoder would learn from an untrained discriminator")
+        if gan.discriminator_start_step >= train.steps:
+            raise ValueError(f"config key gan.discriminator_start_step {gan.discriminator_start_step} must be below "
+                             f"train.steps {train.steps}")
+        if gan.channels % 32:
+            raise ValueError(f"config key gan.channels {gan.channels} must be a multiple of 32")
+        _check_optimizer("gan", gan, steps=train.steps - gan.discriminator_start_step)
+
+
+def _check_kinds(section: str, values: Any, kind: str, kinds_that_read: dict[str, tuple[str, ...]]) -> None:
+    for name, kinds in kinds_that_read.items():
+        value = getattr(values, name)
+        if kind not in kinds and value != getattr(type(values)(), name):
+            raise ValueError(f"config key {section}.{name} {value!r} has no meaning for {kind}, "
+                             f"only for {' and '.join(kinds)}")
+
+
+def _check_optimizer(section: str, values: Optim | Gan, *, steps: int) -> None:
+    if values.warmup_steps >= steps:
+        raise ValueError(f"config key {section}.warmup_steps {values.warmup_steps} must be below the {steps} steps "
+                         f"that it has")
+    if values.end_lr > values.lr:
+        raise ValueError(f"config key {section}.end_lr {values.end_lr} must not exceed {section}.lr {values.lr}")
+
+
+def _check_multipliers(key: str, multipliers: tuple[tuple[str, float], ...]) -> None:
+    for pattern, factor in multipliers:
         try:
             re.compile(pattern)
         except re.error as error:
-            raise ValueError(f"config key optim.lr_multipliers: {pattern!r} is not a pattern: {error}") from None
+            raise ValueError(f"config key {key}: {pattern!r} is not a pattern: {error}") from None
         if factor < 0:
-            raise ValueError(f"config key optim.lr_multipliers: {pattern!r} has the negative factor {factor}")
-    for name, kinds in _KINDS_THAT_READ.items():
-        value = getattr(quantizer, name)
-        if quantizer.kind not in kinds and value != getattr(Quantizer(), name):
-            raise ValueError(f"config key model.quantizer.{name} {value!r} has no meaning for {quantizer.kind}, "
-                             f"only for {' and '.join(kinds)}")
-    if quantizer.kind == "fsq" and not quantizer.levels:
-        raise ValueError("config key model.quantizer.levels is empty, but FSQ needs levels")
+            raise ValueError(f"config key {key}: {pattern!r} has the negative factor {factor}")

@@ -50,7 +50,7 @@ def evaluate(eval_step: step.EvalStep, arrays: Arrays, batches: Iterable[Batch],
 
     Returns:
       metrics and pictures. Metrics: `psnr` (dB) and `ssim`, means over images; `code_usage`, the share of codes that
-      any image hit; `code_perplexity`, exp of the entropy of their usage histogram; `knn_top1`, leave-one-out over the
+      any image hit, and `code_perplexity`, exp of the entropy of their usage histogram (where there are codes); `knn_top1`, leave-one-out over the
       images on the mean of their continuous features (only where there are at least two labels, and one of them twice);
       `num_images`. Pictures: `original` and `reconstruction`, float32 `[samples, H, W, 3]` in [0, 1].
 
@@ -75,9 +75,10 @@ def evaluate(eval_step: step.EvalStep, arrays: Arrays, batches: Iterable[Batch],
     metrics = {
         "psnr": float(psnr.mean(dtype=np.float64)),
         "ssim": float(ssim.mean(dtype=np.float64)),
-        "code_usage": float(code_usage(jnp.asarray(counts))),
-        "code_perplexity": float(perplexity(jnp.asarray(counts))),
     }
+    if len(counts) > 1:
+        metrics["code_usage"] = float(code_usage(jnp.asarray(counts)))
+        metrics["code_perplexity"] = float(perplexity(jnp.asarray(counts)))
     if labels.min() >= 0 and 1 < len(np.unique(labels)) < len(labels):
         metrics["knn_top1"] = knn_top1(features, labels)
     metrics["num_images"] = len(psnr)

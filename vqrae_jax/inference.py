@@ -23,7 +23,7 @@ class Tokenizer:
     Attributes:
       config: of the run it comes from.
       image_size: side of its images in pixels.
-      num_codes: codes are in [0, num_codes).
+      num_codes: codes are in [0, num_codes); 1 for an autoencoder without codes.
     """
 
     def __init__(self, config: Config, graphdef: nnx.GraphDef, arrays: Arrays):
@@ -46,7 +46,13 @@ class Tokenizer:
         return self._encode(self._arrays, self._checked(images))
 
     def encode_to_indices(self, images) -> jax.Array:
-        """Codes `[B, h, w]` int32, for generation."""
+        """Codes `[B, h, w]` int32, for generation.
+
+        Raises:
+          ValueError: the model is an autoencoder without codes.
+        """
+        if self.num_codes == 1:
+            raise ValueError("this model has no codes: its latents are continuous, see encode and decode")
         return self.encode(images)[1]
 
     def decode(self, z_q) -> jax.Array:
@@ -73,8 +79,8 @@ class Tokenizer:
         return self.decode(self._lookup(self._arrays, jnp.asarray(codes, jnp.int32)))
 
     def reconstruct(self, images) -> jax.Array:
-        """`decode_from_indices(encode_to_indices(images))`."""
-        return self.decode_from_indices(self.encode_to_indices(images))
+        """`decode(encode(images)[0])`, and, bit for bit, `decode_from_indices(encode_to_indices(images))`."""
+        return self.decode(self.encode(images)[0])
 
     def _checked(self, images) -> jax.Array:
         images = jnp.asarray(images)

@@ -16,3 +16,31 @@ def l2(x: jax.Array, y: jax.Array) -> jax.Array:
     ||Z_I - T(X)||^2 (VQRAE, arXiv 2511.23386, section 3.3).
     """
     return jnp.mean(jnp.square(x.astype(jnp.float32) - y.astype(jnp.float32)))
+
+
+def hinge_discriminator(real: jax.Array, fake: jax.Array) -> jax.Array:
+    """(mean max(0, 1 - real) + mean max(0, 1 + fake)) / 2 over logits of any shape (VQGAN, arXiv 2012.09841)."""
+    return 0.5 * (jnp.mean(jax.nn.relu(1 - real)) + jnp.mean(jax.nn.relu(1 + fake)))
+
+
+def vanilla_discriminator(real: jax.Array, fake: jax.Array) -> jax.Array:
+    """Half the binary cross-entropy of telling real from fake logits (Goodfellow et al. 2014, equation 1)."""
+    return 0.5 * (jnp.mean(jax.nn.softplus(-real)) + jnp.mean(jax.nn.softplus(fake)))
+
+
+def linear_generator(fake: jax.Array) -> jax.Array:
+    """-mean logits of the fakes, what VQGAN pairs with either discriminator loss."""
+    return -jnp.mean(fake)
+
+
+def non_saturating_generator(fake: jax.Array) -> jax.Array:
+    """-mean log sigmoid of the fakes' logits (Goodfellow et al. 2014, section 3)."""
+    return jnp.mean(jax.nn.softplus(-fake))
+
+
+def lecam(real: jax.Array, fake: jax.Array, average_real: jax.Array, average_fake: jax.Array) -> jax.Array:
+    """max(0, real - average_fake)^2 + max(0, average_real - fake)^2 over mean logits and their moving averages.
+
+    TiTok's form of the regularisation of Tseng et al. 2021 (arXiv 2104.03310).
+    """
+    return jnp.square(jax.nn.relu(real - average_fake)) + jnp.square(jax.nn.relu(average_real - fake))

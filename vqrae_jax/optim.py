@@ -1,7 +1,7 @@
 """Optimizers, learning-rate schedules, freezing by path, and the moving average of the weights."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -21,13 +21,12 @@ def is_frozen(path: str, multipliers: Multipliers) -> bool:
     return multiplier(path, multipliers) == 0.0
 
 
-def check_patterns(paths: Iterable[str], multipliers: Multipliers) -> None:
+def check_patterns(paths: Iterable[str], multipliers: Multipliers, *, key: str) -> None:
     """Raises ValueError for a pattern that matches no path: it would silently train what should be frozen."""
     paths = list(paths)
     for pattern, _ in multipliers:
         if not any(re.fullmatch(pattern, path) for path in paths):
-            raise ValueError(f"config key optim.lr_multipliers: {pattern!r} matches no parameter; "
-                             f"paths look like {paths[0]}")
+            raise ValueError(f"config key {key}: {pattern!r} matches no parameter; paths look like {paths[0]}")
 
 
 def warmup_cosine(*, lr: float, end_lr: float, warmup_steps: int, steps: int) -> optax.Schedule:
@@ -35,22 +34,32 @@ def warmup_cosine(*, lr: float, end_lr: float, warmup_steps: int, steps: int) ->
     return optax.warmup_cosine_decay_schedule(0.0 if warmup_steps else lr, lr, warmup_steps, steps, end_lr)
 
 
-def adamw(schedule: optax.Schedule, *, b1: float, b2: float, weight_decay: float, clip_norm: float,
-          multipliers: Multipliers) -> optax.GradientTransformation:
-    """AdamW over `{path: array}` with a factor on the learning rate per path.
+def adamw(rates: Callable[[str], optax.Schedule], *, b1: float, b2: float, weight_decay: float,
+          clip_norm: float) -> optax.GradientTransformation:
+    """AdamW over `{path: array}`.
 
     Weight decay acts on matrices only (paths that end in `kernel`). The gradient is clipped by its global norm over
     all learned parameters when `clip_norm` > 0.
+
+    Args:
+      rates: the learning rate's schedule of each path.
+      b1: decay of the gradient's moving average.
+      b2: that of its square.
+      weight_decay: times the learning rate.
+      clip_norm: the largest global norm; 0 is off.
     """
     is_kernel = lambda params: {path: path.endswith("kernel") for path in params}
 
-    def scale(updates: Any, _) -> Any:
-        return {path: update * multiplier(path, multipliers) for path, update in updates.items()}
+    def scale(updates: Any, state: optax.ScaleByScheduleState, params: Any = None):
+        del params
+        scaled = {path: update * -rates(path)(state.count) for path, update in updates.items()}
+        return scaled, optax.ScaleByScheduleState(optax.safe_increment(state.count))
 
     return optax.chain(
         optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity(),
-        optax.adamw(schedule, b1=b1, b2=b2, weight_decay=weight_decay, mask=is_kernel),
-        optax.stateless(scale),
+        optax.scale_by_adam(b1=b1, b2=b2),
+        optax.add_decayed_weights(weight_decay, mask=is_kernel),
+        optax.GradientTransformation(lambda params: optax.ScaleByScheduleState(jnp.zeros((), jnp.int32)), scale),
     )
 
 

@@ -55,7 +55,7 @@ class Reporter:
         shown = "  ".join(f"{name.removeprefix('loss/')} {metrics[name]:.4f}" for name in metrics
                           if name.startswith("loss/"))
         log.info("step %d/%d  %s  code usage %.1f %%  %.0f images/s  %s to go", step, self._config.train.steps,
-                     shown, 100 * metrics["code_usage_batch"], rate, _duration(left))
+                     shown, 100 * metrics["code_usage_window"], rate, _duration(left))
         self._step, self._seconds = step, 0.0
         self.resume()
 

@@ -1,6 +1,6 @@
 """One training step and one evaluation step, as pure functions of their arguments.
 
-    train_step(state, frozen, batch) -> (state, metrics)
+    train_step(state, frozen, images, gan=...) -> (state, metrics)
 
 What learns is in `TrainState`; what does not is in `Frozen`, an argument of its own that is neither donated nor saved
 with every checkpoint. Which parameters are frozen is decided by their paths (`optim.lr_multipliers`), so the two stages
@@ -8,7 +8,7 @@ are two configs and nothing here asks for the stage.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +19,69 @@ from flax import nnx
 from vqrae_jax import losses, metrics, optim
 from vqrae_jax.config import Config
 from vqrae_jax.models import flat
+from vqrae_jax.models.discriminators import round_to_8_bits
 from vqrae_jax.models.flat import Arrays
 from vqrae_jax.models.quantizers import add_stats, code_usage, perplexity
 
 Metrics = dict[str, jax.Array]
-PixelLoss = Callable[[jax.Array, jax.Array], jax.Array]
+Augment = Callable[[jax.Array, jax.Array], jax.Array]
+BACKBONE = "discriminator/backbone/"
+
+
+class Gan(NamedTuple):
+    """The adversarial part of a step.
+
+    Attributes:
+      graphdef: the discriminator's structure; what is under its `backbone` is frozen.
+      optimizer: of the discriminator.
+      schedule: its learning rate over the steps in which it learns.
+      augment: `(images, rng) -> images`, what it sees of real and fake images.
+      discriminator_loss: `(real logits, fake logits) -> scalar`.
+      generator_loss: `fake logits -> scalar`.
+    """
+
+    graphdef: nnx.GraphDef
+    optimizer: optax.GradientTransformation
+    schedule: optax.Schedule
+    augment: Augment
+    discriminator_loss: Callable[[jax.Array, jax.Array], jax.Array]
+    generator_loss: Callable[[jax.Array], jax.Array]
+
+
+class Parts(NamedTuple):
+    """What a training step is made of besides arrays; `build.parts` makes it from a config.
+
+    Attributes:
+      graphdef: the model's structure.
+      optimizer: of everything but the discriminator.
+      learning_rate: a parameter's path -> its schedule.
+      pixel_loss: `(images, images) -> scalar`.
+      perceptual: by name, a network's structure and its share of the perceptual loss; shares sum to 1.
+      gan: None without a discriminator.
+    """
+
+    graphdef: nnx.GraphDef
+    optimizer: optax.GradientTransformation
+    learning_rate: Callable[[str], optax.Schedule]
+    pixel_loss: Callable[[jax.Array, jax.Array], jax.Array]
+    perceptual: dict[str, tuple[nnx.GraphDef, float]]
+    gan: Gan | None
+
+
+class GanState(NamedTuple):
+    """What of the discriminator changes; empty without one.
+
+    Attributes:
+      params: its learned parameters, under `discriminator/`.
+      state: the vectors of its spectral normalisation, likewise.
+      opt_state: of its optimizer.
+      mean_logits: [2], moving averages of its mean logits of real and of fake images.
+    """
+
+    params: Arrays
+    state: Arrays
+    opt_state: optax.OptState
+    mean_logits: jax.Array
 
 
 class TrainState(NamedTuple):
@@ -32,9 +90,11 @@ class TrainState(NamedTuple):
     Attributes:
       step: int32, batches seen, skipped ones included.
       params: the learned parameters.
-      codebook: frozen codes and EMA statistics: saved, but not learned by gradient.
+      codebook: frozen codes and statistics: saved, but not learned by gradient.
       opt_state: of the optimizer.
       ema: moving average of `params` and of the codebook state that moves; empty when it is off.
+      gan: of the discriminator.
+      code_counts: [K] int32, uses of each code since the last multiple of `train.log_every` steps.
       skipped: int32, steps whose loss or gradient was not finite, and which changed nothing.
       skipped_in_a_row: int32, how many of those came last.
     """
@@ -44,6 +104,8 @@ class TrainState(NamedTuple):
     codebook: Arrays
     opt_state: optax.OptState
     ema: Arrays
+    gan: GanState
+    code_counts: jax.Array
     skipped: jax.Array
     skipped_in_a_row: jax.Array
 
@@ -55,19 +117,34 @@ class Frozen(NamedTuple):
       params: the model's frozen parameters.
       teacher: the encoder as it was at the start, under the paths it has in the model, for distillation; empty when
         the distillation loss is off.
+      networks: those of the perceptual loss and the discriminator's backbone, under their names.
     """
 
     params: Arrays
     teacher: Arrays
+    networks: Arrays
 
 
-TrainStep = Callable[[TrainState, Frozen, Any], tuple[TrainState, Metrics]]
+class TrainStep(Protocol):
+    """See `make_train_step`."""
+
+    def __call__(self, state: TrainState, frozen: Frozen, images: Any, *, gan: bool) -> tuple[TrainState, Metrics]: ...
+
+
 EvalStep = Callable[[Arrays, jax.Array, jax.Array], Metrics]
 
 
-def init_state(config: Config, graphdef: nnx.GraphDef, params: Mapping[str, jax.Array],
-               codebook: Mapping[str, jax.Array], optimizer: optax.GradientTransformation) -> tuple[TrainState, Frozen]:
-    """Splits a model's parameters into what learns and what is frozen, and starts optimizer, EMA and teacher.
+def init_state(config: Config, parts: Parts, params: Mapping[str, jax.Array], codebook: Mapping[str, jax.Array],
+               networks: Mapping[str, jax.Array], network_state: Mapping[str, jax.Array]) -> tuple[TrainState, Frozen]:
+    """Splits arrays into what learns and what is frozen, and starts optimizers, EMA and teacher.
+
+    Args:
+      config: of the run.
+      parts: from `build.parts`.
+      params: all the model's parameters.
+      codebook: its codebook state.
+      networks: parameters of the losses' networks, discriminator included.
+      network_state: what else they keep.
 
     Raises:
       ValueError: distillation of an encoder that is frozen.
@@ -77,7 +154,8 @@ def init_state(config: Config, graphdef: nnx.GraphDef, params: Mapping[str, jax.
     frozen = {path: value for path, value in params.items() if path not in learned}
     # Copies: an array that stands in two places cannot be donated.
     copy = lambda arrays: jax.tree.map(jnp.copy, arrays)
-    moving = {f"quantizer/{name}" for name in flat.merge(graphdef, params, codebook).quantizer.moving_state}
+    quantizer = flat.merge(parts.graphdef, params, codebook).quantizer
+    moving = {f"quantizer/{name}" for name in quantizer.moving_state}
     averaged = {**learned, **{path: codebook[path] for path in moving}}
     ema = copy(averaged) if config.optim.ema_decay else {}
     encoder = {path: value for path, value in params.items() if path.startswith("encoder/")}
@@ -85,10 +163,17 @@ def init_state(config: Config, graphdef: nnx.GraphDef, params: Mapping[str, jax.
         raise ValueError("config key loss.distill_weight has no effect on an encoder that is frozen: "
                          "set it to 0, or let optim.lr_multipliers give the encoder a rate")
     teacher = copy(encoder) if config.loss.distill_weight else {}
-    zero = lambda: jnp.zeros((), jnp.int32)
-    state = TrainState(step=zero(), params=learned, codebook=dict(codebook), opt_state=optimizer.init(learned),
-                       ema=ema, skipped=zero(), skipped_in_a_row=zero())
-    return state, Frozen(frozen, teacher)
+    discriminator = {path: value for path, value in networks.items()
+                     if path.startswith("discriminator/") and not path.startswith(BACKBONE)}
+    zero = lambda shape=(), dtype=jnp.int32: jnp.zeros(shape, dtype)
+    gan = GanState(params=discriminator, state=dict(network_state),
+                   opt_state=parts.gan.optimizer.init(discriminator) if parts.gan else (),
+                   mean_logits=zero((2,), jnp.float32))
+    state = TrainState(step=zero(), params=learned, codebook=dict(codebook), opt_state=parts.optimizer.init(learned),
+                       ema=ema, gan=gan, code_counts=zero((quantizer.num_codes,)), skipped=zero(),
+                       skipped_in_a_row=zero())
+    networks = {path: value for path, value in networks.items() if path not in discriminator}
+    return state, Frozen(frozen, teacher, networks)
 
 
 def codebook_from_data(graphdef: nnx.GraphDef, arrays: Arrays, images: Sequence[np.ndarray], *, seed: int) -> Arrays:
@@ -108,79 +193,229 @@ def codebook_from_data(graphdef: nnx.GraphDef, arrays: Arrays, images: Sequence[
     return flat.prefixed("quantizer/", cluster(arrays, tokens))
 
 
-def make_train_step(config: Config, graphdef: nnx.GraphDef, *, optimizer: optax.GradientTransformation,
-                    schedule: optax.Schedule, pixel_loss: PixelLoss) -> TrainStep:
-    """The training step for a config, its optimizer and its pixel loss.
+def make_train_step(config: Config, parts: Parts) -> TrainStep:
+    """The training step of a config.
 
     Returns:
-      `train_step(state, frozen, images) -> (state, metrics)`, to be jitted with `state` donated. `images` is uint8
-      `[B, H, W, 3]`, the global batch. Metrics are float32 scalars; `loss/*` are the weighted terms that add up to
-      `loss/total`. A step whose loss, gradient or update is not finite changes nothing but the counters.
+      `train_step(state, frozen, images, gan=...) -> (state, metrics)`, to be jitted with `state` donated and `gan`
+      static. `images` is uint8 `[B, H, W, 3]`, the global batch; `gan` says whether the discriminator learns in this
+      step, and without it the step holds nothing of the discriminator. A step whose loss, gradient or update is not
+      finite changes nothing but the counters.
+
+      Metrics are float32 scalars: `loss/x` the raw losses, `weight/x` their weights, `weighted/x` the products, whose
+      sum is `loss/total`; `grad_norm`, also by part; `lr/part`; usage and perplexity of codes, in the batch and since
+      the last multiple of `train.log_every` steps; and the discriminator's under `gan/`.
     """
-    weights = config.loss
 
-    def loss_fn(params: Arrays, codebook: Arrays, frozen: Frozen, images: jax.Array):
-        images = images.astype(jnp.float32) / 255
-        output = flat.merge(graphdef, params, frozen.params, codebook)(images, train=True)
-        terms = {"pixel": weights.pixel_weight * pixel_loss(output.images, images)}
-        terms |= {name: weights.vq_weight * value for name, value in output.quantized.losses.items()}
-        if weights.distill_weight:
-            teacher = flat.merge(graphdef, params, frozen.params, codebook, frozen.teacher)
-            target = jax.lax.stop_gradient(teacher.features(images))
-            terms["distill"] = weights.distill_weight * losses.l2(output.features, target)
-        total = jnp.sum(jnp.stack(list(terms.values())))
-        return total, (terms | {"total": total}, output.quantized.stats)
-
-    def gradients(state: TrainState, frozen: Frozen, images: jax.Array):
-        """Means over micro-batches of gradients and losses, sums of the codes' statistics."""
-        grad_fn = jax.grad(loss_fn, has_aux=True)
-        if config.train.accumulate == 1:
-            grads, (terms, stats) = grad_fn(state.params, state.codebook, frozen, images)
-            return grads, terms, stats
-        # Each micro-batch takes every accumulate-th image: a share of every device's images.
-        parts = images.reshape(-1, config.train.accumulate, *images.shape[1:]).swapaxes(0, 1)
-        one = lambda part: grad_fn(state.params, state.codebook, frozen, part)
-
-        def add(total, part):
-            grads, (terms, stats) = one(part)
-            total_means, total_stats = total
-            return (jax.tree.map(jnp.add, total_means, (grads, terms)), add_stats(total_stats, stats)), None
-
-        grads, (terms, stats) = jax.eval_shape(one, parts[0])
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), ((grads, terms), stats))
-        (sums, stats), _ = jax.lax.scan(add, zeros, parts)
-        grads, terms = jax.tree.map(lambda x: x / config.train.accumulate, sums)
-        return grads, terms, stats
-
-    def train_step(state: TrainState, frozen: Frozen, images: jax.Array) -> tuple[TrainState, Metrics]:
-        grads, terms, stats = gradients(state, frozen, images)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    def train_step(state: TrainState, frozen: Frozen, images: jax.Array, *, gan: bool) -> tuple[TrainState, Metrics]:
+        rng, restart_rng = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), state.step))
+        grads, gan_grads, scalars, stats = _gradients(config, parts, state, frozen, images, rng=rng, gan=gan)
+        updates, opt_state = parts.optimizer.update(grads, state.opt_state, state.params)
         params: Any = optax.apply_updates(state.params, updates)
-        quantizer = flat.merge(graphdef, params, frozen.params, state.codebook).quantizer
-        rng = jax.random.fold_in(jax.random.key(config.seed), state.step)
-        codebook = state.codebook | flat.prefixed("quantizer/", quantizer.next_state(stats, rng=rng))
+        quantizer = flat.merge(parts.graphdef, params, frozen.params, state.codebook).quantizer
+        codebook = state.codebook | flat.prefixed("quantizer/", quantizer.next_state(stats, rng=restart_rng))
         ema = optim.moving_average(state.ema, {**params, **codebook}, config.optim.ema_decay)
+        new, gan_metrics = {"params": params, "codebook": codebook, "opt_state": opt_state, "ema": ema}, {}
+        if gan:
+            new["gan"], gan_metrics = _update_discriminator(config, parts, state, frozen, gan_grads, scalars)
 
-        grad_norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(terms["total"]) & jnp.isfinite(grad_norm) & jnp.isfinite(optax.tree.norm(updates))
-        new = (params, codebook, opt_state, ema)
-        old = (state.params, state.codebook, state.opt_state, state.ema)
-        params, codebook, opt_state, ema = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+        norms = [optax.tree.norm(tree) for tree in (grads, updates, gan_grads)]
+        finite = jnp.all(jnp.isfinite(jnp.stack([scalars["loss/total"], *norms])))
+        old = {name: getattr(state, name) for name in new}
+        new = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
         skipped = state.skipped + ~finite
         in_a_row = jnp.where(finite, 0, state.skipped_in_a_row + 1)
-        lr = schedule(state.step - state.skipped)  # a skipped step does not move the schedule
-        state = TrainState(state.step + 1, params, codebook, opt_state, ema, skipped, in_a_row)
-        return state, {
-            **{f"loss/{name}": value for name, value in terms.items()},
+        code_counts = jnp.where(state.step % config.train.log_every == 0, 0, state.code_counts) + stats["counts"]
+        counters = {"step": state.step + 1, "code_counts": code_counts, "skipped": skipped,
+                    "skipped_in_a_row": in_a_row}
+        return state._replace(**new, **counters), {
+            **scalars,
             "code_usage_batch": code_usage(stats["counts"]),
             "code_perplexity_batch": perplexity(stats["counts"]),
-            "grad_norm": grad_norm,
-            "lr": jnp.asarray(lr, jnp.float32),
+            "code_usage_window": code_usage(code_counts),
+            "code_perplexity_window": perplexity(code_counts),
+            "grad_norm": norms[0],
+            **{f"grad_norm/{part}": optax.tree.norm(flat.under(f"{part}/", grads)) for part in _parts(grads)},
+            **{f"lr/{part}": rate for part, rate in _rates(parts.learning_rate, grads, state.opt_state).items()},
+            **gan_metrics,
             "skipped_steps": skipped,
             "skipped_in_a_row": in_a_row,
         }
 
     return train_step
+
+
+def _gradients(config: Config, parts: Parts, state: TrainState, frozen: Frozen, images: jax.Array, *, rng: jax.Array,
+               gan: bool) -> tuple[Arrays, Arrays, Metrics, dict[str, jax.Array]]:
+    """Means over micro-batches of gradients and metrics, sums of the codes' statistics."""
+
+    def one(part: jax.Array, rng: jax.Array):
+        """Gradients of the model and of the discriminator, metrics, and statistics of one micro-batch."""
+        part = part.astype(jnp.float32) / 255
+        noise_rng, generator_rng, real_rng, fake_rng = jax.random.split(rng, 4)
+        loss = lambda params: _model_loss(config, parts, params, state, frozen, part, gan=gan, noise_rng=noise_rng,
+                                          augment_rng=generator_rng)
+        grads, (scalars, stats, fakes) = jax.grad(loss, has_aux=True)(state.params)
+        if not gan:
+            return (grads, {}, scalars), stats
+        gan_loss = lambda params: _discriminator_loss(config, parts, params, state.gan, frozen, part, fakes,
+                                                      rngs=(real_rng, fake_rng))
+        gan_grads, gan_scalars = jax.grad(gan_loss, has_aux=True)(state.gan.params)
+        return (grads, gan_grads, scalars | gan_scalars), stats
+
+    count = config.train.accumulate
+    if count == 1:
+        (grads, gan_grads, scalars), stats = one(images, rng)
+        return grads, gan_grads, scalars, stats
+    # Each micro-batch takes every accumulate-th image: a share of every device's images.
+    micro = (images.reshape(-1, count, *images.shape[1:]).swapaxes(0, 1), jax.random.split(rng, count))
+
+    def add(total, part):
+        means, stats = one(*part)
+        total_means, total_stats = total
+        return (jax.tree.map(jnp.add, total_means, means), add_stats(total_stats, stats)), None
+
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, micro[0][0], micro[1][0]))
+    (sums, stats), _ = jax.lax.scan(add, zeros, micro)
+    return *jax.tree.map(lambda x: x / count, sums), stats
+
+
+def _model_loss(config: Config, parts: Parts, params: Arrays, state: TrainState, frozen: Frozen, images: jax.Array, *,
+                gan: bool, noise_rng: jax.Array, augment_rng: jax.Array):
+    """A scalar with the gradient of the model's whole loss; metrics, statistics of the codes, and the reconstruction.
+
+    Losses of the reconstruction are differentiated with respect to its pixels; what is pulled back through the decoder
+    is the sum of these cotangents. So the adaptive GAN weight, which needs the gradients of two losses at the decoder's
+    last layer (VQGAN, arXiv 2012.09841, equation 7), costs two small matmuls and no second pass.
+    """
+    weights = config.loss
+    model = flat.merge(parts.graphdef, params, frozen.params, state.codebook)
+    output = model(images, train=True, rng=noise_rng)
+    fakes = jax.lax.stop_gradient(output.images)
+
+    (reconstruction, raw), cotangent = jax.value_and_grad(
+        lambda fakes: _reconstruction_loss(config, parts, frozen, images, fakes), has_aux=True)(fakes)
+    applied = {"pixel": jnp.asarray(weights.pixel_weight)}
+    if parts.perceptual:
+        applied["perceptual"] = jnp.asarray(weights.perceptual_weight)
+    other = {name: weights.vq_weight * model.quantizer.loss_weights[name] for name in output.quantized.losses}
+    raw |= output.quantized.losses
+    if weights.distill_weight:
+        teacher = flat.merge(parts.graphdef, params, frozen.params, state.codebook, frozen.teacher)
+        target = jax.lax.stop_gradient(teacher.features(images))
+        raw["distill"] = losses.l2(output.features, target)
+        other["distill"] = weights.distill_weight
+    surrogate = sum((weight * raw[name] for name, weight in other.items()), jnp.zeros(()))
+    extra = {}
+    if parts.gan and gan:
+        discriminator = flat.merge(parts.gan.graphdef, flat.under("discriminator/", {
+            **frozen.networks, **state.gan.params, **state.gan.state}))
+        raw["gan"], gan_cotangent = jax.value_and_grad(
+            lambda fakes: parts.gan.generator_loss(discriminator(parts.gan.augment(fakes, augment_rng))))(fakes)
+        applied["gan"] = config.gan.weight * _ramp(config, state.step)
+        if config.gan.adaptive:
+            adaptive = _adaptive_weight(model.decoder, output.hidden, cotangent, gan_cotangent,
+                                        largest=config.gan.max_adaptive_weight)
+            applied["gan"], extra["gan/adaptive_weight"] = applied["gan"] * adaptive, adaptive
+        cotangent = cotangent + applied["gan"] * gan_cotangent
+    surrogate += jnp.vdot(cotangent, output.images)
+
+    applied |= {name: jnp.asarray(weight) for name, weight in other.items()}
+    weighted = {name: weight * raw[name] for name, weight in applied.items()}
+    total = jnp.sum(jnp.stack(list(weighted.values())))
+    scalars = {**_named("loss", raw), "loss/total": total, **_named("weight", applied), **_named("weighted", weighted),
+               **extra}
+    return surrogate, (jax.lax.stop_gradient(scalars), output.quantized.stats, fakes)
+
+
+def _reconstruction_loss(config: Config, parts: Parts, frozen: Frozen, images: jax.Array,
+                         fakes: jax.Array) -> tuple[jax.Array, Metrics]:
+    """The weighted sum of pixel and perceptual loss, and both raw."""
+    raw = {"pixel": parts.pixel_loss(fakes, images)}
+    total = config.loss.pixel_weight * raw["pixel"]
+    if not parts.perceptual:
+        return total, raw
+    shared = []
+    for name, (graphdef, share) in parts.perceptual.items():
+        network = flat.merge(graphdef, flat.under(f"{name}/", frozen.networks))
+        features = jax.checkpoint(network) if config.loss.perceptual.remat else network
+        raw[name] = jnp.mean(network.distance(features(fakes), jax.lax.stop_gradient(network(images))))
+        shared.append(share * raw[name])
+    raw["perceptual"] = jnp.sum(jnp.stack(shared))
+    return total + config.loss.perceptual_weight * raw["perceptual"], raw
+
+
+def _adaptive_weight(decoder: Any, hidden: jax.Array, reconstruction: jax.Array, adversarial: jax.Array, *,
+                     largest: float) -> jax.Array:
+    """|d reconstruction / d w| / (|d adversarial / d w| + 1e-6) in [0, largest], w the decoder's last matrix.
+
+    Args:
+      decoder: whose `to_images` is that layer.
+      hidden: what it saw.
+      reconstruction: gradient of the one loss with respect to the pixels.
+      adversarial: that of the other.
+      largest: the clamp.
+    """
+    graphdef, arrays, _ = flat.split(decoder)
+    last_layer = lambda kernel: flat.merge(graphdef, arrays, {"pixels/kernel": kernel}).to_images(hidden)
+    _, pull_back = jax.vjp(last_layer, arrays["pixels/kernel"])
+    norms = [jnp.linalg.norm(pull_back(cotangent)[0]) for cotangent in (reconstruction, adversarial)]
+    return jnp.clip(norms[0] / (norms[1] + 1e-6), 0.0, largest)
+
+
+def _ramp(config: Config, step: jax.Array) -> jax.Array:
+    """The share of the GAN's weight at a step: 0 before `gan.start_step`, then rising to 1 over `gan.ramp_steps`."""
+    since = step - config.gan.start_step
+    return jnp.where(since < 0, 0.0, jnp.clip((since + 1) / (config.gan.ramp_steps + 1), 0.0, 1.0))
+
+
+def _discriminator_loss(config: Config, parts: Parts, params: Arrays, state: GanState, frozen: Frozen,
+                        images: jax.Array, fakes: jax.Array, *, rngs: tuple[jax.Array, jax.Array]):
+    """The discriminator's loss on real images and on reconstructions, rounded to 8 bits like real ones; metrics."""
+    assert parts.gan
+    discriminator = flat.merge(parts.gan.graphdef, flat.under("discriminator/", {
+        **frozen.networks, **params, **state.state}))
+    real = discriminator(parts.gan.augment(images, rngs[0]))
+    fake = discriminator(parts.gan.augment(round_to_8_bits(fakes), rngs[1]))
+    raw = {"discriminator": parts.gan.discriminator_loss(real, fake)}
+    total = raw["discriminator"]
+    if config.gan.lecam_weight:
+        raw["lecam"] = losses.lecam(jnp.mean(real), jnp.mean(fake), *state.mean_logits)
+        total += config.gan.lecam_weight * raw["lecam"]
+    return total, {**_named("loss", raw), "gan/logits_real": jnp.mean(real), "gan/logits_fake": jnp.mean(fake)}
+
+
+def _update_discriminator(config: Config, parts: Parts, state: TrainState, frozen: Frozen, grads: Arrays,
+                          scalars: Metrics) -> tuple[GanState, Metrics]:
+    """The discriminator's state after the step, and metrics."""
+    assert parts.gan
+    old = state.gan
+    updates, opt_state = parts.gan.optimizer.update(grads, old.opt_state, old.params)
+    params: Any = optax.apply_updates(old.params, updates)
+    discriminator = flat.merge(parts.gan.graphdef, flat.under("discriminator/", {
+        **frozen.networks, **params, **old.state}))
+    mean_logits = jnp.stack([scalars["gan/logits_real"], scalars["gan/logits_fake"]])
+    decay = config.gan.lecam_decay
+    new = GanState(params=params, state=old.state | flat.prefixed("discriminator/", discriminator.next_state()),
+                   opt_state=opt_state, mean_logits=decay * old.mean_logits + (1 - decay) * mean_logits)
+    rates = _rates(lambda path: parts.gan.schedule, grads, old.opt_state)
+    return new, {"grad_norm/discriminator": optax.tree.norm(grads), "lr/discriminator": rates["discriminator"]}
+
+
+def _named(prefix: str, values: Mapping[str, jax.Array]) -> Metrics:
+    return {f"{prefix}/{name}": value for name, value in values.items()}
+
+
+def _parts(paths: Mapping[str, Any]) -> list[str]:
+    return sorted({path.split("/")[0] for path in paths})
+
+
+def _rates(learning_rate: Callable[[str], optax.Schedule], paths: Mapping[str, Any],
+           opt_state: Any) -> dict[str, jax.Array]:
+    """The learning rate of this step by part; where its parameters differ, that of the fastest."""
+    count = opt_state[-1].count  # of updates made, by which the optimizer reads its schedules
+    rates = {path: jnp.asarray(learning_rate(path)(count), jnp.float32) for path in paths}
+    return {part: jnp.max(jnp.stack(list(flat.under(f"{part}/", rates).values()))) for part in _parts(paths)}
 
 
 def make_eval_step(graphdef: nnx.GraphDef) -> EvalStep:

@@ -38,30 +38,30 @@ def run(config: Config, workdir: Path) -> dict[str, float]:
       FloatingPointError: `train.max_skipped` steps in a row had a loss or gradient that was not finite.
     """
     graphdef, param_shapes, codebook_shapes = checkpoint.structure(workdir, config)
-    optim.check_patterns(param_shapes, config.optim.lr_multipliers)
+    for key in ("lr_multipliers", "end_lr_multipliers"):
+        optim.check_patterns(param_shapes, getattr(config.optim, key), key=f"optim.{key}")
     bad_images = BadImages(workdir / "bad_images.jsonl")
     source = build.data_source(config.data.source, training=True)
     batches = _open_batches(config, source, bad_images)
     eval_source = build.data_source(evaluate.spec(config), training=False)
 
     checkpoint.open_run(workdir, config)
+    parts = build.parts(config, graphdef)
     _describe(config, param_shapes, codebook_shapes)
-    optimizer, schedule = build.optimizer(config)
     # Whatever ends this block, saving in the background is waited for.
     with closing(checkpoint.Checkpoints(workdir)) as checkpoints, closing(batches):
         if steps := checkpoints.steps():
-            abstract, abstract_frozen = checkpoint.abstract_state(config, graphdef, param_shapes, codebook_shapes)
+            abstract, abstract_frozen = checkpoint.abstract_state(config, parts, param_shapes, codebook_shapes)
             frozen = checkpoint.load_frozen(workdir, abstract_frozen)
             state, data_state = checkpoints.restore(steps[-1], abstract)
             batches.set_state(data_state)
         else:
+            networks = build.network_arrays(config)
             params, codebook = _initial_arrays(config, graphdef, param_shapes, codebook_shapes, source, bad_images)
-            state, frozen = step_lib.init_state(config, graphdef, params, codebook, optimizer)
-            del params, codebook
+            state, frozen = step_lib.init_state(config, parts, params, codebook, *networks)
+            del params, codebook, networks
             checkpoint.save_frozen(workdir, frozen)
-        train_step = jax.jit(step_lib.make_train_step(config, graphdef, optimizer=optimizer, schedule=schedule,
-                                                      pixel_loss=build.PIXEL_LOSSES[config.loss.pixel]),
-                             donate_argnums=0)
+        train_step = jax.jit(step_lib.make_train_step(config, parts), static_argnames="gan", donate_argnums=0)
         eval_step = jax.jit(step_lib.make_eval_step(graphdef))
         with closing(reporting.Reporter(workdir, config, first_step=int(state.step))) as reporter:
             result = _loop(config, train_step, eval_step, state, frozen, batches, eval_source, checkpoints, reporter,
@@ -83,7 +83,8 @@ def _loop(config: Config, train_step: step_lib.TrainStep, eval_step: step_lib.Ev
         log.info("training to step %d; the first step takes longer, for it is compiled", config.train.steps)
     with _StopSignal() as stop:
         for step in range(int(state.step) + 1, config.train.steps + 1):
-            state, metrics = train_step(state, frozen, next(batches)["image"])
+            gan = config.gan.discriminator != "none" and step > config.gan.discriminator_start_step
+            state, metrics = train_step(state, frozen, next(batches)["image"], gan=gan)
             last, psnr, stopping = step == config.train.steps, None, stop.requested
             evaluating = step % config.train.eval_every == 0 or last
             saving = step % config.train.checkpoint_every == 0 or last or stopping
@@ -125,13 +126,14 @@ def _open_batches(config: Config, source: Source, bad_images: BadImages) -> Trai
 def _initial_arrays(config: Config, graphdef: nnx.GraphDef, param_shapes: Arrays, codebook_shapes: Arrays,
                     source: Source, bad_images: BadImages) -> tuple[Arrays, Arrays]:
     """Parameters and codebook state that a run starts from: another run's, or pretrained and random ones."""
-    if config.init_from:
-        _, _, arrays = checkpoint.load_run(Path(config.init_from))
-        _check_same_model(arrays, {**param_shapes, **codebook_shapes}, origin=config.init_from)
-        log.info("all %d parameters and codes restored from %s", len(arrays), config.init_from)
-        return {path: arrays[path] for path in param_shapes}, {path: arrays[path] for path in codebook_shapes}
-    params, codebook = build.initial_arrays(config)
-    if config.model.quantizer.init == "kmeans":
+    restored = _restored_arrays(config, {**param_shapes, **codebook_shapes}) if config.init_from else {}
+    if param_shapes.keys() | codebook_shapes.keys() <= restored.keys():
+        params, codebook = {}, {}
+    else:
+        params, codebook = build.initial_arrays(config)
+    params = {path: restored.get(path, params.get(path)) for path in param_shapes}
+    codebook = {path: restored.get(path, codebook.get(path)) for path in codebook_shapes}
+    if config.model.quantizer.init == "kmeans" and not any(path.startswith("quantizer/") for path in restored):
         batches = _open_batches(config, source, bad_images)  # an iterator of its own: training starts at batch 0
         images, tokens = [], 0
         while tokens < KMEANS_TOKENS_PER_CODE * config.model.quantizer.size:
@@ -145,24 +147,43 @@ def _initial_arrays(config: Config, graphdef: nnx.GraphDef, param_shapes: Arrays
     return params, codebook
 
 
-def _check_same_model(arrays: Arrays, shapes: Arrays, *, origin: str) -> None:
-    for path in sorted(arrays.keys() | shapes.keys()):
+def _restored_arrays(config: Config, shapes: Arrays) -> Arrays:
+    """Another run's arrays as far as this model has them, in whole parts: encoder, quantizer, decoder, statistics.
+
+    Raises:
+      ValueError: a part that both have differs; the message names the first array.
+    """
+    _, _, arrays = checkpoint.load_run(Path(config.init_from))
+    part_of = lambda path: path.split("/")[0]
+    theirs, ours = {part_of(path) for path in arrays}, {part_of(path) for path in shapes}
+    for path in sorted(path for path in arrays.keys() | shapes.keys() if part_of(path) in theirs & ours):
         if path not in shapes:
-            raise ValueError(f"init_from: {origin} has {path}, which this config's model has not")
+            raise ValueError(f"init_from: {config.init_from} has {path}, which this config's model has not")
         if path not in arrays:
-            raise ValueError(f"init_from: {origin} has no {path}, which this config's model has")
+            raise ValueError(f"init_from: {config.init_from} has no {path}, which this config's model has")
         if arrays[path].shape != shapes[path].shape:
-            raise ValueError(f"init_from: {origin} has {path} of shape {arrays[path].shape}, "
+            raise ValueError(f"init_from: {config.init_from} has {path} of shape {arrays[path].shape}, "
                              f"this config's model {shapes[path].shape}")
+    for names, what in ((theirs & ours, "restored"), (theirs - ours, "left out")):
+        for name in sorted(names):
+            count = sum(part_of(path) == name for path in arrays)
+            log.info("%s: %d arrays %s from %s", name, count, what, config.init_from)
+    initialised = sorted(ours - theirs) + (["discriminator"] if config.gan.discriminator != "none" else [])
+    for name in initialised:
+        log.info("%s: initialised, for %s has none", name, config.init_from)
+    return {path: arrays[path] for path in shapes if part_of(path) in theirs}
 
 
 def _describe(config: Config, params: Arrays, codebook: Arrays) -> None:
     """Logs the number of parameters by part, and how many of them learn."""
-    for part in ("encoder", "quantizer", "decoder"):
-        sizes = {path: value.size for path, value in params.items() if path.startswith(part + "/")}
-        learned = sum(size for path, size in sizes.items() if not optim.is_frozen(path, config.optim.lr_multipliers))
-        state = sum(value.size for path, value in codebook.items() if path.startswith(part + "/"))
-        log.info("%-9s %12s parameters, %12s of them learn%s", part, f"{sum(sizes.values()):,}", f"{learned:,}",
+    _, networks, _ = build.networks(config)
+    learns = lambda path: (not optim.is_frozen(path, config.optim.lr_multipliers) if path in params
+                           else path.startswith("discriminator/") and not path.startswith(step_lib.BACKBONE))
+    for part in dict.fromkeys(path.split("/")[0] for path in [*params, *codebook, *networks]):
+        sizes = {path: array.size for path, array in {**params, **networks}.items() if path.startswith(part + "/")}
+        learned = sum(size for path, size in sizes.items() if learns(path))
+        state = sum(array.size for path, array in codebook.items() if path.split("/")[0] == part)
+        log.info("%-13s %12s parameters, %12s of them learn%s", part, f"{sum(sizes.values()):,}", f"{learned:,}",
                      f"; {state:,} numbers of codebook state" if state else "")
 
 

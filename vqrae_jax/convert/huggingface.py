@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from vqrae_jax.convert.tensors import local_folder
-from vqrae_jax.models.encoders import Encoder, interpolate_positions
+from vqrae_jax.models.encoders import Combine, Encoder, interpolate_positions
 from vqrae_jax.models.vit import Activation, FinalNorm, ViTSpec
 
 Params = dict[str, np.ndarray]
@@ -33,10 +33,11 @@ ACTIVATIONS: dict[str, Activation] = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Family:
-    """One architecture of `transformers`.
+    """One architecture of `transformers`, or of the hub's own code.
 
     Attributes:
       architecture: the class that reads what we save.
+      processor: the image processor's class.
       defaults: what `transformers` assumes where config.json says nothing.
       required: the only values of further options that our ViT implements.
       read: the part of ViTSpec that the families derive differently, from a config.
@@ -51,6 +52,7 @@ class Family:
     """
 
     architecture: str
+    processor: str
     defaults: dict[str, Any]
     required: dict[str, Any]
     read: Callable[[Mapping[str, Any]], dict[str, Any]]
@@ -69,6 +71,7 @@ _DEFAULTS = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads":
 
 SIGLIP = Family(
     architecture="SiglipVisionModel",
+    processor="SiglipImageProcessor",
     defaults=_DEFAULTS | {"intermediate_size": 3072, "hidden_act": "gelu_pytorch_tanh"},
     required={"num_channels": 3},
     read=lambda config: {"mlp_dim": config["intermediate_size"]},
@@ -105,6 +108,7 @@ _BERT_STYLE_KEYS: dict[str, str | tuple[str, ...]] = {
 
 DINOV2 = Family(
     architecture="Dinov2Model",
+    processor="ViTImageProcessor",
     defaults=_DEFAULTS | {"patch_size": 14, "mlp_ratio": 4, "qkv_bias": True, "use_swiglu_ffn": False},
     required={"num_channels": 3, "qkv_bias": True, "use_swiglu_ffn": False},
     read=lambda config: {"mlp_dim": int(config["hidden_size"] * config["mlp_ratio"]), "layer_scale": True,
@@ -138,8 +142,47 @@ DINOV2_WITH_REGISTERS = dataclasses.replace(
     keys=DINOV2.keys | {"registers": "embeddings.register_tokens"},
 )
 
+# The publication has a bias everywhere but for keys; the gated variants (ViT-S+, H+ and 7B) are others.
+_DINOV3_OPTIONS = {"num_channels": 3, "query_bias": True, "key_bias": False, "value_bias": True, "proj_bias": True,
+                   "mlp_bias": True, "use_gated_mlp": False}
+
+DINOV3 = Family(
+    architecture="DINOv3ViTModel",
+    processor="ViTImageProcessor",
+    # The number of registers has no default, as above.
+    defaults=_DEFAULTS | _DINOV3_OPTIONS | {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536,
+                                            "layer_norm_eps": 1e-5, "rope_theta": 100.0},
+    required=_DINOV3_OPTIONS,
+    read=lambda config: {"mlp_dim": config["intermediate_size"], "layer_scale": True,
+                         "prefix_tokens": 1 + config["num_register_tokens"], "rope_theta": config["rope_theta"]},
+    write=lambda spec: {"intermediate_size": spec.mlp_dim, "num_register_tokens": spec.prefix_tokens - 1,
+                        "rope_theta": spec.rope_theta},
+    mean=IMAGENET_MEAN,
+    std=IMAGENET_STD,
+    antialias=False,
+    prefix="model.",
+    saved_prefix="",
+    unused=r"embeddings\.mask_token",
+    keys={
+        "patch_embedding": "embeddings.patch_embeddings",
+        "cls": "embeddings.cls_token",
+        "registers": "embeddings.register_tokens",
+        "transformer/blocks/norm1": "layer.{}.norm1",
+        "transformer/blocks/norm2": "layer.{}.norm2",
+        "transformer/blocks/attention/qkv": tuple(f"layer.{{}}.attention.{x}_proj" for x in "qkv"),
+        "transformer/blocks/attention/query_value_bias": tuple(f"layer.{{}}.attention.{x}_proj.bias" for x in "qv"),
+        "transformer/blocks/attention/out": "layer.{}.attention.o_proj",
+        "transformer/blocks/mlp/fc1": "layer.{}.mlp.up_proj",
+        "transformer/blocks/mlp/fc2": "layer.{}.mlp.down_proj",
+        "transformer/blocks/scale1": "layer.{}.layer_scale1.lambda1",
+        "transformer/blocks/scale2": "layer.{}.layer_scale2.lambda1",
+        "transformer/norm": "norm",
+    },
+)
+
 MAE = Family(
     architecture="ViTMAEModel",
+    processor="ViTImageProcessor",
     defaults=_DEFAULTS | {"intermediate_size": 3072, "qkv_bias": True, "layer_norm_eps": 1e-12},
     required={"num_channels": 3, "qkv_bias": True},
     read=lambda config: {"mlp_dim": config["intermediate_size"], "prefix_tokens": 1},
@@ -158,9 +201,49 @@ MAE = Family(
     },
 )
 
+# The code of InternViT is not in `transformers` but next to its weights. It is not run here; transformers loads what we
+# save with trust_remote_code=True, with the code of the hub's model.
+_INTERN_VIT_CODE = "OpenGVLab/InternViT-300M-448px--"
+
+INTERN_VIT = Family(
+    architecture="InternVisionModel",
+    processor="CLIPImageProcessor",
+    # Those of the 6B model, which is another architecture: a config must say what it has.
+    defaults=_DEFAULTS | {"hidden_size": 3200, "num_hidden_layers": 48, "num_attention_heads": 25, "patch_size": 14,
+                          "intermediate_size": 12800, "qkv_bias": False, "qk_normalization": True,
+                          "norm_type": "rms_norm"},
+    required={"num_channels": 3, "qkv_bias": True, "qk_normalization": False, "norm_type": "layer_norm"},
+    read=lambda config: {"mlp_dim": config["intermediate_size"], "layer_scale": True, "prefix_tokens": 1,
+                         "has_final_norm": False},
+    write=lambda spec: {"intermediate_size": spec.mlp_dim, "use_flash_attn": False,  # which refuses float32
+                        "auto_map": {"AutoConfig": _INTERN_VIT_CODE + "configuration_intern_vit.InternVisionConfig",
+                                     "AutoModel": _INTERN_VIT_CODE + "modeling_intern_vit.InternVisionModel"}},
+    mean=IMAGENET_MEAN,
+    std=IMAGENET_STD,
+    antialias=False,
+    prefix="vision_model.",
+    saved_prefix="",
+    unused=r"language_model\..*|mlp1\..*",
+    keys={
+        "patch_embedding": "embeddings.patch_embedding",
+        "position_embedding": "embeddings.position_embedding",
+        "cls": "embeddings.class_embedding",
+        "transformer/blocks/norm1": "encoder.layers.{}.norm1",
+        "transformer/blocks/norm2": "encoder.layers.{}.norm2",
+        "transformer/blocks/attention/qkv": "encoder.layers.{}.attn.qkv",
+        "transformer/blocks/attention/out": "encoder.layers.{}.attn.proj",
+        "transformer/blocks/mlp/fc1": "encoder.layers.{}.mlp.fc1",
+        "transformer/blocks/mlp/fc2": "encoder.layers.{}.mlp.fc2",
+        "transformer/blocks/scale1": "encoder.layers.{}.ls1",
+        "transformer/blocks/scale2": "encoder.layers.{}.ls2",
+    },
+)
+
 # SigLIP 2 at fixed resolution declares `siglip` as well; its NaFlex variant, `siglip2`, is another architecture.
 FAMILIES = {"siglip_vision_model": SIGLIP, "dinov2": DINOV2, "dinov2_with_registers": DINOV2_WITH_REGISTERS,
-            "vit_mae": MAE}
+            "dinov3_vit": DINOV3, "vit_mae": MAE, "intern_vit_6b": INTERN_VIT}
+# Models of which the encoder is a part, described by `vision_config`.
+_WHOLE_MODELS = {"siglip": "siglip_vision_model", "internvl_chat": "intern_vit_6b"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -210,8 +293,8 @@ def load_encoder_params(path_or_id: str | Path, *, image_size: int | None = None
 
     Args:
       path_or_id: a Hugging Face folder, or the id of a model on the hub.
-      image_size: side of the image the ViT will see, None for the native one. Position embeddings are resampled as
-        the family's `transformers` model does.
+      image_size: side of the image the ViT will see, None for the native one; a multiple of the patch size, or the
+        native size. Position embeddings are resampled as the family's `transformers` model does.
       final_norm: `plain` leaves out the last LayerNorm's scale and bias.
 
     Returns:
@@ -221,11 +304,12 @@ def load_encoder_params(path_or_id: str | Path, *, image_size: int | None = None
     Raises:
       OSError: a file is missing or damaged.
       ValueError: a tensor is missing, has another shape than the config implies, or has no known use; an
-        image size that is not a multiple of the patch size.
+        image size that does not fit; `plain` for an encoder without a last LayerNorm (InternViT).
     """
     folder = _local_folder(path_or_id, weights=True)
     spec = _read_spec(folder)
-    family, grid = FAMILIES[spec.model_type], _run_size(spec, image_size) // spec.vit.patch_size
+    family, run_size = FAMILIES[spec.model_type], _run_size(spec, image_size)
+    paths = _shapes(spec, run_size, final_norm)
 
     arrays = _allocate(spec)
     views = _views(family, arrays)
@@ -245,18 +329,22 @@ def load_encoder_params(path_or_id: str | Path, *, image_size: int | None = None
                          (f", and {len(missing) - 1} more" if len(missing) > 1 else ""))
 
     params = _fold_prefix(arrays)
-    position = params["vit/position_embedding"]
-    params["vit/position_embedding"] = np.asarray(interpolate_positions(position, grid, antialias=family.antialias))
-    if final_norm == "plain":
-        del params["vit/transformer/norm/scale"], params["vit/transformer/norm/bias"]
-    return params
+    if (path := "vit/position_embedding") in params:
+        grid = run_size // spec.vit.patch_size
+        params[path] = np.asarray(interpolate_positions(params[path], grid, antialias=family.antialias))
+    return {path: params[path] for path in paths}
 
 
 def build_encoder(path_or_id: str | Path, *, image_size: int | None = None, final_norm: FinalNorm = "affine",
-                  dtype=jnp.float32) -> Encoder:
-    """An `Encoder` with the weights of a Hugging Face folder or hub model; arguments and errors as above."""
+                  layers: tuple[int, ...] = (), combine: Combine = "sum", dtype=jnp.float32) -> Encoder:
+    """An `Encoder` with the weights of a Hugging Face folder or hub model.
+
+    Arguments and errors are those of `load_encoder_params` and of `Encoder`.
+    """
     spec = read_encoder_spec(path_or_id)
-    graphdef, state = nnx.split(_abstract_encoder(spec, _run_size(spec, image_size), final_norm, dtype))
+    encoder = _abstract_encoder(spec, image_size=_run_size(spec, image_size), final_norm=final_norm, layers=layers,
+                                combine=combine, dtype=dtype)
+    graphdef, state = nnx.split(encoder)
     params = load_encoder_params(path_or_id, image_size=image_size, final_norm=final_norm)
     loaded = [(path, variable.replace(jnp.asarray(params["/".join(map(str, path))])))
               for path, variable in nnx.to_flat_state(state)]
@@ -266,6 +354,9 @@ def build_encoder(path_or_id: str | Path, *, image_size: int | None = None, fina
 def save_encoder(params: Mapping[str, np.ndarray], *, spec: EncoderSpec, out_dir: str | Path,
                  dtype: type[np.floating] = np.float32) -> None:
     """Writes a folder that `transformers` and `load_encoder_params` read: config, preprocessor config, weights.
+
+    InternViT is written in the layout of its remote code, without that code: config.json refers to the hub's, so that
+    `AutoModel.from_pretrained(out_dir, trust_remote_code=True)` loads it where there is a network.
 
     Args:
       params: as `load_encoder_params` returns them, for images of `spec.image_size`. Where the last LayerNorm has no
@@ -281,7 +372,8 @@ def save_encoder(params: Mapping[str, np.ndarray], *, spec: EncoderSpec, out_dir
     arrays = _allocate(spec)
     expected = {path: array.shape for path, array in _fold_prefix(arrays).items()}
     norm = "vit/transformer/norm/"
-    params = {norm + "scale": np.ones(vit.width), norm + "bias": np.zeros(vit.width), **params}
+    plain = {norm + "scale": np.ones(vit.width), norm + "bias": np.zeros(vit.width)} if vit.has_final_norm else {}
+    params = {**plain, **params}
     for path in sorted(expected.keys() | params.keys()):
         if path not in params or path not in expected:
             raise ValueError(f"parameter {path} is {'missing' if path in expected else 'unknown'}: "
@@ -296,7 +388,7 @@ def save_encoder(params: Mapping[str, np.ndarray], *, spec: EncoderSpec, out_dir
               "num_hidden_layers": vit.depth,
               "num_attention_heads": vit.heads, "patch_size": vit.patch_size, "image_size": spec.image_size,
               "hidden_act": activation, "layer_norm_eps": vit.norm_eps, **family.write(vit)}
-    preprocessor = {"image_processor_type": "SiglipImageProcessor" if family is SIGLIP else "ViTImageProcessor",
+    preprocessor = {"image_processor_type": family.processor, "do_center_crop": False,
                     "do_resize": True, "size": {"height": spec.image_size, "width": spec.image_size}, "resample": 3,
                     "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
                     "image_mean": list(spec.mean), "image_std": list(spec.std)}
@@ -316,7 +408,7 @@ def _exact_ratio(spec: ViTSpec) -> int:
 
 def _run_size(spec: EncoderSpec, image_size: int | None) -> int:
     size, patch = image_size or spec.image_size, spec.vit.patch_size
-    if size % patch:
+    if size % patch and size != spec.image_size:
         raise ValueError(f"image_size {size} is not a multiple of the encoder's patch size {patch}: "
                          f"use image_size={size // patch * patch} or {(size // patch + 1) * patch}")
     return size
@@ -341,12 +433,12 @@ def _read_json(file: Path) -> dict[str, Any]:
 def _read_spec(folder: Path) -> EncoderSpec:
     file = folder / "config.json"
     given = _read_json(file)
-    if given.get("model_type") == "siglip":
-        given = {**(given.get("vision_config") or {}), "model_type": "siglip_vision_model"}
+    if (whole := given.get("model_type")) in _WHOLE_MODELS:
+        given = {"model_type": _WHOLE_MODELS[whole], **(given.get("vision_config") or {})}
     model_type = given.get("model_type")
     if model_type not in FAMILIES:
         raise ValueError(f"{file}: model_type {model_type!r} is not supported; "
-                         f"supported are siglip, {', '.join(FAMILIES)}")
+                         f"supported are {', '.join([*_WHOLE_MODELS, *FAMILIES])}")
     family = FAMILIES[model_type]
     config = {**family.defaults, **given}
     for option, value in family.required.items():
@@ -403,22 +495,27 @@ def _tensors(folder: Path) -> Iterator[tuple[Path, str, Any]]:
             raise OSError(f"{file} is damaged or truncated ({error}): download it again") from None
 
 
-def _abstract_encoder(spec: EncoderSpec, image_size: int, final_norm: FinalNorm, dtype) -> Encoder:
-    return nnx.eval_shape(lambda: Encoder(spec.vit, image_size=image_size, mean=spec.mean, std=spec.std,
-                                          final_norm=final_norm, dtype=dtype, rngs=nnx.Rngs(0)))
+def _abstract_encoder(spec: EncoderSpec, **options: Any) -> Encoder:
+    return nnx.eval_shape(lambda: Encoder(spec.vit, mean=spec.mean, std=spec.std, rngs=nnx.Rngs(0), **options))
+
+
+def _shapes(spec: EncoderSpec, image_size: int, final_norm: FinalNorm) -> dict[str, tuple[int, ...]]:
+    """The shape of every parameter of the Encoder by its path."""
+    state = nnx.state(_abstract_encoder(spec, image_size=image_size, final_norm=final_norm))
+    return {"/".join(map(str, path)): variable.shape for path, variable in nnx.to_flat_state(state)}
 
 
 def _allocate(spec: EncoderSpec) -> Params:
     """Arrays for the encoder at its native size, with cls, registers and positions apart, as checkpoints have
     them: the keys are the paths of the Encoder's parameters, except that `vit/prefix` is `vit/cls` and
     `vit/registers`, and `vit/position_embedding` begins with the cls token's row where there is one."""
-    native = spec.image_size // spec.vit.patch_size * spec.vit.patch_size
-    _, state = nnx.split(_abstract_encoder(spec, native, "affine", jnp.float32))
-    shapes = {"/".join(map(str, path)): variable.shape for path, variable in nnx.to_flat_state(state)}
+    shapes = _shapes(spec, spec.image_size, "affine")
     if spec.vit.prefix_tokens:
         prefix, width = shapes.pop("vit/prefix")
-        positions, _ = shapes["vit/position_embedding"]
-        shapes |= {"vit/cls": (1, 1, width), "vit/position_embedding": (1, 1 + positions, width)}
+        shapes["vit/cls"] = (1, 1, width)
+        if "vit/position_embedding" in shapes:
+            positions, _ = shapes["vit/position_embedding"]
+            shapes["vit/position_embedding"] = (1, 1 + positions, width)
         if "registers" in FAMILIES[spec.model_type].keys:
             shapes["vit/registers"] = (1, prefix - 1, width)
     return {path: np.zeros(shape, np.float32) for path, shape in shapes.items()}
@@ -428,10 +525,12 @@ def _fold_prefix(arrays: Params) -> Params:
     """The parameters of the Encoder from checkpoint-style arrays: registers have no position, cls has."""
     params = dict(arrays)
     if "vit/cls" in params:
-        positions = params["vit/position_embedding"][0]
-        cls = params.pop("vit/cls")[0] + positions[:1]
+        cls = params.pop("vit/cls")[0]
+        if "vit/position_embedding" in params:
+            positions = params["vit/position_embedding"][0]
+            cls, params["vit/position_embedding"] = cls + positions[:1], positions[1:]
         registers = params.pop("vit/registers")[0] if "vit/registers" in params else cls[:0]
-        params |= {"vit/prefix": np.concatenate([cls, registers]), "vit/position_embedding": positions[1:]}
+        params["vit/prefix"] = np.concatenate([cls, registers])
     return params
 
 
@@ -439,14 +538,14 @@ def _unfold_prefix(params: Mapping[str, np.ndarray], *, into: Params) -> None:
     """A right inverse of `_fold_prefix`: the cls token keeps the sum, its position embedding is zero."""
     for path in params.keys() & into.keys() - {"vit/position_embedding"}:
         into[path][...] = params[path]
+    if "vit/position_embedding" in into:
+        positions = into["vit/position_embedding"].reshape(-1, into["vit/position_embedding"].shape[-1])
+        positions[...] = 0
+        positions[-len(params["vit/position_embedding"]):] = params["vit/position_embedding"]
     if "vit/cls" in into:
         into["vit/cls"][0] = params["vit/prefix"][:1]
-        into["vit/position_embedding"][0, :1] = 0
-        into["vit/position_embedding"][0, 1:] = params["vit/position_embedding"]
         if "vit/registers" in into:
             into["vit/registers"][0] = params["vit/prefix"][1:]
-    else:
-        into["vit/position_embedding"][...] = params["vit/position_embedding"]
 
 
 def _views(family: Family, arrays: Params) -> Params:

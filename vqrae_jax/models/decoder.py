@@ -34,8 +34,8 @@ def sincos_positions(width: int, grid: int) -> np.ndarray:
 class Decoder(nnx.Module):
     """Latent tokens to images.
 
-    Linear in, fixed positions, pre-LayerNorm blocks, a last LayerNorm, and a linear layer to `patch_size**2 * 3` pixels
-    a token; then the inverse of the encoder's normalisation.
+    Linear in, position embeddings, pre-LayerNorm blocks, a last LayerNorm, and a linear layer to `patch_size**2 * 3`
+    pixels a token; then the inverse of the encoder's normalisation.
 
     Args:
       spec: the shape of the transformer; the same as the encoder's makes the model symmetric.
@@ -45,29 +45,41 @@ class Decoder(nnx.Module):
       mean: added per channel to the output, after multiplying by
       std: per channel.
       cls_token: whether a learned token takes part in attention, as in RAE's decoders.
+      learned_positions: position embeddings start as sin-cos and learn; otherwise they stay so.
       dtype: the type the blocks compute in; parameters are float32.
       rngs: source of the initial parameters.
     """
 
     def __init__(self, spec: TransformerSpec, *, latent_width: int, grid: int, patch_size: int,
                  mean: tuple[float, float, float], std: tuple[float, float, float], cls_token: bool = False,
-                 dtype=jnp.float32, rngs: nnx.Rngs):
+                 learned_positions: bool = False, dtype=jnp.float32, rngs: nnx.Rngs):
         self.grid, self.patch_size, self.width = grid, patch_size, spec.width
         self.mean, self.std = tuple(mean), tuple(std)
         self.embedding = Linear(latent_width, spec.width, dtype=dtype, rngs=rngs)
         # Not zeros: under a LayerNorm with eps 1e-12 a zero token takes all of the first steps' gradient norm.
         normal = nnx.initializers.normal(0.02)
         self.cls = nnx.Param(normal(rngs.params(), (1, spec.width))) if cls_token else None
+        positions = nnx.Param(jnp.asarray(sincos_positions(spec.width, grid))) if learned_positions else None
+        self.position_embedding = positions
         self.transformer = Transformer(spec, dtype=dtype, rngs=rngs)
         self.pixels = Linear(spec.width, patch_size**2 * 3, rngs=rngs)
 
     def __call__(self, z: jax.Array) -> jax.Array:
         """`[B, grid*grid, latent_width] -> [B, H, W, 3]` float32, about [0, 1] but not clipped to it."""
+        return self.to_images(self.hidden(z))
+
+    def hidden(self, z: jax.Array) -> jax.Array:
+        """`[B, grid*grid, latent_width] -> [B, grid*grid, width]` float32: what the last linear layer sees."""
+        positions = sincos_positions(self.width, self.grid) if self.position_embedding is None \
+            else self.position_embedding[...]
         x = self.embedding(z)
-        x = x + jnp.asarray(sincos_positions(self.width, self.grid), x.dtype)
+        x = x + jnp.asarray(positions, x.dtype)
         if self.cls is not None:
             cls = jnp.broadcast_to(self.cls[...].astype(x.dtype), (x.shape[0], 1, x.shape[2]))
             x = jnp.concatenate([cls, x], axis=1)
-        x = self.transformer(x)[:, 0 if self.cls is None else 1:]
-        images = unpatchify(self.pixels(x), (self.grid, self.grid))
+        return self.transformer(x)[:, 0 if self.cls is None else 1:]
+
+    def to_images(self, hidden: jax.Array) -> jax.Array:
+        """The last linear layer: `[B, grid*grid, width] -> [B, H, W, 3]` float32."""
+        images = unpatchify(self.pixels(hidden), (self.grid, self.grid))
         return images * jnp.asarray(self.std, jnp.float32) + jnp.asarray(self.mean, jnp.float32)

@@ -22,7 +22,9 @@ def split(module: nnx.Module) -> tuple[nnx.GraphDef, Arrays, Arrays]:
 def merge(graphdef: nnx.GraphDef, *parts: Mapping[str, jax.Array]) -> Any:
     """The module again, from dictionaries that together hold all its paths; a later one overrides an earlier one."""
     arrays = {path: value for part in parts for path, value in part.items()}
-    leaves = [(tuple(path.split("/")), value) for path, value in arrays.items()]
+    # Entries of an nnx.List have numbers for names.
+    key = lambda path: tuple(int(name) if name.isdigit() else name for name in path.split("/"))
+    leaves = [(key(path), value) for path, value in arrays.items()]
     return nnx.merge(graphdef, nnx.from_flat_state(leaves))
 
 
@@ -32,6 +34,11 @@ def prefixed(prefix: str, tree: Mapping) -> Arrays:
     for name, value in tree.items():
         flat |= prefixed(f"{prefix}{name}/", value) if isinstance(value, Mapping) else {prefix + name: value}
     return flat
+
+
+def under(prefix: str, arrays: Mapping[str, jax.Array]) -> Arrays:
+    """The entries whose paths start with `prefix`, without it."""
+    return {path.removeprefix(prefix): value for path, value in arrays.items() if path.startswith(prefix)}
 
 
 def _arrays(state: nnx.State) -> Arrays:

@@ -14,10 +14,12 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 Activation = Literal["gelu", "gelu_tanh"]
 FinalNorm = Literal["affine", "plain"]
+Rope = tuple[np.ndarray, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,19 +71,51 @@ def layer_norm(width: int, *, eps: float, affine: bool = True, dtype=jnp.float32
                          use_fast_variance=False, rngs=rngs)
 
 
-class Attention(nnx.Module):
-    """Multi-head self-attention, `[B, N, d] -> [B, N, d]`, softmax in float32."""
+def rope_table(head_dim: int, grid: int, *, theta: float, prefix_tokens: int) -> Rope:
+    """cos and sin of the angles by which queries and keys are turned, `[prefix_tokens + grid**2, head_dim]` float32.
 
-    def __init__(self, spec: TransformerSpec, *, dtype, rngs: nnx.Rngs):
+    DINOv3's rotary positions (arXiv 2508.10104; `DINOv3ViTRopePositionEmbedding` of transformers): the first half of
+    the angles belongs to the row, the second to the column of the patch's centre in [-1, 1], each times
+    2 pi theta^(-4i / head_dim). `head_dim` is a multiple of 4. Prefix tokens are not turned.
+    """
+    frequencies = 2 * np.pi * theta ** -(np.arange(head_dim // 4) * 4 / head_dim)
+    rows, columns = np.divmod(np.arange(grid * grid), grid)
+    centre = lambda i: (2 * i[:, None] + 1) / grid - 1
+    angles = np.concatenate([centre(rows) * frequencies, centre(columns) * frequencies], axis=1)
+    angles = np.pad(np.tile(angles, 2), ((prefix_tokens, 0), (0, 0)))
+    return np.cos(angles, dtype=np.float32), np.sin(angles, dtype=np.float32)
+
+
+def rotate(x: jax.Array, rope: Rope) -> jax.Array:
+    """Turns every pair (i, i + head_dim/2) of `[..., N, head_dim]` by its angle, in the type of `x`."""
+    cos, sin = (jnp.asarray(table, x.dtype) for table in rope)
+    first, second = jnp.split(x, 2, axis=-1)
+    return x * cos + jnp.concatenate([-second, first], axis=-1) * sin
+
+
+class Attention(nnx.Module):
+    """Multi-head self-attention, `[B, N, d] -> [B, N, d]`, softmax in float32.
+
+    Without `key_bias` there is no parameter in its place: under rotary positions it would change the result.
+    """
+
+    def __init__(self, spec: TransformerSpec, *, key_bias: bool = True, dtype, rngs: nnx.Rngs):
         self.heads = spec.heads
-        self.qkv = Linear(spec.width, 3 * spec.width, dtype=dtype, rngs=rngs)
+        self.qkv = Linear(spec.width, 3 * spec.width, use_bias=key_bias, dtype=dtype, rngs=rngs)
+        self.query_value_bias = None if key_bias else nnx.Param(jnp.zeros(2 * spec.width))
         self.out = Linear(spec.width, spec.width, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, rope: Rope | None = None) -> jax.Array:
         batch, tokens, width = x.shape
         head_dim = width // self.heads
-        qkv = self.qkv(x).reshape(batch, tokens, 3, self.heads, head_dim)
+        qkv = self.qkv(x)
+        if self.query_value_bias is not None:
+            query, value = jnp.split(self.query_value_bias[...].astype(qkv.dtype), 2)
+            qkv = qkv + jnp.concatenate([query, jnp.zeros_like(query), value])
+        qkv = qkv.reshape(batch, tokens, 3, self.heads, head_dim)
         q, k, v = qkv.transpose(2, 0, 3, 1, 4).reshape(3, batch * self.heads, tokens, head_dim)
+        if rope is not None:
+            q, k = rotate(q, rope), rotate(k, rope)
         logits = jnp.einsum("bqd,bkd->bqk", q * head_dim**-0.5, k, preferred_element_type=jnp.float32)
         weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
         y = jnp.einsum("bqk,bkd->bqd", weights, v)
@@ -104,16 +138,16 @@ class Mlp(nnx.Module):
 class Block(nnx.Module):
     """One pre-LayerNorm transformer block, `[B, N, d] -> [B, N, d]`."""
 
-    def __init__(self, spec: TransformerSpec, *, dtype, rngs: nnx.Rngs):
+    def __init__(self, spec: TransformerSpec, *, key_bias: bool = True, dtype, rngs: nnx.Rngs):
         self.norm1 = layer_norm(spec.width, eps=spec.norm_eps, dtype=dtype, rngs=rngs)
-        self.attention = Attention(spec, dtype=dtype, rngs=rngs)
+        self.attention = Attention(spec, key_bias=key_bias, dtype=dtype, rngs=rngs)
         self.norm2 = layer_norm(spec.width, eps=spec.norm_eps, dtype=dtype, rngs=rngs)
         self.mlp = Mlp(spec, dtype=dtype, rngs=rngs)
         ones = lambda: nnx.Param(jnp.ones(spec.width)) if spec.layer_scale else None
         self.scale1, self.scale2 = ones(), ones()
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x = x + _scaled(self.attention(self.norm1(x)), self.scale1)
+    def __call__(self, x: jax.Array, rope: Rope | None = None) -> jax.Array:
+        x = x + _scaled(self.attention(self.norm1(x), rope), self.scale1)
         return x + _scaled(self.mlp(self.norm2(x)), self.scale2)
 
 
@@ -124,27 +158,35 @@ def _scaled(x: jax.Array, scale: nnx.Param | None) -> jax.Array:
 class Transformer(nnx.Module):
     """`depth` blocks and a final LayerNorm, `[B, N, d] -> [B, N, d]`; the result is float32.
 
-    `final_norm="plain"` has no scale and bias: every token leaves with zero mean and unit variance.
+    `final_norm="plain"` has no scale and bias: every token leaves with zero mean and unit variance. With None there is
+    no final LayerNorm at all. `rope`, where given, turns the queries and keys of every block.
     """
 
-    def __init__(self, spec: TransformerSpec, *, final_norm: FinalNorm = "affine", dtype=jnp.float32, rngs: nnx.Rngs):
-        make_blocks = nnx.vmap(lambda rngs: Block(spec, dtype=dtype, rngs=rngs), in_axes=0, out_axes=0)
-        self.blocks = make_blocks(rngs.split(spec.depth))
-        self.norm = layer_norm(spec.width, eps=spec.norm_eps, affine=final_norm == "affine", rngs=rngs)
+    def __init__(self, spec: TransformerSpec, *, final_norm: FinalNorm | None = "affine", key_bias: bool = True,
+                 dtype=jnp.float32, rngs: nnx.Rngs):
+        make_block = lambda rngs: Block(spec, key_bias=key_bias, dtype=dtype, rngs=rngs)
+        self.blocks = nnx.vmap(make_block, in_axes=0, out_axes=0)(rngs.split(spec.depth))
+        make_norm = lambda: layer_norm(spec.width, eps=spec.norm_eps, affine=final_norm == "affine", rngs=rngs)
+        self.norm = make_norm() if final_norm is not None else None
         self.depth, self.dtype = spec.depth, dtype
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        (x,) = self.hidden_states(x, [self.depth])
-        return self.norm(x.astype(jnp.float32))
+    def __call__(self, x: jax.Array, rope: Rope | None = None) -> jax.Array:
+        (x,) = self.hidden_states(x, [self.depth], rope)
+        return self.normalize(x)
 
-    def hidden_states(self, x: jax.Array, layers: Sequence[int]) -> list[jax.Array]:
+    def normalize(self, x: jax.Array) -> jax.Array:
+        """The final LayerNorm, where there is one; the result is float32 in any case."""
+        x = x.astype(jnp.float32)
+        return x if self.norm is None else self.norm(x)
+
+    def hidden_states(self, x: jax.Array, layers: Sequence[int], rope: Rope | None = None) -> list[jax.Array]:
         """The tokens after each of `layers`, without the final LayerNorm: `[B, N, d]` in the compute dtype each.
 
         Layers are numbered as `transformers` numbers `hidden_states`: 0 is the input, `depth` the last block's output.
         They must ascend. Blocks after the last of them are not run.
         """
         graphdef, stacked = nnx.split(self.blocks)
-        run_block = lambda x, params: (nnx.merge(graphdef, params)(x), None)
+        run_block = lambda x, params: (nnx.merge(graphdef, params)(x, rope), None)
         states, x, done = [], x.astype(self.dtype), 0
         for layer in layers:
             part = jax.tree.map(lambda leaf, done=done, layer=layer: leaf[done:layer], stacked)
@@ -161,10 +203,19 @@ class ViTSpec(TransformerSpec):
     Attributes:
       patch_size: side of a patch in pixels.
       prefix_tokens: 0, or 1 + number of register tokens; they are dropped from the output.
+      rope_theta: base of rotary positions (DINOv3), which take the place of position embeddings and key biases.
+      has_final_norm: whether a LayerNorm follows the last block (not so in InternViT).
     """
 
     patch_size: int
     prefix_tokens: int = 0
+    rope_theta: float | None = None
+    has_final_norm: bool = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.rope_theta is not None and (head_dim := self.width // self.heads) % 4:
+            raise ValueError(f"rotary positions need a head width that is a multiple of 4, not {head_dim}")
 
 
 def patchify(images: jax.Array, patch_size: int) -> jax.Array:
@@ -185,33 +236,54 @@ def unpatchify(patches: jax.Array, grid: tuple[int, int]) -> jax.Array:
 
 
 class ViT(nnx.Module):
-    """Pixels to tokens: patch embedding, learned positions, blocks, final LayerNorm.
+    """Pixels to tokens: patch embedding, learned or rotary positions, blocks, final LayerNorm.
 
     `__call__` maps normalised images `[B, image_size, image_size, 3]` to `[B, N, d]` float32 with
     N = (image_size / patch_size)**2; cls and register tokens take part in attention and are dropped at the end.
+
+    Raises:
+      ValueError: the patch size does not divide the image size; `final_norm="plain"` where there is no final LayerNorm.
     """
 
     def __init__(self, spec: ViTSpec, *, image_size: int, final_norm: FinalNorm = "affine", dtype=jnp.float32,
                  rngs: nnx.Rngs):
         if image_size % spec.patch_size:
             raise ValueError(f"image size {image_size} is not divisible by the encoder's patch size {spec.patch_size}")
+        if final_norm == "plain" and not spec.has_final_norm:
+            raise ValueError("final_norm 'plain' cannot apply: this encoder has no final LayerNorm; use 'affine', "
+                             "which hands over the last block's output")
         self.spec = spec
-        tokens = (image_size // spec.patch_size) ** 2
+        self.grid = image_size // spec.patch_size
         normal = nnx.initializers.normal(0.02)
         self.patch_embedding = Linear(spec.patch_size**2 * 3, spec.width, dtype=dtype, rngs=rngs)
-        self.position_embedding = nnx.Param(normal(rngs.params(), (tokens, spec.width)))
+        learned = spec.rope_theta is None
+        self.position_embedding = nnx.Param(normal(rngs.params(), (self.grid**2, spec.width))) if learned else None
         # The cls token's own position embedding is folded into it when weights are loaded.
         self.prefix = nnx.Param(normal(rngs.params(), (spec.prefix_tokens, spec.width))) if spec.prefix_tokens else None
-        self.transformer = Transformer(spec, final_norm=final_norm, dtype=dtype, rngs=rngs)
+        self.transformer = Transformer(spec, final_norm=final_norm if spec.has_final_norm else None,
+                                       key_bias=learned, dtype=dtype, rngs=rngs)
 
     def embed(self, images: jax.Array) -> jax.Array:
-        """Patch embeddings plus positions, `[B, N, d]`, before any attention and without prefix tokens."""
+        """Patch embeddings plus learned positions, `[B, N, d]`, before any attention and without prefix tokens."""
         x = self.patch_embedding(patchify(images, self.spec.patch_size))
-        return x + self.position_embedding[...].astype(x.dtype)
+        return x if self.position_embedding is None else x + self.position_embedding[...].astype(x.dtype)
 
     def __call__(self, images: jax.Array) -> jax.Array:
+        (x,) = self.features(images, [self.spec.depth])
+        return x
+
+    def features(self, images: jax.Array, layers: Sequence[int]) -> list[jax.Array]:
+        """The patch tokens after each of `layers` and the final LayerNorm, `[B, N, d]` float32 each.
+
+        Layers are numbered as in `Transformer.hidden_states`; the same LayerNorm serves all of them.
+        """
+        spec, rope = self.spec, None
+        if spec.rope_theta is not None:
+            rope = rope_table(spec.width // spec.heads, self.grid, theta=spec.rope_theta,
+                              prefix_tokens=spec.prefix_tokens)
         x = self.embed(images)
         if self.prefix is not None:
             prefix = jnp.broadcast_to(self.prefix[...].astype(x.dtype), (x.shape[0], *self.prefix.shape))
             x = jnp.concatenate([prefix, x], axis=1)
-        return self.transformer(x)[:, self.spec.prefix_tokens:]
+        states = self.transformer.hidden_states(x, layers, rope)
+        return [self.transformer.normalize(state)[:, spec.prefix_tokens:] for state in states]

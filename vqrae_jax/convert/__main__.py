@@ -1,0 +1,136 @@
+"""Weights from and to other code bases.
+
+    python -m vqrae_jax.convert from-torch --checkpoint=FILE --encoder=HF_DIR --decoder-heads=N
+        [--encoder-norm=plain|affine] [--latent-stats=FILE] [--[no]simvq-l2-norm] --workdir=OUT
+
+makes a run's folder of a checkpoint of the PyTorch code base hugoycj/RAE: of a VQRAE or RAE model, or of an RAE decoder
+alone. FILE is .safetensors, or a PyTorch file (which needs PyTorch, and is read without running anything in it). OUT
+can be evaluated and used like any run, and started from (`init_from`).
+
+    python -m vqrae_jax.convert to-hf --workdir=RUN --out=HF_DIR
+
+writes a run's encoder as a Hugging Face folder, at the run's input size: `transformers` and
+`vqrae_jax.load_encoder` give the same tokens as the run's features.
+"""
+
+import dataclasses
+import logging
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+
+from vqrae_jax import build, checkpoint, cli
+from vqrae_jax import config as config_lib
+from vqrae_jax.config import Config, Data, Decoder, Encoder, Model, Optim, Quantizer
+from vqrae_jax.convert import huggingface, pytorch
+
+log = logging.getLogger("vqrae_jax.convert")
+
+
+def from_torch(file: Path, workdir: Path, *, encoder: str, **options: Any) -> None:
+    """Makes a run's folder of a PyTorch checkpoint; arguments and errors are those of `pytorch.read_model`."""
+    if (workdir / "config.json").exists():
+        raise ValueError(f"{workdir} holds a run already: choose another --workdir")
+    model = pytorch.read_model(file, encoder=encoder, **options)
+    config = config_of(model, encoder=encoder)
+    _, params, codebook = build.structure(config)
+    _check_fits(model.params, params, file)
+    _check_fits(model.codebook, codebook, file)
+    for note in model.notes:
+        log.info("%s", note)
+    counts = Counter()
+    for path, value in model.params.items():
+        counts[path.split("/")[0]] += value.size
+    log.info("parameters: %s", ", ".join(f"{part} {count:,}" for part, count in counts.items()))
+    checkpoint.write_run(workdir, config, {path: jnp.asarray(value) for path, value in model.params.items()},
+                         {path: jnp.asarray(value) for path, value in model.codebook.items()})
+    log.info("wrote %s; to look at it: python -m vqrae_jax.reconstruct --workdir=%s --out=reconstructions.png IMAGE...",
+             workdir, workdir)
+
+
+def config_of(model: pytorch.Imported, *, encoder: str) -> Config:
+    """The config of an imported model: a first stage without moving average of the weights, the rest as by default."""
+    config = Config(
+        data=Data(image_size=model.image_size),
+        model=Model(encoder=Encoder(path=encoder, input_size=model.input_size, final_norm=model.final_norm),
+                    quantizer=Quantizer(**model.quantizer), decoder=Decoder(**model.decoder),
+                    latent_statistics=model.latent_statistics),
+        optim=Optim(lr_multipliers=(("encoder/.*", 0.0),), ema_decay=0.0))
+    return config_lib.parse(dataclasses.asdict(config))
+
+
+def _check_fits(arrays: pytorch.Params, shapes, file: Path) -> None:
+    for path in sorted(arrays.keys() | shapes.keys()):
+        ours, theirs = (np.shape(x[path]) if path in x else None for x in (shapes, arrays))
+        if ours != theirs:
+            raise ValueError(f"{file}: parameter {path} would have the shape {theirs}, but the model needs {ours}")
+
+
+def to_hf(workdir: Path, out: Path) -> None:
+    """Writes a run's encoder, the moving average of its weights when there is one, as a Hugging Face folder.
+
+    Raises:
+      OSError: not the folder of a run, or `out` cannot be written.
+      ValueError: `out` holds a model already.
+    """
+    if (out / "model.safetensors").exists():
+        raise ValueError(f"{out} holds a model already: choose another --out")
+    config, _, arrays = checkpoint.load_run(workdir)
+    spec = dataclasses.replace(huggingface.read_encoder_spec(workdir / "encoder"),
+                               image_size=build.encoder_input_size(config))
+    params = {path.removeprefix("encoder/"): np.asarray(value) for path, value in arrays.items()
+              if path.startswith("encoder/")}
+    with checkpoint.disk_errors(out):
+        huggingface.save_encoder(params, spec=spec, out_dir=out)
+    if config.model.encoder.layers:
+        log.info("the run's features are those of layers %s, not the folder's last_hidden_state",
+                 config.model.encoder.layers)
+    log.info("wrote %s: %s, %d pixels, %s parameters", out, spec.model_type, spec.image_size,
+             f"{sum(value.size for value in params.values()):,}")
+
+
+def main(argv: Sequence[str]) -> None:
+    verb = " ".join(argv[1:])
+    if verb not in _VERBS:
+        raise ValueError(f"say what to convert, {' or '.join(_VERBS)}, not {verb!r}; --help explains")
+    run, required, optional = _VERBS[verb]
+    for flag in _FLAGS:
+        if flag.name in required and not flag.value:
+            raise ValueError(f"{verb} needs --{flag.name}")
+        if flag.name not in (*required, *optional) and flag.present:
+            raise ValueError(f"--{flag.name} has no meaning for {verb}")
+    run()
+
+
+if __name__ == "__main__":
+    _CHECKPOINT = flags.DEFINE_string("checkpoint", "", "from-torch: the .safetensors or PyTorch file")
+    _ENCODER = flags.DEFINE_string("encoder", "", "from-torch: Hugging Face folder or hub id of the encoder it was "
+                                   "trained with; its weights count only if FILE has none")
+    _HEADS = flags.DEFINE_integer("decoder-heads", 0, "from-torch: attention heads of the decoder (RAE's ViT-B has "
+                                  "12, ViT-L and ViT-XL 16)", lower_bound=0)
+    _NORM = flags.DEFINE_enum("encoder-norm", None, ["plain", "affine"], "from-torch: whether the encoder's last "
+                              "LayerNorm has scale and bias; by default what FILE says, and plain if it says nothing")
+    _STATS = flags.DEFINE_string("latent-stats", "", "from-torch: PyTorch file with the latents' mean and var")
+    _L2 = flags.DEFINE_bool("simvq-l2-norm", None, "from-torch: whether a SimVQ divides codes and tokens by their "
+                            "lengths; by default yes, unless it has no l2_norm_scale")
+    _WORKDIR = flags.DEFINE_string("workdir", "", "folder of the run: from-torch creates it, to-hf reads it")
+    _OUT = flags.DEFINE_string("out", "", "to-hf: the Hugging Face folder to write")
+    _FLAGS = (_CHECKPOINT, _ENCODER, _HEADS, _NORM, _STATS, _L2, _WORKDIR, _OUT)
+    _VERBS: dict[str, tuple[Callable[[], None], tuple[str, ...], tuple[str, ...]]] = {
+        "from-torch": (lambda: from_torch(
+            Path(_CHECKPOINT.value), Path(_WORKDIR.value), encoder=_ENCODER.value, decoder_heads=_HEADS.value,
+            encoder_norm=_NORM.value, latent_statistics=Path(_STATS.value) if _STATS.value else None,
+            simvq_l2_norm=_L2.value),
+            ("checkpoint", "encoder", "decoder-heads", "workdir"), ("encoder-norm", "latent-stats", "simvq-l2-norm")),
+        "to-hf": (lambda: to_hf(Path(_WORKDIR.value), Path(_OUT.value)), ("workdir", "out"), ()),
+    }
+    # Names are documented with hyphens; underscores, as in other flags, do as well.
+    sys.argv[1:] = [name.replace("_", "-") + sign + value if name.startswith("--") else name + sign + value
+                    for name, sign, value in (argument.partition("=") for argument in sys.argv[1:])]
+    cli.run(main)

@@ -1,0 +1,99 @@
+"""Tensors from other people's files: safetensors, and PyTorch's own format, of which nothing is ever executed."""
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+Tensors = dict[str, np.ndarray]
+
+
+def read(file: Path) -> Tensors:
+    """All tensors of a file by name, as NumPy arrays; bfloat16 and float16 become float32.
+
+    A `.safetensors` file needs nothing else. Any other is taken for one that `torch.save` wrote; it is read by
+    `torch.load(weights_only=True)`, which refuses whatever is not a tensor or a plain container. Names of nested
+    dictionaries are joined by ".": `{"ema": {"decoder.cls": ...}}` gives `ema.decoder.cls`. What is no tensor is left
+    out.
+
+    Raises:
+      OSError: the file is missing, damaged, or holds something other than data; or PyTorch is not installed.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} does not exist")
+    if file.suffix == ".safetensors":
+        try:
+            return {name: _float32(value) for name, value in load_file(file).items()}
+        except SafetensorError as error:
+            raise OSError(f"{file} is damaged or truncated ({error}): copy or download it again") from None
+    try:
+        import torch
+    except ImportError:
+        raise OSError(f"{file} is a PyTorch file, and PyTorch is not installed: install torch, or save the tensors "
+                      "with safetensors.torch.save_file where it is") from None
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise OSError(f"{file} holds more than tensors and was not read, for that could run code: "
+                      f"{_first_line(error)}") from None
+    except (RuntimeError, EOFError, ValueError) as error:
+        raise OSError(f"{file} is damaged, or no PyTorch file ({_first_line(error)})") from None
+    tensors = {}
+
+    def collect(value: Any, name: str) -> None:
+        if isinstance(value, torch.Tensor):
+            value = value.detach()
+            tensors[name] = (value.float() if value.is_floating_point() else value).numpy()
+        elif isinstance(value, Mapping):
+            for key, entry in value.items():
+                collect(entry, f"{name}.{key}" if name else str(key))
+
+    collect(content, "")
+    return tensors
+
+
+def local_folder(path_or_id: str | Path, patterns: list[str]) -> Path:
+    """The folder itself, or the hub's snapshot of that id with the files that match `patterns`.
+
+    Raises:
+      OSError: neither a folder, nor can it be fetched.
+    """
+    folder = Path(path_or_id).expanduser()
+    if folder.is_dir():
+        return folder
+    try:
+        return Path(snapshot_download(str(path_or_id), allow_patterns=patterns))
+    except Exception as error:  # the hub's client raises what its network stack raises
+        raise OSError(f"{path_or_id} is not a folder, and could not be fetched from the Hugging Face hub "
+                      f"({type(error).__name__}); download it where there is a network and give the local folder") \
+            from error
+
+
+def local_file(path_or_id: str | Path) -> Path:
+    """A weights file: the file itself, or the one in a folder or in the hub's snapshot of that id.
+
+    Raises:
+      OSError: none of these.
+    """
+    file = Path(path_or_id).expanduser()
+    if file.is_file():
+        return file
+    names = ["model.safetensors", "pytorch_model.bin"]
+    folder = local_folder(path_or_id, names)
+    for name in names:
+        if (folder / name).is_file():
+            return folder / name
+    raise FileNotFoundError(f"{folder} holds neither {' nor '.join(names)}")
+
+
+def _float32(value: np.ndarray) -> np.ndarray:
+    return value if value.dtype.kind in "iub" else value.astype(np.float32, copy=False)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
