@@ -596,6 +596,11 @@ def test_contradictions_are_errors(ema_file, tmp_path):
         read(ema_file, decoder_heads=3)
     with pytest.raises(ValueError, match="decoder_embed.weight takes tokens of width 32, but the encoder .* makes 24"):
         read(ema_file, REFERENCE / "dinov3_vit")
+    narrow = Torch(width=24)
+    narrow.decoder()
+    narrow.add("encoder.model.embeddings.class_embedding", 1, 1, 24)
+    with pytest.raises(ValueError, match="no encoder of that system is an InternVisionModel"):
+        read(save(narrow.tensors, tmp_path / "narrow.safetensors"), REFERENCE / "intern_vit")
     model.tensors["quantizer.l2_norm_scale"] = np.float32(-1)
     with pytest.raises(ValueError, match="l2_norm_scale is -1.0"):
         read(save(model.tensors, tmp_path / "negative.safetensors"))
@@ -614,6 +619,10 @@ def test_unreadable_files(ema_file, tmp_path):
     broken.write_bytes(ema_file.read_bytes()[:500])
     with pytest.raises(OSError, match="broken.safetensors is damaged or truncated"):
         read(broken)
+    model, _ = stage_2(tmp_path, affine=True)
+    only_encoder = {name: value for name, value in model.tensors.items() if name.startswith("encoder.")}
+    with pytest.raises(ValueError, match="tensor decoder.decoder_embed.bias is missing, and .* more"):
+        read(save(only_encoder, tmp_path / "model.safetensors"))
 
 
 # ---- the commands, and what leads back

@@ -271,7 +271,7 @@ def test_codebook_from_data_is_a_codebook_of_the_encoders_tokens(tiny_config):
 @pytest.fixture(autouse=True)
 def tiny_networks(monkeypatch):
     """ConvNeXt and DINO at toy size; LPIPS's VGG16 has one size only."""
-    monkeypatch.setattr(build, "CONVNEXT_SMALL", ConvNeXtSpec(depths=(1, 1, 1, 1), widths=(8, 8, 8, 8)))
+    monkeypatch.setattr(build, "CONVNEXT_SMALL", ConvNeXtSpec(depths=(1, 1, 1, 1), widths=(8, 8, 8, 8), image_size=32))
     tiny = ViTSpec(width=16, depth=12, heads=2, mlp_dim=32, activation="gelu_tanh", patch_size=8, prefix_tokens=1)
     monkeypatch.setattr(build, "DINO_SPECS", {"dino_s8": tiny, "dino_s16": tiny})
     monkeypatch.setattr(build, "DINO_IMAGE_SIZE", 32)

@@ -208,7 +208,7 @@ def read_model(file: Path, *, encoder: str, decoder_heads: int, encoder_norm: Fi
     spec = huggingface.read_encoder_spec(encoder)
     found, notes = _model_tensors(file)
     of_encoder = {name: found.pop(name) for name in list(found) if name.startswith("encoder.")}
-    quantizer = next(q for q in QUANTIZERS if any(re.fullmatch(q.marks, name) for name in found))
+    quantizer = next((q for q in QUANTIZERS if any(re.fullmatch(q.marks, name) for name in found)), _NONE)
     prefix = "" if any(name.startswith(("decoder_", "trainable_cls_token")) for name in found) else "decoder."
     blocks = prefix + "decoder_layers."
     depth = len({name.removeprefix(blocks).split(".")[0] for name in found if name.startswith(blocks)})
@@ -291,10 +291,10 @@ def _model_tensors(file: Path) -> tuple[Tensors, list[str]]:
     chosen = groups[models[0]]
     notes.append(f"weights: {'their moving average' if models[0] == 'ema' else 'as trained'} ({models[0]} in {file})")
     # One trainer of that system averages parameters only: its averaged model keeps the codebook it was created with.
-    buffers = list(_EMA_VQ.tensors)
+    buffers = codes, counts, sums = "quantizer.embedding", "quantizer.ema_cluster_size", "quantizer.ema_w"
     if len(models) == 2 and all(name in groups[model] for name in buffers for model in models):
-        counts = "quantizer.ema_cluster_size"
-        if not chosen[counts].any() and groups["model"][counts].any():
+        as_created = not chosen[counts].any() and np.array_equal(chosen[codes], chosen[sums])
+        if as_created and groups["model"][counts].any():
             chosen |= {name: groups["model"][name] for name in buffers}
             notes.append("codebook: that of the trained model, for the averaged model's was never updated")
     return chosen, notes
@@ -432,6 +432,9 @@ def _encoder(found: Tensors, spec: EncoderSpec, *, grid: int, file: Path) -> tup
         by_key[key] = name
     arrays = huggingface._allocate(spec)
     views = huggingface._views(family, arrays)
+    if "transformer/norm" not in family.keys:
+        raise ValueError(f"{file}: no encoder of that system is an {family.architecture}: give --encoder the one it "
+                         "was trained with")
     norm = {f"{family.keys['transformer/norm']}.{leaf}" for leaf in ("weight", "bias")}
     final_norm: FinalNorm = "affine" if by_key.keys() & norm else "plain"
     if final_norm == "plain":
