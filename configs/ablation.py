@@ -5,7 +5,8 @@
 
 Arguments: `dim` (384, 768, 1152, 1536, 1920), `size` (4096, 8192, 16384, 32768) and `strategy`: `frozen` (stage 1),
 `joint` (no stages, no distillation), `distilled` (no stages). Both stages are `frozen` and then stage 2.
-Hardware: as `siglip2_so400m_256_stage1.py`. Result: not yet measured; the paper's at 1536 x 16384: rFID 2.65, all codes used.
+Hardware: as `siglip2_so400m_256_stage1.py`. Result: not yet measured; the paper's at 1536 x 16384: rFID 2.65, all
+codes used.
 """
 
 from ml_collections import ConfigDict

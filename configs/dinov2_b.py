@@ -1,12 +1,13 @@
 """DINOv2-B with registers, 8192 EMA VQ codes, RAE's ViT-XL decoder: 224-pixel input, 16x16 tokens, 256-pixel output.
 
-    python -m vqrae_jax.convert from-torch --checkpoint=model.pt --encoder=DINOV2_DIR --decoder-heads=16 --workdir=runs/rae
+    python -m vqrae_jax.convert from-torch --checkpoint=model.pt --encoder=DINOV2_DIR --decoder-heads=16 \
+        --workdir=runs/rae
     python -m vqrae_jax.main --config=configs/dinov2_b.py --workdir=runs/dinov2_b --config.init_from=runs/rae \
         --config.data.source=folder:/data/images
 
 Hardware: one 80 GB GPU holds a batch of 64 (estimated, not measured). Result: not yet measured.
-The PyTorch system put an untrained codebook between encoder and a pretrained RAE decoder. Here the codes start at k-means
-centres of the encoder's features and the decoder gets used to them; without `init_from` it learns from scratch.
+The PyTorch system put an untrained codebook between encoder and a pretrained RAE decoder. Here the codes start at
+k-means centres of the encoder's features and the decoder gets used to them; without `init_from` it learns from scratch.
 """
 
 from ml_collections import ConfigDict

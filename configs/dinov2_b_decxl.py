@@ -4,7 +4,7 @@
         --config.data.source=folder:/data/imagenet/train
 
 Hardware: 8 GPUs of 80 GB (estimated, not measured). Result: not yet measured.
-16 epochs of ImageNet in batches of 512, 2502 steps each: the discriminator learns from epoch 6 and is used from epoch 8.
+16 epochs of ImageNet in batches of 512, 2502 steps each: the discriminator learns from epoch 6, is used from epoch 8.
 """
 
 from ml_collections import ConfigDict

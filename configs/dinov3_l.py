@@ -1,6 +1,7 @@
 """DINOv3-L at 224, 64000 SimVQ codes of length 1, RAE's ViT-XL decoder: 14x14 tokens, encoder frozen.
 
-    python -m vqrae_jax.main --config=configs/dinov3_l.py --workdir=runs/dinov3_l --config.data.source=folder:/data/images
+    python -m vqrae_jax.main --config=configs/dinov3_l.py --workdir=runs/dinov3_l \
+        --config.data.source=folder:/data/images
 
 Hardware: 8 GPUs of 80 GB (estimated, not measured). Result: not yet measured.
 `--config.data.image_size=512` is the PyTorch system's larger variant. For stage 2 give `--config.init_from`,

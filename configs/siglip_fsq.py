@@ -1,6 +1,7 @@
 """SigLIP-B at 224, finite scalar quantization to levels 8, 8, 8, 8, 4 between learned adapters: 16384 codes.
 
-    python -m vqrae_jax.main --config=configs/siglip_fsq.py --workdir=runs/siglip_fsq --config.data.source=folder:/data/images
+    python -m vqrae_jax.main --config=configs/siglip_fsq.py --workdir=runs/siglip_fsq \
+        --config.data.source=folder:/data/images
 
 Hardware: 8 GPUs of 80 GB (estimated, not measured). Result: not yet measured.
 """

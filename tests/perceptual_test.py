@@ -475,32 +475,32 @@ def source(tmp_path):
 
 def test_a_file_is_converted_once_for_its_content_and_name(source, tmp_path):
     converter = Converter()
-    first = convert.cached(source, converter, name="x")
-    second = convert.cached(source, converter, name="x")
+    first = tensors.cached(source, converter, name="x")
+    second = tensors.cached(source, converter, name="x")
     assert converter.calls == 1
     np.testing.assert_array_equal(first["a/kernel"], [[0, 3], [1, 4], [2, 5]])
     for path, value in first.items():
         np.testing.assert_array_equal(second[path], value)
         assert second[path].dtype == value.dtype
-    convert.cached(source.rename(tmp_path / "moved"), converter, name="x")
+    tensors.cached(source.rename(tmp_path / "moved"), converter, name="x")
     assert converter.calls == 1
-    convert.cached(tmp_path / "moved", converter, name="y")
+    tensors.cached(tmp_path / "moved", converter, name="y")
     assert converter.calls == 2
     (tmp_path / "moved").write_bytes(b"123456")
-    assert convert.cached(tmp_path / "moved", converter, name="x")["size"] == 6
+    assert tensors.cached(tmp_path / "moved", converter, name="x")["size"] == 6
     assert converter.calls == 3
 
 
 @pytest.mark.parametrize("content", [b"", b"garbage", "truncated"])
 def test_a_damaged_cache_is_replaced(content, source, cache):
     converter = Converter()
-    convert.cached(source, converter, name="x")
+    tensors.cached(source, converter, name="x")
     (kept,) = cache.iterdir()
     good = kept.read_bytes()
     kept.write_bytes(good[:-3] if content == "truncated" else content)
-    assert convert.cached(source, converter, name="x")["size"] == 5
+    assert tensors.cached(source, converter, name="x")["size"] == 5
     assert converter.calls == 2 and kept.read_bytes() == good
-    convert.cached(source, converter, name="x")
+    tensors.cached(source, converter, name="x")
     assert converter.calls == 2
 
 
@@ -511,18 +511,18 @@ def test_a_cache_that_cannot_be_written_is_done_without(source, cache, tmp_path,
         raise OSError("no space left on device")
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        assert convert.cached(source, converter, name="x")["size"] == 5
+        assert tensors.cached(source, converter, name="x")["size"] == 5
     assert list(cache.iterdir()) == []  # and leaves nothing behind
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert convert.cached(source, converter, name="x")["size"] == 5
+    assert tensors.cached(source, converter, name="x")["size"] == 5
     assert converter.calls == 2
 
 
 def test_without_xdg_cache_home_the_cache_is_in_the_home_folder(source, tmp_path, monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    convert.cached(source, Converter(), name="x")
+    tensors.cached(source, Converter(), name="x")
     (kept,) = (tmp_path / "home" / ".cache" / "vqrae_jax").iterdir()
     assert re.fullmatch(r"x-[0-9a-f]{32}\.safetensors", kept.name)
 

@@ -371,7 +371,7 @@ def test_a_frozen_backbone_and_its_heads(tiny_config):
         assert np.any(value != run.state.gan.params[path]), path
     assert before.state
     for path, value in before.state.items():
-        assert np.any(value != run.state.gan.state[path]), path
+        assert path.endswith("logits/u") or np.any(value != run.state.gan.state[path]), path  # one number: +-1
 
 
 def test_a_discriminator_that_is_not_finite_skips_the_step(tiny_config):

@@ -184,16 +184,21 @@ def network_arrays(config: Config) -> tuple[Arrays, Arrays]:
     params, state = init()
     perceptual, gan = config.loss.perceptual, config.gan
     if perceptual.lpips and not perceptual.random_weights:
-        params |= flat.prefixed("lpips/", convert_perceptual.load_lpips(perceptual.lpips_vgg16, perceptual.lpips_linear))
+        params |= flat.prefixed("lpips/", convert_perceptual.load_lpips(
+            perceptual.lpips_vgg16, perceptual.lpips_linear))
     if perceptual.convnext_s and not perceptual.random_weights:
-        params |= flat.prefixed("convnext_s/", convert_perceptual.load_convnext_small(perceptual.convnext_s_weights))
+        params |= flat.prefixed("convnext_s/", convert_perceptual.load_convnext_small(
+            perceptual.convnext_s_weights, spec=CONVNEXT_SMALL))
     if gan.discriminator in DINO_SPECS and not gan.random_weights:
         params |= flat.prefixed("discriminator/", convert_discriminators.load_dino_backbone(
             gan.backbone, spec=DINO_SPECS[gan.discriminator], image_size=DINO_IMAGE_SIZE))
     if gan.heads:
-        heads, heads_state = convert_discriminators.load_dino_heads(Path(gan.heads))
-        params |= flat.prefixed("discriminator/", heads)
-        state |= flat.prefixed("discriminator/", heads_state)
+        for ours, loaded in zip((params, state), convert_discriminators.load_dino_heads(gan.heads), strict=True):
+            for path, value in flat.prefixed("discriminator/", loaded).items():
+                if path not in ours or ours[path].shape != value.shape:
+                    raise ValueError(f"config key gan.heads: {gan.heads} has {path} of shape {value.shape}, which does "
+                                     "not fit this discriminator")
+                ours[path] = value
     return jax.tree.map(jnp.asarray, (params, state))
 
 

@@ -50,9 +50,9 @@ def adamw(rates: Callable[[str], optax.Schedule], *, b1: float, b2: float, weigh
     """
     is_kernel = lambda params: {path: path.endswith("kernel") for path in params}
 
-    def scale(updates: Any, state: optax.ScaleByScheduleState, params: Any = None):
+    def scale(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         del params
-        scaled = {path: update * -rates(path)(state.count) for path, update in updates.items()}
+        scaled = {path: -jnp.asarray(rates(path)(state.count)) * update for path, update in updates.items()}
         return scaled, optax.ScaleByScheduleState(optax.safe_increment(state.count))
 
     return optax.chain(

@@ -293,8 +293,8 @@ def _model_loss(config: Config, parts: Parts, params: Arrays, state: TrainState,
     output = model(images, train=True, rng=noise_rng)
     fakes = jax.lax.stop_gradient(output.images)
 
-    (reconstruction, raw), cotangent = jax.value_and_grad(
-        lambda fakes: _reconstruction_loss(config, parts, frozen, images, fakes), has_aux=True)(fakes)
+    cotangent, raw = jax.grad(lambda fakes: _reconstruction_loss(config, parts, frozen, images, fakes),
+                              has_aux=True)(fakes)
     applied = {"pixel": jnp.asarray(weights.pixel_weight)}
     if parts.perceptual:
         applied["perceptual"] = jnp.asarray(weights.perceptual_weight)
@@ -307,18 +307,16 @@ def _model_loss(config: Config, parts: Parts, params: Arrays, state: TrainState,
         other["distill"] = weights.distill_weight
     surrogate = sum((weight * raw[name] for name, weight in other.items()), jnp.zeros(()))
     extra = {}
-    if parts.gan and gan:
-        discriminator = flat.merge(parts.gan.graphdef, flat.under("discriminator/", {
-            **frozen.networks, **state.gan.params, **state.gan.state}))
+    if gan:
         raw["gan"], gan_cotangent = jax.value_and_grad(
-            lambda fakes: parts.gan.generator_loss(discriminator(parts.gan.augment(fakes, augment_rng))))(fakes)
+            lambda fakes: _generator_loss(parts, state.gan, frozen, fakes, rng=augment_rng))(fakes)
         applied["gan"] = config.gan.weight * _ramp(config, state.step)
         if config.gan.adaptive:
             adaptive = _adaptive_weight(model.decoder, output.hidden, cotangent, gan_cotangent,
                                         largest=config.gan.max_adaptive_weight)
             applied["gan"], extra["gan/adaptive_weight"] = applied["gan"] * adaptive, adaptive
         cotangent = cotangent + applied["gan"] * gan_cotangent
-    surrogate += jnp.vdot(cotangent, output.images)
+    surrogate += jnp.vdot(jax.lax.stop_gradient(cotangent), output.images)
 
     applied |= {name: jnp.asarray(weight) for name, weight in other.items()}
     weighted = {name: weight * raw[name] for name, weight in applied.items()}
@@ -369,12 +367,23 @@ def _ramp(config: Config, step: jax.Array) -> jax.Array:
     return jnp.where(since < 0, 0.0, jnp.clip((since + 1) / (config.gan.ramp_steps + 1), 0.0, 1.0))
 
 
+def _discriminator(parts: Parts, params: Arrays, state: GanState, frozen: Frozen) -> Any:
+    assert parts.gan, "a step with gan=True needs a discriminator"
+    return flat.merge(parts.gan.graphdef, flat.under("discriminator/", {**frozen.networks, **params, **state.state}))
+
+
+def _generator_loss(parts: Parts, state: GanState, frozen: Frozen, fakes: jax.Array, *, rng: jax.Array) -> jax.Array:
+    """What the decoder gains from being taken for real."""
+    assert parts.gan
+    discriminator = _discriminator(parts, state.params, state, frozen)
+    return parts.gan.generator_loss(discriminator(parts.gan.augment(fakes, rng)))
+
+
 def _discriminator_loss(config: Config, parts: Parts, params: Arrays, state: GanState, frozen: Frozen,
                         images: jax.Array, fakes: jax.Array, *, rngs: tuple[jax.Array, jax.Array]):
     """The discriminator's loss on real images and on reconstructions, rounded to 8 bits like real ones; metrics."""
     assert parts.gan
-    discriminator = flat.merge(parts.gan.graphdef, flat.under("discriminator/", {
-        **frozen.networks, **params, **state.state}))
+    discriminator = _discriminator(parts, params, state, frozen)
     real = discriminator(parts.gan.augment(images, rngs[0]))
     fake = discriminator(parts.gan.augment(round_to_8_bits(fakes), rngs[1]))
     raw = {"discriminator": parts.gan.discriminator_loss(real, fake)}
@@ -389,16 +398,15 @@ def _update_discriminator(config: Config, parts: Parts, state: TrainState, froze
                           scalars: Metrics) -> tuple[GanState, Metrics]:
     """The discriminator's state after the step, and metrics."""
     assert parts.gan
-    old = state.gan
+    old, schedule = state.gan, parts.gan.schedule
     updates, opt_state = parts.gan.optimizer.update(grads, old.opt_state, old.params)
     params: Any = optax.apply_updates(old.params, updates)
-    discriminator = flat.merge(parts.gan.graphdef, flat.under("discriminator/", {
-        **frozen.networks, **params, **old.state}))
+    discriminator = _discriminator(parts, params, old, frozen)
     mean_logits = jnp.stack([scalars["gan/logits_real"], scalars["gan/logits_fake"]])
     decay = config.gan.lecam_decay
     new = GanState(params=params, state=old.state | flat.prefixed("discriminator/", discriminator.next_state()),
                    opt_state=opt_state, mean_logits=decay * old.mean_logits + (1 - decay) * mean_logits)
-    rates = _rates(lambda path: parts.gan.schedule, grads, old.opt_state)
+    rates = _rates(lambda path: schedule, grads, old.opt_state)
     return new, {"grad_norm/discriminator": optax.tree.norm(grads), "lr/discriminator": rates["discriminator"]}
 
 

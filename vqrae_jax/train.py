@@ -127,12 +127,12 @@ def _initial_arrays(config: Config, graphdef: nnx.GraphDef, param_shapes: Arrays
                     source: Source, bad_images: BadImages) -> tuple[Arrays, Arrays]:
     """Parameters and codebook state that a run starts from: another run's, or pretrained and random ones."""
     restored = _restored_arrays(config, {**param_shapes, **codebook_shapes}) if config.init_from else {}
-    if param_shapes.keys() | codebook_shapes.keys() <= restored.keys():
-        params, codebook = {}, {}
-    else:
+    initial = restored
+    if not param_shapes.keys() | codebook_shapes.keys() <= restored.keys():
         params, codebook = build.initial_arrays(config)
-    params = {path: restored.get(path, params.get(path)) for path in param_shapes}
-    codebook = {path: restored.get(path, codebook.get(path)) for path in codebook_shapes}
+        initial = params | codebook | restored
+    params = {path: initial[path] for path in param_shapes}
+    codebook = {path: initial[path] for path in codebook_shapes}
     if config.model.quantizer.init == "kmeans" and not any(path.startswith("quantizer/") for path in restored):
         batches = _open_batches(config, source, bad_images)  # an iterator of its own: training starts at batch 0
         images, tokens = [], 0

@@ -103,6 +103,12 @@ def load_dino_backbone(path_or_id: str | Path, *, spec: ViTSpec, image_size: int
         raise OSError(f"no DINO weights at {path_or_id}: run `hf download facebook/dino-vits{spec.patch_size}` and "
                       f"give that id, or `curl -O https://dl.fbaipublicfiles.com/dino/{name}/{name}.pth` and give that "
                       f"file ({error})") from error
+    shape = f"{spec.width}x{spec.depth}-patch{spec.patch_size}-{image_size}"
+    params = tensors.cached(file, lambda file: _read_backbone(file, spec, image_size), name=f"dino-{shape}")
+    return {f"backbone/{path}": value for path, value in params.items()}
+
+
+def _read_backbone(file: Path, spec: ViTSpec, image_size: int) -> Params:
     found = _nested(tensors.read(file), "teacher.", "module.", "backbone.", "vit.")
     source = _Tensors(file, found)
     names = _TRANSFORMERS if any(name.startswith("embeddings.") for name in found) else _ORIGINAL
@@ -136,7 +142,7 @@ def load_dino_backbone(path_or_id: str | Path, *, spec: ViTSpec, image_size: int
         **{f"transformer/blocks/{path}": np.stack([block[path] for block in blocks]) for path in blocks[0]},
     }
     source.refuse_rest(unused=_UNUSED_BY_FEATURES)
-    return {f"backbone/{path}": value for path, value in params.items()}
+    return params
 
 
 def _resample(positions: np.ndarray, grid: int) -> np.ndarray:

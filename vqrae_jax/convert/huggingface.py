@@ -308,24 +308,38 @@ def load_encoder_params(path_or_id: str | Path, *, image_size: int | None = None
     """
     folder = _local_folder(path_or_id, weights=True)
     spec = _read_spec(folder)
+    prefix = FAMILIES[spec.model_type].prefix
+    found = {name.removeprefix(prefix): (f"{file}: tensor {name}", tensor) for file, name, tensor in _tensors(folder)}
+    return params_from_tensors(found, spec, image_size=image_size, final_norm=final_norm, origin=str(folder))
+
+
+def params_from_tensors(found: Mapping[str, tuple[str, Any]], spec: EncoderSpec, *, image_size: int | None,
+                        final_norm: FinalNorm, origin: str) -> Params:
+    """An encoder's parameters from its tensors; result and errors are those of `load_encoder_params`.
+
+    Args:
+      found: {name in the family's files, without prefix: (how to call it in an error, array or lazy slice)}. With
+        `final_norm="plain"` the last LayerNorm's tensors may be absent.
+      spec: the encoder.
+      image_size: see `load_encoder_params`.
+      final_norm: likewise.
+      origin: what to call the whole in an error.
+    """
     family, run_size = FAMILIES[spec.model_type], _run_size(spec, image_size)
     paths = _shapes(spec, run_size, final_norm)
-
     arrays = _allocate(spec)
     views = _views(family, arrays)
-    found = set()
-    for file, name, tensor in _tensors(folder):
-        key = name.removeprefix(family.prefix)
+    for key, (called, tensor) in found.items():
         if key in views:
-            if tensor.get_shape() != list(views[key].shape):
-                raise ValueError(f"{file}: tensor {name} has shape {tuple(tensor.get_shape())}, "
-                                 f"but config.json implies {views[key].shape}")
-            views[key][...] = tensor[:]
-            found.add(key)
+            value = tensor[:]
+            if value.shape != views[key].shape:
+                raise ValueError(f"{called} has shape {value.shape}, but config.json implies {views[key].shape}")
+            views[key][...] = value
         elif not re.fullmatch(family.unused, key):
-            raise ValueError(f"{file}: unexpected tensor {name}, which {family.architecture} does not have")
-    if missing := sorted(views.keys() - found):
-        raise ValueError(f"{folder}: tensor {missing[0]} is missing" +
+            raise ValueError(f"{called} is unexpected: {family.architecture} does not have it")
+    optional = set() if final_norm == "affine" else final_norm_tensors(spec)
+    if missing := sorted(views.keys() - found.keys() - optional):
+        raise ValueError(f"{origin}: tensor {missing[0]} is missing" +
                          (f", and {len(missing) - 1} more" if len(missing) > 1 else ""))
 
     params = _fold_prefix(arrays)
@@ -333,6 +347,12 @@ def load_encoder_params(path_or_id: str | Path, *, image_size: int | None = None
         grid = run_size // spec.vit.patch_size
         params[path] = np.asarray(interpolate_positions(params[path], grid, antialias=family.antialias))
     return {path: params[path] for path in paths}
+
+
+def final_norm_tensors(spec: EncoderSpec) -> set[str]:
+    """Names of the last LayerNorm's tensors in the family's files, without prefix; none where it has no such norm."""
+    keys = FAMILIES[spec.model_type].keys
+    return {f"{keys['transformer/norm']}.{leaf}" for leaf in ("weight", "bias") if "transformer/norm" in keys}
 
 
 def build_encoder(path_or_id: str | Path, *, image_size: int | None = None, final_norm: FinalNorm = "affine",

@@ -4,20 +4,14 @@ The same network is published under different names. A layout is data: their nam
 file has is read off its tensors.
 """
 
-import contextlib
 import dataclasses
-import hashlib
-import os
 import re
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from flax import nnx
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save
 
 from vqrae_jax.convert import tensors
 from vqrae_jax.models import flat
@@ -53,13 +47,13 @@ def load_lpips(vgg16: str, linear: str = "") -> Params:
       ValueError: a tensor is missing, has another shape, or has no known use; the message names it.
     """
     file = _local_file(vgg16, "VGG16", "get it with `hf download timm/vgg16.tv_in1k model.safetensors`")
-    params = cached(file, _read_vgg16, name="vgg16")
+    params = tensors.cached(file, _read_vgg16, name="vgg16")
     if "weights/0" in params:
         return params
     if not linear:
         return params | _read_linear(LPIPS_WEIGHTS)
     file = _local_file(linear, "1x1 weights of LPIPS", "leave the path empty for those that are shipped")
-    return params | cached(file, _read_linear, name="lpips")
+    return params | tensors.cached(file, _read_linear, name="lpips")
 
 
 def _read_vgg16(file: Path) -> Params:
@@ -179,7 +173,7 @@ def load_convnext_small(path_or_id: str, *, spec: ConvNeXtSpec = CONVNEXT_SMALL)
     file = _local_file(path_or_id, "ConvNeXt-S", f"get it with `curl -L -o {target} --create-dirs "
                                                  "https://download.pytorch.org/models/convnext_small-0c510722.pth`")
     name = "-".join(["convnext", *map(str, spec.depths + spec.widths)])
-    return cached(file, lambda file: _read_convnext(file, spec), name=name)
+    return tensors.cached(file, lambda file: _read_convnext(file, spec), name=name)
 
 
 def _read_convnext(file: Path, spec: ConvNeXtSpec) -> Params:
@@ -206,45 +200,6 @@ def _read_convnext(file: Path, spec: ConvNeXtSpec) -> Params:
             views[name.format(stage=stage, twice=2 * stage, next=2 * stage + 1, block=block)] = part
     _fill(views, found, file)
     return params
-
-
-def cached(file: Path, convert: Callable[[Path], Params], *, name: str) -> Params:
-    """`convert(file)`, which runs only once for a content of the file.
-
-    The result is kept in `$XDG_CACHE_HOME/vqrae_jax`, or `~/.cache/vqrae_jax`. A damaged cache is replaced, and one
-    that cannot be written is done without.
-
-    Args:
-      file: an existing file.
-      convert: makes {path: array} of it. It should depend on nothing but the content and what `name` says; what it
-        raises is not kept.
-      name: says what `convert` makes, in characters that a file name may have; another one if that changes.
-    """
-    with open(file, "rb") as opened:
-        digest = hashlib.file_digest(opened, "sha256").hexdigest()
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "vqrae_jax"
-    kept = folder / f"{name}-{digest[:32]}.safetensors"
-    with contextlib.suppress(OSError, SafetensorError):
-        return load_file(kept)
-    params = convert(file)
-    with contextlib.suppress(OSError):
-        folder.mkdir(parents=True, exist_ok=True)
-        _write(kept, save({path: np.asarray(value, order="C") for path, value in params.items()}))
-    return params
-
-
-def _write(file: Path, content: bytes) -> None:
-    """Writes a file, of which nobody sees a part: not a process beside this one, and not after a power failure."""
-    handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=file.stem, suffix=".tmp")
-    try:
-        with open(handle, "wb") as opened:
-            opened.write(content)
-            opened.flush()
-            os.fsync(opened.fileno())
-        os.replace(temporary, file)
-    except OSError:
-        os.unlink(temporary)
-        raise
 
 
 def _local_file(path_or_id: str, what: str, remedy: str) -> Path:

@@ -17,7 +17,6 @@ from vqrae_jax.convert import huggingface, tensors
 from vqrae_jax.convert.huggingface import EncoderSpec, Params
 from vqrae_jax.convert.tensors import Tensors
 from vqrae_jax.models.decoder import sincos_positions
-from vqrae_jax.models.encoders import interpolate_positions
 from vqrae_jax.models.vit import FinalNorm
 
 # Its wrappers strip the last LayerNorm of scale and bias, but for these families, where they do not find it.
@@ -424,35 +423,16 @@ def _encoder(found: Tensors, spec: EncoderSpec, *, grid: int, file: Path) -> tup
     """The encoder of a model whose encoder learned, for its grid; a last LayerNorm without tensors is plain."""
     family = huggingface.FAMILIES[spec.model_type]
     wrapper = "encoder.model." if any(name.startswith("encoder.model.") for name in found) else "encoder.encoder."
+    if not (norm := huggingface.final_norm_tensors(spec)):
+        raise ValueError(f"{file}: no encoder of that system is an {family.architecture}: give --encoder the one it "
+                         "was trained with")
     by_key = {}
-    for name in found:
+    for name, tensor in found.items():
         key = name.removeprefix(wrapper).removeprefix(family.prefix)
         for in_memory, in_file in _NAMES.get(spec.model_type, {}).items():
             key = key.replace(in_memory, in_file)
-        by_key[key] = name
-    arrays = huggingface._allocate(spec)
-    views = huggingface._views(family, arrays)
-    if "transformer/norm" not in family.keys:
-        raise ValueError(f"{file}: no encoder of that system is an {family.architecture}: give --encoder the one it "
-                         "was trained with")
-    norm = {f"{family.keys['transformer/norm']}.{leaf}" for leaf in ("weight", "bias")}
+        by_key[key] = (f"{file}: tensor {name}", tensor)
     final_norm: FinalNorm = "affine" if by_key.keys() & norm else "plain"
-    if final_norm == "plain":
-        views = {key: view for key, view in views.items() if key not in norm}
-    if missing := sorted(views.keys() - by_key.keys()):
-        raise ValueError(f"{file}: tensor {wrapper}{missing[0]} is missing, which {family.architecture} has" +
-                         (f", and {len(missing) - 1} more" if len(missing) > 1 else ""))
-    for key, name in by_key.items():
-        if key in views:
-            if found[name].shape != views[key].shape:
-                raise ValueError(f"{file}: tensor {name} has shape {found[name].shape}, but the encoder's config.json "
-                                 f"implies {views[key].shape}")
-            views[key][...] = found[name]
-        elif not re.fullmatch(family.unused, key):
-            raise ValueError(f"{file}: unexpected tensor {name}, which {family.architecture} does not have")
-    params = huggingface._fold_prefix(arrays)
-    if "vit/position_embedding" in params:
-        params["vit/position_embedding"] = np.asarray(
-            interpolate_positions(params["vit/position_embedding"], grid, antialias=family.antialias))
-    return final_norm, {path: value for path, value in params.items()
-                        if final_norm == "affine" or not path.startswith("vit/transformer/norm/")}
+    return final_norm, huggingface.params_from_tensors(
+        by_key, spec, image_size=grid * spec.vit.patch_size, final_norm=final_norm,
+        origin=f"{file}: encoder, {family.architecture}")

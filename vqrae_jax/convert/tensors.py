@@ -1,14 +1,19 @@
 """Tensors from other people's files: safetensors, and PyTorch's own format, of which nothing is ever executed."""
 
+import contextlib
+import hashlib
+import os
 import pickle
-from collections.abc import Mapping
+import re
+import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save
 
 Tensors = dict[str, np.ndarray]
 
@@ -39,8 +44,9 @@ def read(file: Path) -> Tensors:
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise OSError(f"{file} holds more than tensors and was not read, for that could run code: "
-                      f"{_first_line(error)}") from None
+        what = re.search(r"GLOBAL (\S+)", str(error))
+        raise OSError(f"{file} holds more than tensors{f' ({what[1]})' if what else ''} and was not read, for that "
+                      "could run code") from None
     except (RuntimeError, EOFError, ValueError) as error:
         raise OSError(f"{file} is damaged, or no PyTorch file ({_first_line(error)})") from None
     tensors = {}
@@ -55,6 +61,45 @@ def read(file: Path) -> Tensors:
 
     collect(content, "")
     return tensors
+
+
+def cached(file: Path, convert: Callable[[Path], Tensors], *, name: str) -> Tensors:
+    """`convert(file)`, which runs only once for a content of the file.
+
+    The result is kept in `$XDG_CACHE_HOME/vqrae_jax`, or `~/.cache/vqrae_jax`. A damaged cache is replaced, and one
+    that cannot be written is done without.
+
+    Args:
+      file: an existing file.
+      convert: makes {path: array} of it. It should depend on nothing but the content and what `name` says; what it
+        raises is not kept.
+      name: says what `convert` makes, in characters that a file name may have; another one if that changes.
+    """
+    with open(file, "rb") as opened:
+        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "vqrae_jax"
+    kept = folder / f"{name}-{digest[:32]}.safetensors"
+    with contextlib.suppress(OSError, SafetensorError):
+        return load_file(kept)
+    params = convert(file)
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(kept, save({path: np.asarray(value, order="C") for path, value in params.items()}))
+    return params
+
+
+def _write(file: Path, content: bytes) -> None:
+    """Writes a file, of which nobody sees a part: not a process beside this one, and not after a power failure."""
+    handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=file.stem, suffix=".tmp")
+    try:
+        with open(handle, "wb") as opened:
+            opened.write(content)
+            opened.flush()
+            os.fsync(opened.fileno())
+        os.replace(temporary, file)
+    except OSError:
+        os.unlink(temporary)
+        raise
 
 
 def local_folder(path_or_id: str | Path, patterns: list[str]) -> Path:

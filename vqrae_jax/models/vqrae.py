@@ -62,6 +62,8 @@ class VQRAE(nnx.Module):
         """`images` `[B, H, W, 3]`, float32 in [0, 1] or uint8; `rng`, a key, is needed for noise in training only."""
         features = tokens = self.encoder(images)
         if train and self.noise_tau:
+            if rng is None:
+                raise ValueError(f"noise with noise_tau {self.noise_tau} in training needs a key: give rng")
             level, noise = jax.random.split(rng)
             sigma = self.noise_tau * jax.random.uniform(level, (len(features), 1, 1))
             tokens = features + sigma * jax.random.normal(noise, features.shape)
