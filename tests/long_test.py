@@ -1,5 +1,6 @@
 """Checks that take many minutes: `pytest -m long`."""
 
+import importlib
 import json
 import random
 import resource
@@ -9,7 +10,14 @@ import sys
 import time
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
+
+from vqrae_jax import build
+from vqrae_jax import config as config_lib
+from vqrae_jax import step as step_lib
+from vqrae_jax.data import BadImages, train_batches
 
 from .config_test import HUB_CONFIGS
 from .conftest import REPOSITORY
@@ -73,6 +81,7 @@ def test_siglip_l_trains_and_evaluates_on_real_images_within_20_gb(shared_data, 
                    f"--config.data.source=folder:{shared_data / 'imagenet_sample' / 'val256'}",
                    f"--config.model.encoder.path={encoder}", "--config.model.encoder.random_weights=True",
                    "--config.model.dtype=float32", "--config.model.quantizer.init=random", "--config.train.steps=1",
+                   "--config.loss.perceptual.random_weights=True", "--config.gan.discriminator=none",
                    "--config.train.batch_size=8", "--config.optim.warmup_steps=0", "--config.eval.batch_size=8",
                    "--config.eval.limit=8", "--config.log.tensorboard=False")
     output, _ = process.communicate()
@@ -82,3 +91,42 @@ def test_siglip_l_trains_and_evaluates_on_real_images_within_20_gb(shared_data, 
     assert peak < 20e9 / 2**30
     for count in ("303,297,536", "1,049,600", "304,149,248"):
         assert count in output
+
+
+def test_twenty_seeds_with_a_gan_in_bfloat16_meet_no_nan(shared_data):
+    """200 steps each on CIFAR-10; the discriminator learns from step 60 and is used from step 80."""
+    config = importlib.import_module("configs.nano_gan").get_config()
+    config.data.source = f"tfds:cifar10@{shared_data / 'tfds'}"
+    config.model.dtype = "bfloat16"
+    config.train.update(steps=200, batch_size=8)
+    config.optim.warmup_steps = 20
+    config.gan.update(discriminator_start_step=60, start_step=80, ramp_steps=20)
+    first = config_lib.parse(config)
+    graphdef, _, _ = build.structure(first)
+    parts = build.parts(first, graphdef)
+    # Compiled once: what differs between the seeds are the initial values and the data.
+    step = jax.jit(step_lib.make_train_step(first, parts), static_argnames="gan", donate_argnums=0)
+    source = build.data_source(first.data.source, training=True)
+    for seed in range(20):
+        config.seed = seed
+        parsed = config_lib.parse(config)
+        params, codebook = build.initial_arrays(parsed)
+        batches = train_batches(source, image_size=64, batch_size=8, seed=seed, crop_scale_min=0.6, flip=True,
+                                threads=1, workers=0, bad_images=BadImages(None))
+        tokens = [np.concatenate([next(batches)["image"] for _ in range(32)])]
+        values = step_lib.codebook_from_data(graphdef, {**params, **codebook}, tokens, seed=seed)
+        params = {path: values.get(path, value) for path, value in params.items()}
+        codebook = {path: values.get(path, value) for path, value in codebook.items()}
+        state, frozen = step_lib.init_state(parsed, parts, params, codebook, *build.network_arrays(parsed))
+        seen = []
+        for i in range(200):
+            state, metrics = step(state, frozen, next(batches)["image"], gan=i >= 60)
+            seen.append(metrics)
+        batches.close()
+        seen = jax.device_get(seen)
+        assert int(state.skipped) == 0
+        assert all(np.isfinite(value) for metrics in seen for value in metrics.values())
+        for leaf in jax.tree.leaves(jax.device_get(state)):
+            assert np.all(np.isfinite(leaf))
+        last = {name: f"{seen[-1][name]:.4f}" for name in ("loss/pixel", "loss/discriminator", "gan/adaptive_weight")}
+        print(f"seed {seed}: no NaN; at the end {last}", flush=True)

@@ -1,7 +1,9 @@
 """Runs as users meet them: exact continuation, stage 2 from stage 1, bad images, full disks, other people's folders."""
 
+import dataclasses
 import errno
 import json
+import logging
 import os
 import shutil
 import signal
@@ -21,7 +23,9 @@ import vqrae_jax
 from vqrae_jax import build, checkpoint, evaluate, train
 from vqrae_jax import config as config_lib
 
+from .config_test import SHIPPED
 from .conftest import REPOSITORY
+from .step_test import Run, reduced
 
 
 def lines(workdir: Path) -> list[str]:
@@ -60,12 +64,14 @@ def test_a_run_leaves_what_it_promises(tiny_config, tmp_path):
     assert config_lib.load(tmp_path / "config.json") == config_lib.parse(tiny_config)
 
 
-@pytest.mark.parametrize("stage", [1, 2])
-def test_a_continued_run_equals_one_that_never_stopped(stage, tiny_config, tmp_path, stage1_run, monkeypatch,
-                                                           caplog):
+@pytest.mark.parametrize("kind", ["stage 1", "stage 2", "gan"])
+def test_a_continued_run_equals_one_that_never_stopped(kind, tiny_config, tmp_path, stage1_run, monkeypatch, caplog):
     caplog.set_level("INFO", "vqrae_jax")
-    if stage == 2:
+    if kind == "stage 2":
         stage2(tiny_config, stage1_run)
+    if kind == "gan":  # the discriminator has learned before the run dies: its weights, optimizer, averages come back
+        tiny_config.gan.update(discriminator="patchgan", channels=32, adaptive=True, discriminator_start_step=1,
+                               start_step=3, lecam_weight=0.1, augment=True)
     tiny_config.model.quantizer.kind = "simvq"
     tiny_config.train.update(eval_every=3, checkpoint_every=2)
     config = config_lib.parse(tiny_config)
@@ -91,6 +97,10 @@ def test_a_continued_run_equals_one_that_never_stopped(stage, tiny_config, tmp_p
     assert "continuing at step 4" in caplog.text
     assert lines(tmp_path / "parts") == lines(tmp_path / "whole")
     chex.assert_trees_all_equal(arrays(tmp_path / "parts"), arrays(tmp_path / "whole"))
+    if kind == "gan":
+        records = [json.loads(line) for line in lines(tmp_path / "whole")]
+        assert [r["step"] for r in records if "loss/discriminator" in r] == [2, 3, 4, 5, 6]
+        assert [r["weight/gan"] > 0 for r in records if "weight/gan" in r] == [False, False, True, True, True]
 
 
 def test_a_killed_process_continues_exactly(tiny_config, tmp_path, caplog):
@@ -209,6 +219,50 @@ def test_stage_2_starts_where_stage_1_ended(tiny_config, tmp_path, stage1_run):
     train.run(config_lib.parse(tiny_config), tmp_path / "another")
 
 
+@pytest.mark.parametrize("stage2", sorted(name for name in SHIPPED if name.endswith("stage2")))
+def test_every_shipped_stage_2_starts_from_its_stage_1(stage2, tmp_path, caplog):
+    stage1 = reduced(stage2.replace("stage2", "stage1"))
+    run = Run(stage1)
+    checkpoint.write_run(tmp_path / "stage1", stage1, run.params, run.codebook)
+    config = dataclasses.replace(reduced(stage2), init_from=str(tmp_path / "stage1"))
+    graphdef, params, codebook = build.structure(config)
+    with caplog.at_level(logging.INFO, logger="vqrae_jax"):
+        started = train._initial_arrays(config, graphdef, params, codebook, source=None, bad_images=None)
+    chex.assert_trees_all_equal(started, (run.params, run.codebook))
+    messages = [record.getMessage() for record in caplog.records if record.name.startswith("vqrae_jax")]
+    said = [line.split(" from ")[0] for line in messages]
+    expected = [f"{part}: {sum(path.startswith(part) for path in {**params, **codebook})} arrays restored"
+                for part in ("decoder", "encoder", "quantizer")]
+    assert said[:3] == expected
+    assert messages[3:] == ([f"discriminator: initialised, for {config.init_from} has none"]
+                                   if config.gan.discriminator != "none" else [])
+
+
+def test_a_run_without_codes_lends_encoder_and_decoder(tiny_config, tmp_path, caplog):
+    """An RAE, such as an imported one: its quantizer is initialised; and a codebook that is not wanted is left out."""
+    codes = config_lib.parse(tiny_config)
+    tiny_config.model.quantizer.update(kind="none", size=1)
+    continuous = config_lib.parse(tiny_config)
+    for config, name in ((continuous, "rae"), (codes, "vqrae")):
+        run = Run(config)
+        checkpoint.write_run(tmp_path / name, config, run.params, run.codebook)
+    model = vqrae_jax.load(tmp_path / "rae")
+    images = np.random.default_rng(0).random((2, 32, 32, 3), np.float32)
+    np.testing.assert_array_equal(model.encode(images)[0].reshape(2, 16, 32), model.features(images))
+    np.testing.assert_array_equal(model.decode(model.features(images)), model.reconstruct(images))
+    with pytest.raises(ValueError, match="this model has no codes"):
+        model.encode_to_indices(images)
+    for config, origin, says in ((codes, "rae", "quantizer: initialised"), (continuous, "vqrae", "arrays left out")):
+        config = dataclasses.replace(config, init_from=str(tmp_path / origin), seed=5)
+        graphdef, params, codebook = build.structure(config)
+        with caplog.at_level(logging.INFO, logger="vqrae_jax"):
+            started, _ = train._initial_arrays(config, graphdef, params, codebook, source=None, bad_images=None)
+        assert any(says in message for message in caplog.messages)
+        lent = arrays(tmp_path / origin)
+        for path, value in started.items():
+            assert path.startswith("quantizer/") or np.array_equal(value, lent[path]), path
+
+
 def test_a_folder_of_another_config_is_left_alone(tiny_config, stage1_run):
     before = {file: file.read_bytes() for file in stage1_run.rglob("*") if file.is_file()}
     tiny_config.optim.lr = 5e-4
@@ -241,8 +295,8 @@ def test_losses_that_stay_infinite_stop_the_run_at_the_last_good_state(tiny_conf
     tiny_config.train.update(steps=20, max_skipped=3, checkpoint_every=100)
     make = train.step_lib.make_train_step
 
-    def exploding(*arguments, pixel_loss, **options):
-        return make(*arguments, pixel_loss=lambda x, y: pixel_loss(x, y) / 0.0, **options)
+    def exploding(config, parts):
+        return make(config, parts._replace(pixel_loss=lambda x, y: parts.pixel_loss(x, y) / 0.0))
 
     monkeypatch.setattr(train.step_lib, "make_train_step", exploding)
     with pytest.raises(FloatingPointError, match="3 steps in a row up to step 3"):

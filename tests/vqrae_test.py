@@ -19,6 +19,9 @@ QUANTIZERS = {
     "ema": {"kind": "ema"},
     "ema_projected": {"kind": "ema", "projection": True},
     "fsq": {"kind": "fsq", "levels": (4, 4, 2), "size": 32, "dim": 3},
+    "adapter_fsq": {"kind": "adapter_fsq", "levels": (4, 4, 2), "size": 32, "dim": 3},
+    "simvq_l2": {"kind": "simvq", "l2_normalize": True, "input_projection": True},
+    "ranked": {"kind": "ranked"},
 }
 
 
@@ -157,3 +160,54 @@ def test_bfloat16_computes_in_bfloat16_and_searches_in_float32(tiny_config, imag
     difference = np.abs(features - full.features(images)).max()
     assert 1e-4 < difference < 0.2
     chex.assert_type(half.reconstruct(images), np.float32)
+
+
+def test_latent_statistics_scale_what_is_handed_out_and_not_the_picture(tiny_config, images):
+    plain = tokenizer(tiny_config)
+    tiny_config.model.latent_statistics = True
+    config = config_lib.parse(tiny_config)
+    graphdef, _, _ = build.structure(config)
+    params, codebook = build.initial_arrays(config)
+    rng = np.random.default_rng(0)
+    mean, var = rng.normal(size=(16, 32)).astype(np.float32), rng.uniform(0.5, 2, (16, 32)).astype(np.float32)
+    model = inference.Tokenizer(config, graphdef, {**params, **codebook, "latent_mean": mean, "latent_var": var})
+    z_q, codes = model.encode(images)
+    expected = (np.asarray(plain.encode(images)[0]).reshape(3, 16, 32) - mean) / np.sqrt(var + 1e-5)
+    np.testing.assert_allclose(np.reshape(z_q, (3, 16, 32)), expected, atol=1e-5)
+    np.testing.assert_array_equal(codes, plain.encode_to_indices(images))
+    np.testing.assert_allclose(model.reconstruct(images), plain.reconstruct(images), atol=1e-5)
+    np.testing.assert_array_equal(model.reconstruct(images), model.decode_from_indices(codes))
+
+
+def test_learned_positions_start_as_the_fixed_ones(tiny_config, images):
+    fixed = tokenizer(tiny_config).reconstruct(images)
+    tiny_config.model.decoder.learned_positions = True
+    _, params, _ = build.structure(config_lib.parse(tiny_config))
+    assert params["decoder/position_embedding"].shape == (16, 32)
+    np.testing.assert_allclose(tokenizer(tiny_config).reconstruct(images), fixed, atol=1e-6)
+
+
+def test_noise_is_for_training_only_and_scales_with_tau(tiny_config, images):
+    tiny_config.model.quantizer.update(kind="none", size=1)
+    tiny_config.model.noise_tau = 0.8
+    config = config_lib.parse(tiny_config)
+    graphdef, _, _ = build.structure(config)
+    params, codebook = build.initial_arrays(config)
+    model = flat.merge(graphdef, params, codebook)
+    many = np.concatenate([images] * 20)
+    noise = np.asarray((out := model(many, train=True, rng=jax.random.key(0))).quantized.z_q - out.features)
+    level = noise.std(axis=(1, 2))
+    assert 0 < level.min() < 0.2  # a level of its own for each image, uniform in [0, 0.8)
+    assert 0.6 < level.max() < 0.85
+    np.testing.assert_array_equal((out := model(images, train=False)).quantized.z_q, out.features)
+    with pytest.raises(ValueError, match="needs a key"):
+        model(images, train=True)
+
+
+def test_features_of_several_layers_side_by_side(tiny_config, images):
+    tiny_config.model.encoder.update(layers=(1, 2), combine="concat")
+    tiny_config.model.quantizer.dim = 16
+    model = tokenizer(tiny_config)
+    chex.assert_shape(model.features(images), (3, 16, 64))
+    chex.assert_shape(model.encode(images)[0], (3, 4, 4, 64))
+    chex.assert_shape(model.reconstruct(images), (3, 32, 32, 3))

@@ -87,8 +87,8 @@ class VQRAE(nnx.Module):
 
     def lookup(self, indices: jax.Array) -> jax.Array:
         """Indices `[B, h, w]` or `[B, N]` -> latents of the same leading shape, `[..., d]`, as `decode` takes them."""
-        latents = self._normalised(self.quantizer.lookup(indices.reshape(len(indices), -1)))
-        return latents.reshape(*indices.shape, -1)
+        latents = self._normalised(self.quantizer.lookup(indices.reshape(len(indices), self.encoder.grid**2)))
+        return latents.reshape(*indices.shape, latents.shape[-1])
 
     def _normalised(self, z: jax.Array) -> jax.Array:
         if self.latent_mean is None or self.latent_var is None:
