@@ -20,6 +20,7 @@ def get_config() -> ConfigDict:
     config.loss.perceptual_weight = 1.0
     config.loss.perceptual.lpips = 1.0
     config.gan.update(discriminator="dino_s8", weight=0.75, adaptive=True, max_adaptive_weight=1e4, augment=True,
-                      discriminator_start_step=6 * EPOCH, start_step=8 * EPOCH, lr=2e-4, end_lr=2e-5, b2=0.95)
+                      discriminator_start_step=6 * EPOCH, start_step=8 * EPOCH, lr=2e-4, end_lr=2e-5,
+                      warmup_steps=EPOCH, b2=0.95)
     config.optim.update(lr=2e-4, end_lr=2e-5, warmup_steps=EPOCH, clip_norm=0.0, ema_decay=0.9978)
     return config

@@ -50,6 +50,9 @@ def changed(**changes):
     ({"gan__discriminator": "patchgan", "gan__discriminator_start_step": 9, "gan__start_step": 8},
      "gan.start_step 8 is before gan.discriminator_start_step 9"),
     ({"gan__discriminator": "patchgan", "gan__channels": 48}, "gan.channels 48 must be a multiple of 32"),
+    ({"gan__discriminator": "patchgan", "gan__start_step": 100_000}, "gan.start_step 100000 must be below train.steps"),
+    ({"gan__cutout": 0.5}, "gan.cutout 0.5 has no effect without gan.augment"),
+    ({"model__encoder__combine": "concat"}, "model.encoder.combine has no effect without model.encoder.layers"),
     ({"gan__heads": "disc.pt"}, "gan.heads 'disc.pt' has no meaning for none, only for dino_s8 and dino_s16"),
     ({"gan__discriminator": "dino_s8", "gan__warmup_steps": 100_000}, "gan.warmup_steps 100000 must be below"),
     ({"loss__perceptual_weight": 1.0}, "needs a network: set loss.perceptual.lpips or loss.perceptual.convnext_s"),
@@ -81,6 +84,18 @@ def test_saved_configs_load_unchanged(tmp_path):
     assert config.optim.lr_multipliers == (("encoder/.*", 0.1),)
     with pytest.raises(FileNotFoundError, match="is not the folder of a run"):
         config_lib.load(tmp_path / "elsewhere" / "config.json")
+
+
+def test_a_file_from_before_a_key_existed_has_its_default(tmp_path):
+    config_lib.save(config_lib.parse(changed(optim__lr=1e-3)), tmp_path / "config.json")
+    values = json.loads((tmp_path / "config.json").read_text())
+    del values["gan"], values["loss"]["perceptual"]["remat"]
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert config_lib.load(tmp_path / "config.json") == config_lib.parse(changed(optim__lr=1e-3))
+    values["gams"] = {}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match="unknown config key gams"):
+        config_lib.load(tmp_path / "config.json")
 
 
 def test_differences_are_named():
@@ -168,7 +183,7 @@ PARAMETERS = {
     "siglip2_so400m_512_stage1": (SO400M + 1024 * 1152, SIMVQ_1536(1152), SO400M_DECODER, 16384 * 1536),
     "internvit_300m_448_stage1": (INTERNVIT, SIMVQ_1536(1024), decoder(1024, 1024, 24, 4096, 14), 16384 * 1536),
     "dinov2_b": (DINOV2_B, 0, decoder(768, 1152, 28, 4096, 16, cls=1), 8192 * 768 * 2 + 8192),
-    "dinov3_l": (dense(16 * 16 * 3, 1024) + 5 * 1024 + blocks(1024, 24, 4096, layer_scale=True, key_bias=False),
+    "dinov3_l": (dense(16 * 16 * 3, 1024) + 7 * 1024 + blocks(1024, 24, 4096, layer_scale=True, key_bias=False),
                  2 * dense(1024, 1024), decoder(1024, 1152, 28, 4096, 16, cls=1), 64000 * 1024),
     "siglip_fsq": (dense(16 * 16 * 3, 768) + 196 * 768 + blocks(768, 12, 3072), ADAPTERS,
                    decoder(768, 1152, 28, 4096, 16, cls=1), 5 * 128),

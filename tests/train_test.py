@@ -234,14 +234,16 @@ def test_every_shipped_stage_2_starts_from_its_stage_1(stage2, tmp_path, caplog)
     expected = [f"{part}: {sum(path.startswith(part) for path in {**params, **codebook})} arrays restored"
                 for part in ("decoder", "encoder", "quantizer")]
     assert said[:3] == expected
-    assert messages[3:] == ([f"discriminator: initialised, for {config.init_from} has none"]
-                                   if config.gan.discriminator != "none" else [])
+    discriminators = [c.gan.discriminator != "none" for c in (stage1, config)]
+    assert messages[3:] == {
+        (False, False): [], (False, True): ["discriminator: initialised; it is not taken over from another run"],
+        (True, False): [f"discriminator: that of {config.init_from} left out"]}[*discriminators]
 
 
 def test_a_run_without_codes_lends_encoder_and_decoder(tiny_config, tmp_path, caplog):
     """An RAE, such as an imported one: its quantizer is initialised; and a codebook that is not wanted is left out."""
     codes = config_lib.parse(tiny_config)
-    tiny_config.model.quantizer.update(kind="none", size=1)
+    tiny_config.model.quantizer.kind = "none"
     continuous = config_lib.parse(tiny_config)
     for config, name in ((continuous, "rae"), (codes, "vqrae")):
         run = Run(config)
@@ -261,6 +263,19 @@ def test_a_run_without_codes_lends_encoder_and_decoder(tiny_config, tmp_path, ca
         lent = arrays(tmp_path / origin)
         for path, value in started.items():
             assert path.startswith("quantizer/") or np.array_equal(value, lent[path]), path
+
+
+@pytest.mark.parametrize(("section", "key", "value"), [
+    ("quantizer", "l2_normalize", True), ("quantizer", "search", "cosine"), ("encoder", "layers", (1, 2))])
+def test_arrays_that_would_mean_something_else_are_not_taken_over(section, key, value, tiny_config, tmp_path):
+    """The shapes are the same, the model is not."""
+    config = config_lib.parse(tiny_config)
+    run = Run(config)
+    checkpoint.write_run(tmp_path / "first", config, run.params, run.codebook)
+    tiny_config.init_from = str(tmp_path / "first")
+    tiny_config.model[section][key] = value
+    with pytest.raises(ValueError, match=f"init_from: .* has model.{section}.{key} .*, this config "):
+        train.run(config_lib.parse(tiny_config), tmp_path / "second")
 
 
 def test_a_folder_of_another_config_is_left_alone(tiny_config, stage1_run):

@@ -188,7 +188,7 @@ def test_learned_positions_start_as_the_fixed_ones(tiny_config, images):
 
 
 def test_noise_is_for_training_only_and_scales_with_tau(tiny_config, images):
-    tiny_config.model.quantizer.update(kind="none", size=1)
+    tiny_config.model.quantizer.kind = "none"
     tiny_config.model.noise_tau = 0.8
     config = config_lib.parse(tiny_config)
     graphdef, _, _ = build.structure(config)

@@ -118,6 +118,21 @@ def _decoder_spec(config: Config, encoder: huggingface.EncoderSpec) -> Transform
     return DECODER_SHAPES[d.shape]
 
 
+def meaning(config: Config) -> dict[str, dict[str, Any]]:
+    """By part, what its arrays mean beyond their shapes: two models that differ in it compute different things."""
+    encoder, quantizer = config.model.encoder, config.model.quantizer
+    spec = huggingface.read_encoder_spec(encoder_path(config))
+    decoder = _decoder_spec(config, spec)
+    return {
+        "encoder": {"model.encoder.final_norm": encoder.final_norm, "model.encoder.layers": encoder.layers,
+                    "model.encoder.combine": encoder.combine, "the encoder's mean and std": (spec.mean, spec.std)},
+        "quantizer": {f"model.quantizer.{name}": getattr(quantizer, name)
+                      for name in ("kind", "search", "l2_normalize", "levels")},
+        "decoder": {"the decoder's heads": decoder.heads, "the decoder's activation": decoder.activation,
+                    "the decoder's norm_eps": decoder.norm_eps},
+    }
+
+
 def symmetric(encoder: TransformerSpec) -> TransformerSpec:
     """The decoder's shape that mirrors an encoder: its width, depth, heads and MLP, without layer scale."""
     fields = {field.name: getattr(encoder, field.name) for field in dataclasses.fields(TransformerSpec)}
@@ -127,13 +142,12 @@ def symmetric(encoder: TransformerSpec) -> TransformerSpec:
 def _quantizer(config: Config, *, width: int, rngs: nnx.Rngs) -> Quantizer:
     q = config.model.quantizer
     if q.kind == "none":
-        quantizer = Identity()
-        _check_size(config, quantizer.num_codes, width, "1 and the features' width")
-        return quantizer
+        return Identity()
     if q.kind in ("fsq", "adapter_fsq"):
         quantizer = (FSQ if q.kind == "fsq" else AdapterFSQ)(width=width, levels=q.levels, rngs=rngs)
-        _check_size(config, quantizer.num_codes, len(q.levels),
-                    f"the product and the number of model.quantizer.levels {q.levels}")
+        if (q.size, q.dim) != (quantizer.num_codes, len(q.levels)):
+            raise ValueError(f"config keys model.quantizer.size {q.size} and dim {q.dim} must be the product and the "
+                             f"number of model.quantizer.levels {q.levels}: {quantizer.num_codes} and {len(q.levels)}")
         return quantizer
     common: dict[str, Any] = dict(
         width=width, size=q.size, dim=q.dim, commitment_weight=q.commitment_weight, gradient=q.gradient, rngs=rngs)
@@ -143,13 +157,6 @@ def _quantizer(config: Config, *, width: int, rngs: nnx.Rngs) -> Quantizer:
     if q.kind == "ema":
         return EMAVQ(**common, decay=q.decay, restart_threshold=q.restart_threshold)
     return SimVQ(**common, input_projection=q.input_projection, l2_normalize=q.l2_normalize)
-
-
-def _check_size(config: Config, size: int, dim: int, expected: str) -> None:
-    q = config.model.quantizer
-    if (q.size, q.dim) != (size, dim):
-        raise ValueError(f"config keys model.quantizer.size {q.size} and dim {q.dim} must be {expected}: "
-                         f"{size} and {dim}")
 
 
 def networks(config: Config) -> tuple[dict[str, nnx.GraphDef], Arrays, Arrays]:
@@ -190,15 +197,17 @@ def network_arrays(config: Config) -> tuple[Arrays, Arrays]:
         params |= flat.prefixed("convnext_s/", convert_perceptual.load_convnext_small(
             perceptual.convnext_s_weights, spec=CONVNEXT_SMALL))
     if gan.discriminator in DINO_SPECS and not gan.random_weights:
+        spec = DINO_SPECS[gan.discriminator]
         params |= flat.prefixed("discriminator/", convert_discriminators.load_dino_backbone(
-            gan.backbone, spec=DINO_SPECS[gan.discriminator], image_size=DINO_IMAGE_SIZE))
+            gan.backbone or f"facebook/dino-vits{spec.patch_size}", spec=spec, image_size=DINO_IMAGE_SIZE))
     if gan.heads:
         for ours, loaded in zip((params, state), convert_discriminators.load_dino_heads(gan.heads), strict=True):
-            for path, value in flat.prefixed("discriminator/", loaded).items():
-                if path not in ours or ours[path].shape != value.shape:
-                    raise ValueError(f"config key gan.heads: {gan.heads} has {path} of shape {value.shape}, which does "
-                                     "not fit this discriminator")
-                ours[path] = value
+            loaded = flat.prefixed("discriminator/", loaded)
+            expected = {path: value.shape for path, value in ours.items() if path.startswith("discriminator/heads/")}
+            for path in sorted(expected.keys() | loaded.keys()):
+                if path not in expected or path not in loaded or loaded[path].shape != expected[path]:
+                    raise ValueError(f"config key gan.heads: {gan.heads} does not fit this discriminator at {path}")
+            ours |= loaded
     return jax.tree.map(jnp.asarray, (params, state))
 
 

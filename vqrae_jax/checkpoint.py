@@ -46,7 +46,7 @@ def open_run(workdir: Path, config: Config) -> None:
     """
     file = workdir / "config.json"
     existing = config_lib.load(file) if file.exists() else None  # refuses a file that is not ours
-    if existing and _has_checkpoint(workdir):
+    if existing and has_checkpoint(workdir):
         changed = [line for line in config_lib.differences(existing, config)
                    if not line.startswith(_FREE_KEYS)]
         if changed:
@@ -58,7 +58,7 @@ def open_run(workdir: Path, config: Config) -> None:
         probe = workdir / ".write_test"
         probe.touch()
         probe.unlink()
-        if not _has_checkpoint(workdir):
+        if not has_checkpoint(workdir):
             huggingface.copy_encoder_config(build.encoder_path(config), workdir / "encoder")
         if existing != config:
             config_lib.save(config, file)
@@ -66,13 +66,17 @@ def open_run(workdir: Path, config: Config) -> None:
 
 def structure(workdir: Path, config: Config) -> tuple[nnx.GraphDef, Arrays, Arrays]:
     """`build.structure`, with the encoder's shape from the run's folder once the run has begun."""
-    if _has_checkpoint(workdir):
-        encoder = dataclasses.replace(config.model.encoder, path=str(workdir / "encoder"))
-        config = dataclasses.replace(config, model=dataclasses.replace(config.model, encoder=encoder))
-    return build.structure(config)
+    return build.structure(self_contained(workdir, config) if has_checkpoint(workdir) else config)
 
 
-def _has_checkpoint(workdir: Path) -> bool:
+def self_contained(workdir: Path, config: Config) -> Config:
+    """A run's config with the copy of the encoder's config that is in the run's folder."""
+    encoder = dataclasses.replace(config.model.encoder, path=str(workdir / "encoder"))
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, encoder=encoder))
+
+
+def has_checkpoint(workdir: Path) -> bool:
+    """Whether a folder holds at least one complete checkpoint."""
     return any(path.name.isdigit() for path in (workdir / "checkpoints").glob("*"))
 
 
@@ -186,7 +190,7 @@ def write_run(workdir: Path, config: Config, params: Arrays, codebook: Arrays) -
       ValueError: the folder holds a run already.
       OSError: it cannot be written.
     """
-    if _has_checkpoint(workdir):
+    if has_checkpoint(workdir):
         raise ValueError(f"{workdir} holds a run already: choose another --workdir")
     graphdef, _, _ = structure(workdir, config)
     open_run(workdir, config)
@@ -217,7 +221,7 @@ def load_run(workdir: Path, *, step: int | None = None) -> tuple[Config, nnx.Gra
       OSError: not the folder of a run, or it has no checkpoint, or not that one.
     """
     config = config_lib.load(workdir / "config.json")
-    if not _has_checkpoint(workdir):
+    if not has_checkpoint(workdir):
         raise FileNotFoundError(f"{workdir} holds no checkpoint: train it first")
     checkpoints = Checkpoints(workdir, read_only=True)
     steps = checkpoints.steps()

@@ -63,8 +63,8 @@ class Encoder:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Quantizer:
     kind: Literal["simvq", "ema", "fsq", "adapter_fsq", "ranked", "none"] = "simvq"  # none: an autoencoder, no codes
-    size: int = _key(16384, low=1)  # number of codes; FSQ: the product of its levels; none: 1
-    dim: int = _key(1536, low=1)  # width of a code; FSQ: the number of its levels; none: the features' width
+    size: int = _key(16384, low=2)  # number of codes; FSQ: the product of its levels
+    dim: int = _key(1536, low=1)  # width of a code; FSQ: the number of its levels
     levels: tuple[int, ...] = ()  # FSQ only
     projection: bool = False  # linear layers around the codebook even where dim equals the encoder's width
     input_projection: bool = False  # SimVQ: an identity-initialised layer before the search
@@ -138,11 +138,11 @@ class Gan:
     augment: bool = False  # DiffAug
     cutout: float = _key(0.0, low=0.0, high=1.0)  # side of DiffAug's hole as a share of the image's
     channels: int = _key(128, low=32)  # PatchGAN: of the first layer, a multiple of 32
-    backbone: str = "facebook/dino-vits8"  # DINO: weights of the frozen ViT: a file, a folder or a hub id
+    backbone: str = ""  # DINO: weights of the frozen ViT: a file, a folder or a hub id; empty: the published ones
     heads: str = ""  # DINO: a PyTorch checkpoint with trained heads; empty: new ones
     random_weights: bool = False  # DINO: for tests and measurements
     lr: float = _key(4e-5, low=0.0)
-    end_lr: float = _key(4e-5, low=0.0)
+    end_lr: float = _key(0.0, low=0.0)
     warmup_steps: int = _key(0, low=0)
     b1: float = _key(0.9, low=0.0, high=BELOW_ONE)
     b2: float = _key(0.999, low=0.0, high=BELOW_ONE)
@@ -212,7 +212,11 @@ def save(config: Config, file: Path) -> None:
 
 
 def load(file: Path) -> Config:
-    """Reads what `save` wrote. Raises OSError or ValueError, naming the file or the key."""
+    """Reads what `save` wrote; keys that came later than the file have their defaults.
+
+    Raises:
+      OSError, ValueError: the file, or the key, that cannot be read.
+    """
     try:
         values = json.loads(file.read_text())
     except FileNotFoundError:
@@ -220,9 +224,16 @@ def load(file: Path) -> Config:
     except json.JSONDecodeError as error:
         raise ValueError(f"{file} is damaged: {error}") from None
     try:
-        return parse(values)
+        return parse(_with_defaults(dataclasses.asdict(Config()), values))
     except ValueError as error:
         raise ValueError(f"{file} is not the config of a run of this version: {error}") from None
+
+
+def _with_defaults(defaults: Any, values: Any) -> Any:
+    if not isinstance(defaults, dict) or not isinstance(values, dict):
+        return values
+    return {**defaults, **{key: _with_defaults(defaults[key], value) if key in defaults else value
+                           for key, value in values.items()}}
 
 
 def differences(old: Config, new: Config) -> list[str]:
@@ -312,6 +323,10 @@ def _check_consistency(config: Config) -> None:
     for name in _DECODER_SHAPES:
         if decoder.shape == "custom" and not getattr(decoder, name):
             raise ValueError(f"config key model.decoder.{name} is 0, but a custom shape needs it")
+    if gan.cutout and not gan.augment:
+        raise ValueError(f"config key gan.cutout {gan.cutout} has no effect without gan.augment")
+    if config.model.encoder.combine != "sum" and not config.model.encoder.layers:
+        raise ValueError("config key model.encoder.combine has no effect without model.encoder.layers")
     if config.loss.perceptual_weight and not perceptual.lpips + perceptual.convnext_s:
         raise ValueError(f"config key loss.perceptual_weight {config.loss.perceptual_weight} needs a network: set "
                          "loss.perceptual.lpips or loss.perceptual.convnext_s above 0")
@@ -321,9 +336,9 @@ def _check_consistency(config: Config) -> None:
         if gan.start_step < gan.discriminator_start_step:
             raise ValueError(f"config key gan.start_step {gan.start_step} is before gan.discriminator_start_step "
                              f"{gan.discriminator_start_step}: the decoder would learn from an untrained discriminator")
-        if gan.discriminator_start_step >= train.steps:
-            raise ValueError(f"config key gan.discriminator_start_step {gan.discriminator_start_step} must be below "
-                             f"train.steps {train.steps}")
+        if gan.start_step >= train.steps:
+            raise ValueError(f"config key gan.start_step {gan.start_step} must be below train.steps {train.steps}: the "
+                             "decoder would never learn from the discriminator")
         if gan.channels % 32:
             raise ValueError(f"config key gan.channels {gan.channels} must be a multiple of 32")
         _check_optimizer("gan", gan, steps=train.steps - gan.discriminator_start_step)

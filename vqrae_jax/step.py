@@ -203,7 +203,8 @@ def make_train_step(config: Config, parts: Parts) -> TrainStep:
       finite changes nothing but the counters.
 
       Metrics are float32 scalars: `loss/x` the raw losses, `weight/x` their weights, `weighted/x` the products, whose
-      sum is `loss/total`; `grad_norm`, also by part; `lr/part`; usage and perplexity of codes, in the batch and since
+      sum is `loss/total` (without `discriminator` and `lecam`, which are the discriminator's own), all of them means
+      over micro-batches; `grad_norm`, also by part; `lr/part`; usage and perplexity of codes, in the batch and since
       the last multiple of `train.log_every` steps; and the discriminator's under `gan/`.
     """
 
@@ -220,7 +221,7 @@ def make_train_step(config: Config, parts: Parts) -> TrainStep:
             new["gan"], gan_metrics = _update_discriminator(config, parts, state, frozen, gan_grads, scalars)
 
         norms = [optax.tree.norm(tree) for tree in (grads, updates, gan_grads)]
-        finite = jnp.all(jnp.isfinite(jnp.stack([scalars["loss/total"], *norms])))
+        finite = jnp.all(jnp.isfinite(jnp.stack([*scalars.values(), *norms])))
         old = {name: getattr(state, name) for name in new}
         new = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
         skipped = state.skipped + ~finite
@@ -308,15 +309,19 @@ def _model_loss(config: Config, parts: Parts, params: Arrays, state: TrainState,
     surrogate = sum((weight * raw[name] for name, weight in other.items()), jnp.zeros(()))
     extra = {}
     if gan:
-        raw["gan"], gan_cotangent = jax.value_and_grad(
-            lambda fakes: _generator_loss(parts, state.gan, frozen, fakes, rng=augment_rng))(fakes)
-        applied["gan"] = config.gan.weight * _ramp(config, state.step)
+        ramp = _ramp(config, state.step)
+        generator_loss = jax.value_and_grad(
+            lambda fakes: _generator_loss(parts, state.gan, frozen, fakes, rng=augment_rng))
+        # While only the discriminator learns, the decoder's pass through it is left out.
+        raw["gan"], gan_cotangent = jax.lax.cond(
+            ramp > 0, generator_loss, lambda fakes: (jnp.zeros(()), jnp.zeros_like(fakes)), fakes)
+        applied["gan"] = config.gan.weight * ramp
         if config.gan.adaptive:
             adaptive = _adaptive_weight(model.decoder, output.hidden, cotangent, gan_cotangent,
                                         largest=config.gan.max_adaptive_weight)
             applied["gan"], extra["gan/adaptive_weight"] = applied["gan"] * adaptive, adaptive
         cotangent = cotangent + applied["gan"] * gan_cotangent
-    surrogate += jnp.vdot(jax.lax.stop_gradient(cotangent), output.images)
+    surrogate += jnp.sum(jax.lax.stop_gradient(cotangent) * output.images)
 
     applied |= {name: jnp.asarray(weight) for name, weight in other.items()}
     weighted = {name: weight * raw[name] for name, weight in applied.items()}
@@ -386,12 +391,14 @@ def _discriminator_loss(config: Config, parts: Parts, params: Arrays, state: Gan
     discriminator = _discriminator(parts, params, state, frozen)
     real = discriminator(parts.gan.augment(images, rngs[0]))
     fake = discriminator(parts.gan.augment(round_to_8_bits(fakes), rngs[1]))
-    raw = {"discriminator": parts.gan.discriminator_loss(real, fake)}
-    total = raw["discriminator"]
+    raw, applied = {"discriminator": parts.gan.discriminator_loss(real, fake)}, {"discriminator": jnp.ones(())}
     if config.gan.lecam_weight:
         raw["lecam"] = losses.lecam(jnp.mean(real), jnp.mean(fake), *state.mean_logits)
-        total += config.gan.lecam_weight * raw["lecam"]
-    return total, {**_named("loss", raw), "gan/logits_real": jnp.mean(real), "gan/logits_fake": jnp.mean(fake)}
+        applied["lecam"] = jnp.asarray(config.gan.lecam_weight)
+    weighted = {name: weight * raw[name] for name, weight in applied.items()}
+    return jnp.sum(jnp.stack(list(weighted.values()))), {
+        **_named("loss", raw), **_named("weight", applied), **_named("weighted", weighted),
+        "gan/logits_real": jnp.mean(real), "gan/logits_fake": jnp.mean(fake)}
 
 
 def _update_discriminator(config: Config, parts: Parts, state: TrainState, frozen: Frozen, grads: Arrays,

@@ -1,12 +1,14 @@
 """The training loop: data, step, report, evaluate, save."""
 
 import logging
+import math
 import signal
 import threading
 from contextlib import closing
 from pathlib import Path
 
 import jax
+import numpy as np
 from flax import nnx
 
 from vqrae_jax import build, checkpoint, evaluate, optim, reporting
@@ -133,17 +135,20 @@ def _initial_arrays(config: Config, graphdef: nnx.GraphDef, param_shapes: Arrays
         initial = params | codebook | restored
     params = {path: initial[path] for path in param_shapes}
     codebook = {path: initial[path] for path in codebook_shapes}
+    if config.model.latent_statistics and "latent_mean" not in restored:
+        raise ValueError("config key model.latent_statistics needs a run to take them from: set init_from")
     if config.model.quantizer.init == "kmeans" and not any(path.startswith("quantizer/") for path in restored):
         batches = _open_batches(config, source, bad_images)  # an iterator of its own: training starts at batch 0
-        images, tokens = [], 0
-        while tokens < KMEANS_TOKENS_PER_CODE * config.model.quantizer.size:
-            images.append(next(batches)["image"])
-            tokens += len(images[-1]) * build.tokens_per_image(config)
+        tokens = build.tokens_per_image(config)
+        needed = math.ceil(KMEANS_TOKENS_PER_CODE * config.model.quantizer.size / tokens)
+        images = np.concatenate([next(batches)["image"] for _ in range(math.ceil(needed / config.train.batch_size))])
         batches.close()
-        values = step_lib.codebook_from_data(graphdef, {**params, **codebook}, images, seed=config.seed)
+        # No more images at once than an evaluation takes: a whole global batch may not fit.
+        parts = [images[i:i + config.eval.batch_size] for i in range(0, needed, config.eval.batch_size)]
+        values = step_lib.codebook_from_data(graphdef, {**params, **codebook}, parts, seed=config.seed)
         params = {path: values.get(path, value) for path, value in params.items()}
         codebook = {path: values.get(path, value) for path, value in codebook.items()}
-        log.info("codebook initialised by k-means on %d tokens", tokens)
+        log.info("codebook initialised by k-means on %d tokens", sum(map(len, parts)) * tokens)
     return params, codebook
 
 
@@ -153,7 +158,7 @@ def _restored_arrays(config: Config, shapes: Arrays) -> Arrays:
     Raises:
       ValueError: a part that both have differs; the message names the first array.
     """
-    _, _, arrays = checkpoint.load_run(Path(config.init_from))
+    other, _, arrays = checkpoint.load_run(Path(config.init_from))
     part_of = lambda path: path.split("/")[0]
     theirs, ours = {part_of(path) for path in arrays}, {part_of(path) for path in shapes}
     for path in sorted(path for path in arrays.keys() | shapes.keys() if part_of(path) in theirs & ours):
@@ -164,13 +169,22 @@ def _restored_arrays(config: Config, shapes: Arrays) -> Arrays:
         if arrays[path].shape != shapes[path].shape:
             raise ValueError(f"init_from: {config.init_from} has {path} of shape {arrays[path].shape}, "
                              f"this config's model {shapes[path].shape}")
+    meanings = build.meaning(checkpoint.self_contained(Path(config.init_from), other)), build.meaning(config)
+    for part in theirs & ours & meanings[0].keys():
+        for key, value in meanings[0][part].items():
+            if value != meanings[1][part][key]:
+                raise ValueError(f"init_from: {config.init_from} has {key} {value!r}, this config "
+                                 f"{meanings[1][part][key]!r}: with the same {part} it would be another model")
     for names, what in ((theirs & ours, "restored"), (theirs - ours, "left out")):
         for name in sorted(names):
             count = sum(part_of(path) == name for path in arrays)
             log.info("%s: %d arrays %s from %s", name, count, what, config.init_from)
-    initialised = sorted(ours - theirs) + (["discriminator"] if config.gan.discriminator != "none" else [])
-    for name in initialised:
+    for name in sorted(ours - theirs):
         log.info("%s: initialised, for %s has none", name, config.init_from)
+    if config.gan.discriminator != "none":
+        log.info("discriminator: initialised; it is not taken over from another run")
+    elif other.gan.discriminator != "none":
+        log.info("discriminator: that of %s left out", config.init_from)
     return {path: arrays[path] for path in shapes if part_of(path) in theirs}
 
 

@@ -15,6 +15,7 @@ writes a run's encoder as a Hugging Face folder, at the run's input size: `trans
 
 import dataclasses
 import logging
+import shlex
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -31,11 +32,12 @@ from vqrae_jax.config import Config, Data, Decoder, Encoder, Model, Optim, Quant
 from vqrae_jax.convert import huggingface, pytorch
 
 log = logging.getLogger("vqrae_jax.convert")
+_SHAPE = ("width", "depth", "heads", "mlp_dim")
 
 
 def from_torch(file: Path, workdir: Path, *, encoder: str, **options: Any) -> None:
     """Makes a run's folder of a PyTorch checkpoint; arguments and errors are those of `pytorch.read_model`."""
-    if (workdir / "config.json").exists():
+    if checkpoint.has_checkpoint(workdir):
         raise ValueError(f"{workdir} holds a run already: choose another --workdir")
     model = pytorch.read_model(file, encoder=encoder, **options)
     config = config_of(model, encoder=encoder)
@@ -52,17 +54,36 @@ def from_torch(file: Path, workdir: Path, *, encoder: str, **options: Any) -> No
                          {path: jnp.asarray(value) for path, value in model.codebook.items()})
     log.info("wrote %s; to look at it: python -m vqrae_jax.reconstruct --workdir=%s --out=reconstructions.png IMAGE...",
              workdir, workdir)
+    log.info("to train on from it: any config with %s", " ".join(_flags(config, workdir)))
 
 
 def config_of(model: pytorch.Imported, *, encoder: str) -> Config:
     """The config of an imported model: a first stage without moving average of the weights, the rest as by default."""
+    decoder: dict[str, Any] = model.decoder
+    for shape, spec in build.DECODER_SHAPES.items():
+        if {name: getattr(spec, name) for name in _SHAPE} == {name: decoder[name] for name in _SHAPE}:
+            decoder = {name: decoder[name] for name in decoder if name not in _SHAPE} | {"shape": shape}
     config = Config(
         data=Data(image_size=model.image_size),
         model=Model(encoder=Encoder(path=encoder, input_size=model.input_size, final_norm=model.final_norm),
-                    quantizer=Quantizer(**model.quantizer), decoder=Decoder(**model.decoder),
+                    quantizer=Quantizer(**model.quantizer), decoder=Decoder(**decoder),
                     latent_statistics=model.latent_statistics),
         optim=Optim(lr_multipliers=(("encoder/.*", 0.0),), ema_decay=0.0))
     return config_lib.parse(dataclasses.asdict(config))
+
+
+def _flags(config: Config, workdir: Path) -> list[str]:
+    """What to give to another config so that its model is this one."""
+    model = config.model
+    shape = _SHAPE if model.decoder.shape == "custom" else ()
+    values = {"init_from": str(workdir), "data.image_size": config.data.image_size,
+              "model.latent_statistics": model.latent_statistics}
+    for section, names in (("encoder", ("path", "input_size", "final_norm", "layers", "combine")),
+                           ("quantizer", ("kind", "size", "dim", "levels", "projection", "input_projection",
+                                          "l2_normalize", "search")),
+                           ("decoder", ("shape", *shape, "patch_size", "cls_token", "learned_positions"))):
+        values |= {f"model.{section}.{name}": getattr(getattr(model, section), name) for name in names}
+    return [f"--config.{key}={shlex.quote(str(value))}" for key, value in values.items()]
 
 
 def _check_fits(arrays: pytorch.Params, shapes, file: Path) -> None:

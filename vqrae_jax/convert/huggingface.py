@@ -310,7 +310,8 @@ def load_encoder_params(path_or_id: str | Path, *, image_size: int | None = None
     spec = _read_spec(folder)
     prefix = FAMILIES[spec.model_type].prefix
     found = {name.removeprefix(prefix): (f"{file}: tensor {name}", tensor) for file, name, tensor in _tensors(folder)}
-    return params_from_tensors(found, spec, image_size=image_size, final_norm=final_norm, origin=str(folder))
+    return params_from_tensors(found, spec, image_size=image_size, final_norm=final_norm,
+                               origin=f"{folder}: tensor ")
 
 
 def params_from_tensors(found: Mapping[str, tuple[str, Any]], spec: EncoderSpec, *, image_size: int | None,
@@ -323,7 +324,7 @@ def params_from_tensors(found: Mapping[str, tuple[str, Any]], spec: EncoderSpec,
       spec: the encoder.
       image_size: see `load_encoder_params`.
       final_norm: likewise.
-      origin: what to call the whole in an error.
+      origin: what an error puts before the name of a tensor that is missing.
     """
     family, run_size = FAMILIES[spec.model_type], _run_size(spec, image_size)
     paths = _shapes(spec, run_size, final_norm)
@@ -339,7 +340,7 @@ def params_from_tensors(found: Mapping[str, tuple[str, Any]], spec: EncoderSpec,
             raise ValueError(f"{called} is unexpected: {family.architecture} does not have it")
     optional = set() if final_norm == "affine" else final_norm_tensors(spec)
     if missing := sorted(views.keys() - found.keys() - optional):
-        raise ValueError(f"{origin}: tensor {missing[0]} is missing" +
+        raise ValueError(f"{origin}{missing[0]} is missing, which {family.architecture} has" +
                          (f", and {len(missing) - 1} more" if len(missing) > 1 else ""))
 
     params = _fold_prefix(arrays)

@@ -154,7 +154,7 @@ _NONE = Quantizer(
     marks=r".*",
     tensors={},
     arrays=lambda t: ({}, {}),
-    values=lambda t: {"kind": "none", "size": 1},
+    values=lambda t: {"kind": "none"},
 )
 QUANTIZERS = (_FSQ, _SIMVQ, _OLD_SIMVQ, _EMA_VQ, _NONE)
 
@@ -244,7 +244,7 @@ def read_model(file: Path, *, encoder: str, decoder_heads: int, encoder_norm: Fi
     layers = {ours: layer for ours, layer in quantizer.layers.items() if f"{layer[0]}.weight" in found}
     more, codebook = quantizer.arrays(found)
     more |= _arrays(layers, found, prefix="")
-    values = quantizer.values(found) | ({"dim": sizes["d"]} if quantizer is _NONE else {})
+    values = quantizer.values(found)
     if quantizer is _FSQ:
         _check_fsq(found, file)
     if quantizer is _SIMVQ:
@@ -435,4 +435,4 @@ def _encoder(found: Tensors, spec: EncoderSpec, *, grid: int, file: Path) -> tup
     final_norm: FinalNorm = "affine" if by_key.keys() & norm else "plain"
     return final_norm, huggingface.params_from_tensors(
         by_key, spec, image_size=grid * spec.vit.patch_size, final_norm=final_norm,
-        origin=f"{file}: encoder, {family.architecture}")
+        origin=f"{file}: tensor {wrapper}")

@@ -34,6 +34,9 @@ def read(file: Path) -> Tensors:
     if file.suffix == ".safetensors":
         try:
             return {name: _float32(value) for name, value in load_file(file).items()}
+        except (AttributeError, KeyError, TypeError) as error:
+            raise OSError(f"{file} holds a kind of number that NumPy does not have ({error}): save it as float32") \
+                from None
         except SafetensorError as error:
             raise OSError(f"{file} is damaged or truncated ({error}): copy or download it again") from None
     try:
@@ -44,9 +47,10 @@ def read(file: Path) -> Tensors:
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        what = re.search(r"GLOBAL (\S+)", str(error))
-        raise OSError(f"{file} holds more than tensors{f' ({what[1]})' if what else ''} and was not read, for that "
-                      "could run code") from None
+        if what := re.search(r"GLOBAL (\S+)", str(error)):
+            raise OSError(f"{file} holds more than tensors ({what[1]}) and was not read, for that could run code: "
+                          "save only the state_dict") from None
+        raise OSError(f"{file} is damaged, or no PyTorch file") from None
     except (RuntimeError, EOFError, ValueError) as error:
         raise OSError(f"{file} is damaged, or no PyTorch file ({_first_line(error)})") from None
     tensors = {}
