@@ -1,4 +1,4 @@
-"""Checks that take many minutes: `pytest -m long`."""
+"""Checks that take many minutes: `pytest -m long -n 0 -s`."""
 
 import importlib
 import json

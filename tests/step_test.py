@@ -128,6 +128,8 @@ def test_exactly_the_promised_parameters_learn(name):
     learns = lambda path: optim.is_frozen(path, tuple((pattern, 0.0) for pattern in LEARNS[name]))
     before = {**run.params, **run.codebook}
     assert run.state.opt_state[1].mu.keys() == run.state.params.keys() == run.params.keys() - run.frozen.params.keys()
+    # A weak type becomes a strong one in the first step, and the second compiles everything once more.
+    assert not any(leaf.weak_type for leaf in jax.tree.leaves((run.state, run.frozen)))
     run.train(10)
     after = {**run.frozen.params, **run.state.params, **run.state.codebook}
     assert after.keys() == before.keys()

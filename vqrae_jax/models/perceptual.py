@@ -166,7 +166,7 @@ class _Block(nnx.Module):
         self.norm = layer_norm(width, eps=1e-6, dtype=dtype, rngs=rngs)
         self.fc1 = Linear(width, 4 * width, dtype=dtype, rngs=rngs)
         self.fc2 = Linear(4 * width, width, dtype=dtype, rngs=rngs)
-        self.scale = nnx.Param(jnp.full(width, 1e-6))
+        self.scale = nnx.Param(jnp.full(width, 1e-6, jnp.float32))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = self.fc2(jax.nn.gelu(self.fc1(self.norm(self.depthwise(x))), approximate=False))

@@ -602,7 +602,7 @@ class _ToCoordinates(nnx.Module):
         self.fc1 = _linear(width, hidden_dim, rngs=rngs)
         self.fc2 = _linear(hidden_dim, hidden_dim, rngs=rngs)
         self.fc3 = _linear(hidden_dim, dim, rngs=rngs)
-        self.gain = nnx.Param(jnp.full(dim, 3.0))
+        self.gain = nnx.Param(jnp.full(dim, 3.0, jnp.float32))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x = jax.nn.gelu(self.fc1(self.norm(x)), approximate=False)
