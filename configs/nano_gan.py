@@ -1,6 +1,8 @@
 """Nano, stage 1 with a PatchGAN that begins to learn mid-run and is used 100 steps later.
 
     python -m vqrae_jax.main --config=configs/nano_gan.py --workdir=runs/nano_gan
+
+On CIFAR-10: 19.24 dB when it is first used, 19.62 dB at the end, as without it (README).
 """
 
 from ml_collections import ConfigDict
