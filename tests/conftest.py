@@ -1,5 +1,6 @@
 """What tests share: tiny encoders in the layout of real checkpoints, and the folder of real images."""
 
+import functools
 import os
 import shutil
 import tempfile
@@ -12,7 +13,12 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import pytest  # noqa: E402
 
+from vqrae_jax import build  # noqa: E402
 from vqrae_jax import config as config_lib  # noqa: E402
+from vqrae_jax.models import perceptual  # noqa: E402
+from vqrae_jax.models.discriminators import DinoDiscriminator, PatchGAN  # noqa: E402
+from vqrae_jax.models.perceptual import ConvNeXtSpec  # noqa: E402
+from vqrae_jax.models.vit import ViTSpec  # noqa: E402
 
 REPOSITORY = Path(__file__).parents[1]
 REFERENCE = Path(__file__).parent / "reference"
@@ -46,3 +52,17 @@ def tiny_config():
 def encoder_folder(tmp_path) -> Path:
     """A tiny SigLIP checkpoint that a test may change."""
     return Path(shutil.copytree(REFERENCE / "siglip_vision", tmp_path / "encoder"))
+
+
+@pytest.fixture
+def tiny_networks():
+    """The losses' networks at toy size, or compiling them would take minutes."""
+    spec = ViTSpec(width=16, depth=2, heads=2, mlp_dim=32, activation="gelu_tanh", patch_size=8, prefix_tokens=1)
+    with pytest.MonkeyPatch.context() as patch:  # of its own: a test's `undo` leaves it alone
+        patch.setattr(perceptual, "VGG16", ((4, 1), (4, 1)))
+        patch.setattr(build, "CONVNEXT_SMALL", ConvNeXtSpec(depths=(1, 1), widths=(8, 8), image_size=16))
+        patch.setattr(build, "DINO_SPECS", {"dino_s8": spec, "dino_s16": spec})
+        patch.setattr(build, "DINO_IMAGE_SIZE", 32)
+        patch.setattr(build, "DinoDiscriminator", functools.partial(DinoDiscriminator, layers=(1,), kernel_size=3))
+        patch.setattr(build, "PatchGAN", functools.partial(PatchGAN, stages=1))
+        yield

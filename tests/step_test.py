@@ -14,13 +14,12 @@ from vqrae_jax import build, losses, optim
 from vqrae_jax import config as config_lib
 from vqrae_jax import step as step_lib
 from vqrae_jax.convert import huggingface
-from vqrae_jax.models import flat, perceptual
-from vqrae_jax.models.discriminators import DinoDiscriminator, PatchGAN
-from vqrae_jax.models.perceptual import ConvNeXtSpec
-from vqrae_jax.models.vit import ViTSpec
+from vqrae_jax.models import flat
 
 from .config_test import SHIPPED
 from .conftest import REFERENCE
+
+pytestmark = pytest.mark.usefixtures("tiny_networks")
 
 TINY_ENCODERS = {
     "nano": "siglip_vision", "google/siglip-large-patch16-384": "siglip", "google/siglip-base-patch16-224": "siglip",
@@ -59,18 +58,6 @@ def reduced(name: str) -> config_lib.Config:
     config.optim.warmup_steps = 1
     config.init_from = ""
     return config_lib.parse(config)
-
-
-@pytest.fixture(autouse=True)
-def tiny_networks(monkeypatch):
-    """The losses' networks at toy size, or compiling them would take minutes."""
-    monkeypatch.setattr(perceptual, "VGG16", ((4, 1), (4, 1)))
-    monkeypatch.setattr(build, "CONVNEXT_SMALL", ConvNeXtSpec(depths=(1, 1), widths=(8, 8), image_size=16))
-    spec = ViTSpec(width=16, depth=2, heads=2, mlp_dim=32, activation="gelu_tanh", patch_size=8, prefix_tokens=1)
-    monkeypatch.setattr(build, "DINO_SPECS", {"dino_s8": spec, "dino_s16": spec})
-    monkeypatch.setattr(build, "DINO_IMAGE_SIZE", 32)
-    monkeypatch.setattr(build, "DinoDiscriminator", functools.partial(DinoDiscriminator, layers=(1,), kernel_size=3))
-    monkeypatch.setattr(build, "PatchGAN", functools.partial(PatchGAN, stages=1))
 
 
 class Run:

@@ -27,6 +27,8 @@ from .config_test import SHIPPED
 from .conftest import REPOSITORY
 from .step_test import Run, reduced
 
+pytestmark = pytest.mark.usefixtures("tiny_networks")
+
 
 def lines(workdir: Path) -> list[str]:
     return (workdir / "metrics.jsonl").read_text().splitlines()
@@ -174,7 +176,8 @@ def test_last_and_best_checkpoints_are_kept(tiny_config, tmp_path, monkeypatch):
     assert checkpoints.steps() == [2, 5, 6]
     # A restart remembers which was the best.
     restarted = checkpoint.Checkpoints(tmp_path)
-    abstract, _ = checkpoint.abstract_state(config, *build.structure(config))
+    graphdef, params, codebook = build.structure(config)
+    abstract, _ = checkpoint.abstract_state(config, build.parts(config, graphdef), params, codebook)
     state, position = restarted.restore(6, abstract)
     for step in (7, 8):
         restarted.save(state._replace(step=np.int32(step)), position, psnr=None)
