@@ -40,7 +40,7 @@ def read(file: Path) -> Tensors:
         except SafetensorError as error:
             raise OSError(f"{file} is damaged or truncated ({error}): copy or download it again") from None
     try:
-        import torch
+        import torch  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise OSError(f"{file} is a PyTorch file, and PyTorch is not installed: install torch, or save the tensors "
                       "with safetensors.torch.save_file where it is") from None
