@@ -164,12 +164,7 @@ def networks(config: Config) -> tuple[dict[str, nnx.GraphDef], Arrays, Arrays]:
 
     Names are `lpips`, `convnext_s` and `discriminator`, as far as the config has them; nothing is allocated.
     """
-    graphdefs, params, state = {}, {}, {}
-    for name, module in nnx.eval_shape(lambda: _networks(config, nnx.Rngs(config.seed))).items():
-        graphdefs[name], module_params, module_state = flat.split(module)
-        params |= flat.prefixed(f"{name}/", module_params)
-        state |= flat.prefixed(f"{name}/", module_state)
-    return graphdefs, params, state
+    return _split(nnx.eval_shape(lambda: _networks(config, nnx.Rngs(config.seed))))
 
 
 def network_arrays(config: Config) -> tuple[Arrays, Arrays]:
@@ -179,16 +174,7 @@ def network_arrays(config: Config) -> tuple[Arrays, Arrays]:
       OSError: weights that are not there; the message says how to get them.
       ValueError: weights of another network.
     """
-    @jax.jit
-    def init():
-        params, state = {}, {}
-        for name, module in _networks(config, nnx.Rngs(config.seed)).items():
-            _, module_params, module_state = flat.split(module)
-            params |= flat.prefixed(f"{name}/", module_params)
-            state |= flat.prefixed(f"{name}/", module_state)
-        return params, state
-
-    params, state = init()
+    params, state = jax.jit(lambda: _split(_networks(config, nnx.Rngs(config.seed)))[1:])()
     perceptual, gan = config.loss.perceptual, config.gan
     if perceptual.lpips and not perceptual.random_weights:
         params |= flat.prefixed("lpips/", convert_perceptual.load_lpips(
@@ -223,6 +209,15 @@ def _networks(config: Config, rngs: nnx.Rngs) -> dict[str, nnx.Module]:
         modules["discriminator"] = DinoDiscriminator(DINO_SPECS[config.gan.discriminator], image_size=DINO_IMAGE_SIZE,
                                                      dtype=dtype, rngs=rngs)
     return modules
+
+
+def _split(modules: dict[str, nnx.Module]) -> tuple[dict[str, nnx.GraphDef], Arrays, Arrays]:
+    graphdefs, params, state = {}, {}, {}
+    for name, module in modules.items():
+        graphdefs[name], module_params, module_state = flat.split(module)
+        params |= flat.prefixed(f"{name}/", module_params)
+        state |= flat.prefixed(f"{name}/", module_state)
+    return graphdefs, params, state
 
 
 def parts(config: Config, graphdef: nnx.GraphDef) -> step.Parts:

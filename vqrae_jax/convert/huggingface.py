@@ -23,11 +23,10 @@ from safetensors.numpy import save_file
 
 from vqrae_jax.convert.tensors import local_folder
 from vqrae_jax.models.encoders import Combine, Encoder, interpolate_positions
-from vqrae_jax.models.vit import Activation, FinalNorm, ViTSpec
+from vqrae_jax.models.vit import IMAGENET_MEAN, IMAGENET_STD, Activation, FinalNorm, ViTSpec
 
 Params = dict[str, np.ndarray]
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 ACTIVATIONS: dict[str, Activation] = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 

@@ -6,6 +6,7 @@ All share one interface:
     discriminator.next_state()  {path: array}: what its spectral norms keep, after a step's power iteration
 """
 
+import dataclasses
 import functools
 import itertools
 
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from vqrae_jax.models.vit import ViT, ViTSpec
+from vqrae_jax.models.vit import IMAGENET_MEAN, IMAGENET_STD, ViT, ViTSpec
 
 # DINO ViT-S (arXiv 2104.14294), except that it was trained with the erf GELU: the PyTorch system runs it with tanh, and
 # the heads it has trained expect those features.
@@ -22,7 +23,6 @@ _DINO_S = {"width": 384, "depth": 12, "heads": 6, "mlp_dim": 1536, "activation":
 DINO_S8 = ViTSpec(patch_size=8, **_DINO_S)
 DINO_S16 = ViTSpec(patch_size=16, **_DINO_S)
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 POOLED = 16  # side of PatchGAN's logits
 FIRST_POWER_ITERATIONS = 15  # as torch.nn.utils.parametrizations.spectral_norm starts
 MAX_TRANSLATION = 0.125  # of the image's side
@@ -244,13 +244,14 @@ class DinoDiscriminator(nnx.Module):
         if spec.prefix_tokens != 1:
             raise ValueError(f"a DINO ViT has one prefix token, cls, and not {spec.prefix_tokens}")
         self.spec, self.image_size, self.layers = spec, image_size, tuple(layers)
-        # The last LayerNorm is not used; "plain" has no parameters.
-        self.backbone = ViT(spec, image_size=image_size, final_norm="plain", dtype=dtype, rngs=rngs)
+        # Heads read tokens as they leave the blocks.
+        self.backbone = ViT(dataclasses.replace(spec, has_final_norm=False), image_size=image_size, dtype=dtype,
+                            rngs=rngs)
         self.heads = nnx.List([DinoHead(spec.width, kernel_size=kernel_size, dtype=dtype, rngs=rngs)
                                for _ in range(1 + len(self.layers))])
 
     def features(self, images: jax.Array) -> list[jax.Array]:
-        """What each head reads: 1 + len(layers) times `[B, N, d]` in the compute dtype, without the cls token.
+        """What each head reads: 1 + len(layers) times `[B, N, d]` float32, without the cls token.
 
         Images of another size are resized as torch's bilinear `interpolate(align_corners=False, antialias=False)`.
         """
@@ -260,12 +261,8 @@ class DinoDiscriminator(nnx.Module):
         images = (images - jnp.asarray(IMAGENET_MEAN)) / jnp.asarray(IMAGENET_STD)
         graphdef, state = nnx.split(self.backbone)
         backbone = nnx.merge(graphdef, jax.lax.stop_gradient(state))
-        x = backbone.embed(images)
-        assert backbone.prefix is not None  # the spec has a prefix token
-        prefix = jnp.broadcast_to(backbone.prefix[...].astype(x.dtype), (len(x), *backbone.prefix.shape))
         needed = sorted({*self.layers, self.spec.depth})
-        states = backbone.transformer.hidden_states(jnp.concatenate([prefix, x], axis=1), needed)
-        after = {layer: state[:, self.spec.prefix_tokens:] for layer, state in zip(needed, states, strict=True)}
+        after = dict(zip(needed, backbone.features(images, needed), strict=True))
         return [after[self.spec.depth], *(after[layer] for layer in self.layers)]
 
     def __call__(self, images: jax.Array) -> jax.Array:

@@ -10,9 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from vqrae_jax.models.vit import Linear, layer_norm, patchify
-
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+from vqrae_jax.models.vit import IMAGENET_MEAN, IMAGENET_STD, Linear, layer_norm, patchify
 
 # Width and number of convolutions of VGG16's stages (arXiv 1409.1556, configuration D).
 VGG16 = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))

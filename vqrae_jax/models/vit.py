@@ -17,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of images in [0, 1]
+
 Activation = Literal["gelu", "gelu_tanh"]
 FinalNorm = Literal["affine", "plain"]
 Rope = tuple[np.ndarray, np.ndarray]
