@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 from absl import app, flags
 from absl import logging as absl_logging
 
+STOPPED = 75  # EX_TEMPFAIL of sysexits.h: the same command continues
 _TRACEBACK = flags.DEFINE_bool("traceback", False, "show where an error was raised, for reports of bugs")
 
 
@@ -15,7 +16,8 @@ def run(main: Callable[[Sequence[str]], Any]) -> None:
     """Runs `main(argv)` with parsed flags; turns expected errors into one line on stderr and exit code 1.
 
     Expected are bad values (ValueError), files (OSError), and a training run that stops itself (FloatingPointError).
-    Anything else is a bug and shows its traceback; `--traceback` shows it for all.
+    Anything else is a bug and shows its traceback; `--traceback` shows it for all. A run that a signal stopped has the
+    exit code `STOPPED`, so that a scheduler can tell it from one that failed.
     """
     app.run(lambda argv: _guarded(main, argv), flags_parser=_parse_flags)
 
@@ -46,7 +48,8 @@ def _guarded(main: Callable[[Sequence[str]], Any], argv: Sequence[str]) -> None:
             raise
         _fail(error)
     except KeyboardInterrupt as stop:
-        sys.exit(str(stop) or "interrupted")
+        print(str(stop) or "interrupted", file=sys.stderr)
+        sys.exit(STOPPED)
     except RuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error) or _TRACEBACK.value:
             raise

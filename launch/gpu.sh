@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# One host with one or several NVIDIA GPUs: one process drives them all. Paths are relative to the repository.
+#
+#   bash launch/gpu.sh --config=configs/siglip_l_stage1.py --workdir=runs/s1 --config.data.source=folder:/my/images
+#
+# The first start installs; needs Python >= 3.11 and a driver for CUDA 12. The same command continues a run.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+[ -x .venv/bin/python ] || "${PYTHON:-python3}" -m venv .venv
+.venv/bin/python -c "import vqrae_jax, jax_cuda12_plugin" 2>/dev/null ||
+  .venv/bin/pip install --quiet --editable '.[cuda]'
+export JAX_PLATFORMS=cuda,cpu  # without a GPU: an error at once, not a slow run on the CPU
+unset SLURM_JOB_ID  # in a shell inside a SLURM job, JAX would take one GPU only
+exec .venv/bin/python -m vqrae_jax.main "$@"

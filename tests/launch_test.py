@@ -1,0 +1,236 @@
+"""launch/: what each script would run, checked with commands that only record their arguments, and the notebook."""
+
+import math
+import re
+import shlex
+import shutil
+import subprocess
+import tarfile
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from .conftest import REPOSITORY
+
+LAUNCH = REPOSITORY / "launch"
+SCRIPTS = sorted(LAUNCH.glob("*.sh"))
+# Whatever a user may write must arrive as written.
+ARGUMENTS = ["--config=configs/nano_stage1.py", "--workdir=/mnt/my runs/it's 1",
+             "--config.data.source=array_record:/mnt/train*.array_record", '$HOME "x" `y`; \\z', ""]
+
+
+class Commands:
+    """Commands that record how they are called. Each runs `body`, a line of bash, after that."""
+
+    def __init__(self, folder: Path):
+        self.folder, self._record = folder / "commands", folder / "record"
+        self.folder.mkdir()
+        self.environment = {"PATH": f"{self.folder}:/usr/bin:/bin", "HOME": str(folder), "COMMANDS": str(self.folder)}
+
+    def add(self, name: str, body: str = ":") -> Path:
+        file = self.folder / name
+        file.write_text("#!/usr/bin/env bash\n"
+                        f"{{ printf '%s\\0' \"${{0##*/}}\" \"$@\"; printf '\\1'; }} >>{self._record}\n{body}\n")
+        file.chmod(0o755)
+        return file
+
+    def run(self, *command: str | Path, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
+        return subprocess.run(list(map(str, command)), cwd=cwd, env=self.environment | environment, timeout=60,
+                              capture_output=True, text=True)
+
+    def calls(self) -> list[list[str]]:
+        """All calls so far, each a name and its arguments."""
+        records = self._record.read_text().split("\1")[:-1] if self._record.exists() else []
+        return [record.split("\0")[:-1] for record in records]
+
+
+@pytest.fixture
+def commands(tmp_path):
+    return Commands(tmp_path)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
+def test_scripts_are_bash(script):
+    checked = subprocess.run(["bash", "-n", script], capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stderr
+
+
+def test_no_launch_file_sets_hyperparameters():
+    files = [*SCRIPTS, LAUNCH / "gke.yaml", LAUNCH / "Dockerfile", LAUNCH / "colab.ipynb"]
+    lines = [line for file in files for line in file.read_text().splitlines() if not line.lstrip().startswith("#")]
+    keys = {key for line in lines for key in re.findall(r"--config\.([\w.]+)", line.split("  # ")[0])}
+    assert keys <= {"data.source", "init_from", "key"}  # the last is in a usage line
+
+
+def test_launch_files_install_extras_that_exist():
+    extras = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    files = [*SCRIPTS, LAUNCH / "Dockerfile"]
+    named = {extra for file in files for extra in re.findall(r"\.\[(\w+)\]|ACCELERATOR=(\w+)", file.read_text())}
+    assert {"cuda", "tpu"} == {name for pair in named for name in pair if name} <= extras.keys()
+    notebook = (LAUNCH / "colab.ipynb").read_text()
+    assert all(requirement in notebook for requirement in extras["cuda"] + extras["tpu"])
+
+
+def test_gpu_installs_once_and_hands_on_its_arguments(commands, tmp_path):
+    clone = tmp_path / "a clone"
+    (clone / "launch").mkdir(parents=True)
+    script = shutil.copy(LAUNCH / "gpu.sh", clone / "launch")
+    commands.add("python", 'if [ "$1" = -c ]; then [ -e installed ]; else echo "on $JAX_PLATFORMS$SLURM_JOB_ID"; fi')
+    commands.add("pip", "touch installed")
+    commands.add("python3", 'mkdir -p .venv/bin && cp "$COMMANDS"/{python,pip} .venv/bin')
+    ran = commands.run("bash", script, *ARGUMENTS, cwd=tmp_path, SLURM_JOB_ID="7")
+    assert (ran.returncode, ran.stdout) == (0, "on cuda,cpu\n"), ran.stderr
+    probe = ["python", "-c", "import vqrae_jax, jax_cuda12_plugin"]
+    train = ["python", "-m", "vqrae_jax.main", *ARGUMENTS]
+    first = [["python3", "-m", "venv", ".venv"], probe, ["pip", "install", "--quiet", "--editable", ".[cuda]"], train]
+    assert commands.calls() == first
+    commands.run("bash", script, *ARGUMENTS, cwd=tmp_path)
+    assert commands.calls() == [*first, probe, train]
+
+
+SLURM = {"SLURM_JOB_ID": "7", "SLURM_NTASKS_PER_NODE": "8", "SLURM_GPUS_ON_NODE": "8", "SLURM_CPUS_PER_TASK": "12"}
+
+
+@pytest.mark.parametrize(("status", "requeued"), [(0, False), (1, False), (75, True), (137, False)])
+def test_slurm_runs_a_task_per_gpu_and_requeues_only_what_was_stopped(commands, tmp_path, status, requeued):
+    commands.add("srun", f'echo "on $JAX_PLATFORMS"; exit {status}')
+    commands.add("scontrol")
+    ran = commands.run("bash", LAUNCH / "slurm.sh", *ARGUMENTS, cwd=tmp_path, **SLURM)
+    assert ran.stdout == "on cuda,cpu\n", ran.stderr
+    assert ran.returncode == (0 if requeued else status)
+    srun, *others = commands.calls()
+    assert srun == ["srun", "--kill-on-bad-exit=1", "--gpu-bind=none", "--cpus-per-task=12", ".venv/bin/python", "-m",
+                    "vqrae_jax.main", *ARGUMENTS]
+    assert others == ([["scontrol", "requeue", "7"]] if requeued else [])
+
+
+def test_slurm_refuses_other_than_a_task_per_gpu(commands, tmp_path):
+    commands.add("srun")
+    ran = commands.run("bash", LAUNCH / "slurm.sh", *ARGUMENTS, cwd=tmp_path, SLURM_GPUS_ON_NODE="8")
+    assert ran.returncode == 1 and ran.stderr.startswith("error: --ntasks-per-node=1, but 8 GPUs a node")
+    assert not commands.calls()
+
+
+def test_slurm_directives_come_before_the_first_command():
+    lines = (LAUNCH / "slurm.sh").read_text().splitlines()
+    first_command = next(i for i, line in enumerate(lines) if not line.startswith("#"))
+    directives = [i for i, line in enumerate(lines) if line.startswith("#SBATCH ")]
+    assert directives and max(directives) < first_command, "sbatch ignores what comes later"
+
+
+@pytest.fixture
+def tpu_worker(commands, tmp_path):
+    """Runs tpu_vm.sh with a gcloud that copies the code to one worker's home; gives that and the worker's script."""
+    worker = tmp_path / "worker"
+    worker.mkdir()
+    commands.add("gcloud", f'[ "$4" != scp ] || cp "$5" {worker}/')
+    ran = commands.run("bash", LAUNCH / "tpu_vm.sh", "my-slice", "us-west4-a", *ARGUMENTS, cwd=tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    copy, start = commands.calls()
+    where = ["--zone=us-west4-a", "--worker=all"]
+    assert copy[4] == "scp" and copy[6:] == ["my-slice:", *where]
+    assert not Path(copy[5]).exists(), "the archive was left behind"
+    assert start[4:8] == ["ssh", "my-slice", *where]
+    option, _, script = start[8].partition("=")
+    assert option == "--command" and len(start) == 9
+    return worker, script
+
+
+@pytest.mark.parametrize("status", [0, 1])
+def test_tpu_workers_install_and_run_the_same_command(commands, tpu_worker, status):
+    worker, script = tpu_worker
+    before = len(commands.calls())
+    commands.add("python", f'echo "on $JAX_PLATFORMS in $PWD"; exit {status}')
+    commands.add("uv", '[ "$1" != venv ] || { mkdir -p .venv/bin && cp "$COMMANDS/python" .venv/bin; }')
+    ran = commands.run("bash", "-c", script, cwd=worker, HOME=str(worker))
+    assert ran.returncode == status, ran.stderr
+    assert ran.stdout == f"on tpu,cpu in {worker / 'vqrae_jax'}\n" == (worker / "vqrae_jax/train.log").read_text()
+    install = ["uv", "pip", "install", "--quiet", "--editable", ".[tpu]"]
+    train = ["python", "-m", "vqrae_jax.main", *ARGUMENTS]
+    first = [["uv", "venv", "--quiet", "--python=3.12"], install, train]
+    assert commands.calls()[before:] == first
+    commands.run("bash", "-c", script, cwd=worker, HOME=str(worker))
+    assert commands.calls()[before:] == [*first, install, train], "the second start keeps the environment"
+
+
+def test_tpu_workers_and_the_image_get_the_same_files(tpu_worker):
+    worker, _ = tpu_worker
+    with tarfile.open(worker / "vqrae_jax.tgz") as archive:
+        archived = {name.split("/")[0] for name in archive.getnames()}
+    lines = [line.split() for line in (LAUNCH / "Dockerfile").read_text().splitlines()]
+    assert archived == {name for line in lines if line[:1] == ["COPY"] for name in line[1:-1]}
+
+
+def test_tpu_without_arguments_says_how(commands, tmp_path):
+    ran = commands.run("bash", LAUNCH / "tpu_vm.sh", "my-slice", "us-west4-a", cwd=tmp_path)
+    assert ran.returncode == 1 and ran.stderr.startswith("usage: ")
+
+
+def test_gke_restarts_the_whole_set_and_fits_its_slice():
+    yaml = pytest.importorskip("yaml", reason="PyYAML is not installed")
+    jobset = yaml.safe_load((LAUNCH / "gke.yaml").read_text())
+    assert (jobset["apiVersion"], jobset["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
+    [replicated] = jobset["spec"]["replicatedJobs"]
+    job = replicated["template"]["spec"]
+    pod = job["template"]["spec"]
+    [container] = pod["containers"]
+    assert jobset["spec"]["failurePolicy"]["maxRestarts"] > 0
+    assert job["backoffLimit"] == 0 and pod["restartPolicy"] == "Never"
+    chips = math.prod(map(int, pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x")))
+    assert job["parallelism"] == job["completions"] == chips // container["resources"]["limits"]["google.com/tpu"]
+    options = dict(argument.removeprefix("--").split("=", 1) for argument in container["args"])
+    mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+    assert (REPOSITORY / options["config"]).is_file()
+    assert options["workdir"].startswith(mounts["shared"] + "/"), "the run's folder would die with the pod"
+    assert mounts.keys() == {volume["name"] for volume in pod["volumes"]}
+
+
+@pytest.fixture
+def notebook():
+    nbformat = pytest.importorskip("nbformat", reason="nbformat is not installed: pip install -e '.[test]'")
+    content = nbformat.read(LAUNCH / "colab.ipynb", as_version=4)
+    nbformat.validate(content)
+    return content
+
+
+def test_notebook_is_stored_without_outputs(notebook):
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert not any(cell.outputs or cell.execution_count for cell in cells)
+
+
+def test_notebook_runs_from_an_empty_folder(notebook, tmp_path, monkeypatch):
+    """Clones, trains a few steps, shows pictures and codes."""
+    nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed: pip install -e '.[test]'")
+    pytest.importorskip("ipykernel", reason="ipykernel is not installed: pip install -e '.[test]'")
+    if not shutil.which("git"):
+        pytest.skip("git is not installed")
+    origin, empty = tmp_path / "origin", tmp_path / "empty folder"
+    origin.mkdir()
+    empty.mkdir()
+    for name in ("vqrae_jax", "configs"):
+        shutil.copytree(REPOSITORY / name, origin / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(REPOSITORY / "requirements.txt", origin)
+    git = ["git", "-c", "user.name=test", "-c", "user.email=test@localhost", "-c", "commit.gpgsign=false",
+           "-C", origin]
+    for arguments in (["init", "--quiet"], ["add", "--force", "."], ["commit", "--quiet", "--message=test"]):
+        subprocess.run([*git, *arguments], check=True)
+
+    settings, *_ = (cell for cell in notebook.cells if cell.cell_type == "code")
+    options = {"train.steps": 2, "train.batch_size": 4, "train.log_every": 1, "optim.warmup_steps": 1,
+               "eval.limit": 32, "eval.batch_size": 32, "eval.samples": 2, "model.quantizer.size": 64}
+    settings.source = f"""REPOSITORY = {origin.as_uri()!r}
+WORKDIR = "runs/my colab"
+OPTIONS = {shlex.join(f"--config.{key}={value}" for key, value in options.items())!r}"""
+    monkeypatch.setenv("PIP_NO_INDEX", "1")  # all is installed: a test must not change its own environment
+    for variable in ("IPYTHONDIR", "JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR"):
+        monkeypatch.setenv(variable, str(tmp_path / variable))
+    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(empty)}}).execute()
+
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    text = "".join(output.get("text", "") for output in outputs)
+    assert (empty / "vqrae_jax/runs/my colab/checkpoints/2").is_dir(), text
+    pictures = [output.data["image/png"] for output in outputs if "image/png" in output.get("data", {})]
+    assert len(pictures) == 2, text
+    assert "step 2: PSNR" in text and "of the codes in use" in text
+    assert "(16, 8, 8) codes" in text and "different ones of 64" in text
