@@ -2,11 +2,13 @@
 
 import io
 import json
+import math
 import os
 import pathlib
 import pickle
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -223,6 +225,65 @@ def test_random_crop_keeps_the_asked_share_of_the_area():
     assert 0.2 < min(shares) < 0.3 and 0.45 < max(shares) < 0.55
 
 
+def places(height: int, width: int) -> np.ndarray:
+    """Red tells the column, green the row."""
+    y, x = np.mgrid[:height, :width] + 0.5
+    return np.stack([255 * x / width, 255 * y / height, np.full_like(x, 99)], axis=-1).astype(np.uint8)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("size, shrinks", [(400, {1}), (200, {1, 2}), (60, {2, 4, 8})])
+def test_a_jpeg_is_decoded_as_finely_as_its_crop_needs(orientation, size, shrinks, monkeypatch):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image = places(701, 903)  # no multiple of 8
+    data = encode(Image.fromarray(image), "JPEG", quality=95, subsampling=0, exif=exif.tobytes())
+    whole, used = decode_image(data), set()
+    resize = Image.Image.resize
+
+    def watched(self, size, resample, box):
+        shrink = round(whole.shape[1] / self.width)
+        assert (self.width, self.height) == tuple(math.ceil(side / shrink) for side in whole.shape[1::-1])
+        assert shrink == 1 or min(box[2] - box[0], box[3] - box[1]) >= 1.25 * size[0]
+        used.add(shrink)
+        return resize(self, size, resample, box)
+
+    for seed in range(8):
+        expected = random_resized_crop(whole, np.random.default_rng(seed), size=size, scale=(0.08, 1.0))
+        with monkeypatch.context() as patch:
+            patch.setattr(Image.Image, "resize", watched)
+            crop = random_resized_crop(data, np.random.default_rng(seed), size=size, scale=(0.08, 1.0))
+        # A crop of everything that is shifted by a pixel of the result differs by 255 / size.
+        tolerance = 0.6 if orientation == 1 else max(0.6, 0.4 * 255 / size)
+        assert np.abs(crop.astype(float) - expected).mean(axis=(0, 1)).max() < tolerance
+        if used == {1}:
+            np.testing.assert_array_equal(crop, expected)
+    assert used == shrinks
+
+
+@pytest.mark.parametrize("name", ["hubble_deep_field.jpg", "retina.jpg"])
+def test_decoding_fewer_frequencies_does_not_show(name):
+    from vqrae_jax.data import sources
+
+    data = encode(Image.fromarray(sources._photo(name)), "JPEG", quality=90)
+    for seed in range(5):
+        full = random_resized_crop(decode_image(data), np.random.default_rng(seed), size=256, scale=(0.8, 1.0))
+        crop = random_resized_crop(data, np.random.default_rng(seed), size=256, scale=(0.8, 1.0))
+        assert 0 < np.mean((crop.astype(float) - full) ** 2) < 255**2 / 10**3.8  # 38 dB
+
+
+def test_crops_of_encoded_images_fail_as_decoding_does():
+    big = encode(Image.fromarray(places(600, 600)), "JPEG")
+    for data in (b"", b"just some text", big[:-300], noise("PNG")[:3000]):
+        with pytest.raises(ValueError, match="not a readable image") as error:
+            decode_image(data)
+        with pytest.raises(ValueError) as same:
+            random_resized_crop(data, np.random.default_rng(0), size=20)
+        assert "bytes not processed" in str(error.value) or str(same.value) == str(error.value)
+    with pytest.raises(ValueError, match=r"\[H, W, 3\]"):
+        random_resized_crop(np.zeros((4, 4), np.uint8), np.random.default_rng(0), size=20)
+
+
 # Sources
 
 
@@ -368,6 +429,29 @@ def test_batches_have_the_promised_types_and_stay_the_same():
     assert_same(batches, take(training(source), 4))
     assert_same(batches, take(training(source, threads=0), 4))
     assert not np.array_equal(batches[0]["image"], next(training(source, seed=4))["image"])
+
+
+def test_batches_are_read_ahead():
+    class Watched(Numbers):
+        reads = 0
+
+        def __getitem__(self, index):
+            self.reads += 1
+            return super().__getitem__(index)
+
+    def wait_for_reads(source, count):
+        deadline = time.monotonic() + 20
+        while source.reads < count:
+            assert time.monotonic() < deadline, f"{source.reads} images read, not {count}"
+            time.sleep(0.01)
+
+    source = Watched(20)
+    batches = training(source, threads=1)
+    batches.start_prefetch()
+    wait_for_reads(source, 8)  # two batches before any is asked for
+    next(batches)
+    wait_for_reads(source, 12)
+    batches.close()
 
 
 def test_the_global_batch_does_not_depend_on_the_number_of_shards():

@@ -1,4 +1,4 @@
-"""Weights from and to other code bases.
+"""Weights from and to other code bases, and data sets of theirs.
 
     python -m vqrae_jax.convert from-torch --checkpoint=FILE --encoder=HF_DIR --decoder-heads=N
         [--encoder-norm=plain|affine] [--latent-stats=FILE] [--[no]simvq-l2-norm] --workdir=OUT
@@ -11,10 +11,18 @@ can be evaluated and used like any run, and started from (`init_from`).
 
 writes a run's encoder as a Hugging Face folder, at the run's input size: `transformers` and
 `vqrae_jax.load_encoder` give the same tokens as the run's features.
+
+    python -m vqrae_jax.convert from-webdataset --tars='GLOB' --out=DIR [--threads=N]
+
+makes of every tar shard of a WebDataset (plain or gzipped) DIR/NAME.array_record, the images as they are with their
+labels from .cls or .json, and DIR/NAME.jsonl, the members that were left out and why. The same command continues after
+an interruption. Several machines can share DIR if each takes other tars.
 """
 
 import dataclasses
+import glob
 import logging
+import os
 import shlex
 import sys
 from collections import Counter
@@ -26,10 +34,11 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from vqrae_jax import build, checkpoint, cli
+from vqrae_jax import build, checkpoint, cli, sharding
 from vqrae_jax import config as config_lib
 from vqrae_jax.config import Config, Data, Decoder, Encoder, Model, Optim, Quantizer
 from vqrae_jax.convert import huggingface, pytorch
+from vqrae_jax.data import webdataset
 
 log = logging.getLogger("vqrae_jax.convert")
 _SHAPE = ("width", "depth", "heads", "mlp_dim")
@@ -102,7 +111,7 @@ def to_hf(workdir: Path, out: Path) -> None:
     """
     if (out / "model.safetensors").exists():
         raise ValueError(f"{out} holds a model already: choose another --out")
-    config, _, arrays = checkpoint.load_run(workdir)
+    config, _, arrays = checkpoint.load_run(workdir, sharding.one_device())
     spec = dataclasses.replace(huggingface.read_encoder_spec(workdir / "encoder"),
                                image_size=build.encoder_input_size(config))
     params = {path.removeprefix("encoder/"): np.asarray(value) for path, value in arrays.items()
@@ -114,6 +123,33 @@ def to_hf(workdir: Path, out: Path) -> None:
                  config.model.encoder.layers)
     log.info("wrote %s: %s, %d pixels, %s parameters", out, spec.model_type, spec.image_size,
              f"{sum(value.size for value in params.values()):,}")
+
+
+def from_webdataset(pattern: str, out: Path, *, threads: int) -> None:
+    """Makes ArrayRecord files of tars; `webdataset.convert` says how.
+
+    Raises:
+      FileNotFoundError: no file matches.
+      ValueError: there is no image in the tars; and as from `webdataset.convert`.
+      OSError: as from `webdataset.convert`.
+    """
+    tars = [Path(path) for path in sorted(glob.glob(os.path.expanduser(pattern), recursive=True))]
+    if not tars:
+        raise FileNotFoundError(f"no file matches {pattern}: give tar files, as --tars='/data/cc12m/*.tar'")
+    images = labels = bad = damaged = 0
+    with checkpoint.disk_errors(out):
+        for number, tar in enumerate(webdataset.convert(tars, out, threads=threads), 1):
+            images, labels, bad = images + tar.images, labels + tar.labels, bad + tar.bad
+            if tar.damage is not None:
+                damaged += 1
+                log.warning("%s is damaged, what comes before the damage is kept: %s", tar.tar, tar.damage)
+            log.info("%d of %d tars, %s images, %s bad members", number, len(tars), f"{images:,}", f"{bad:,}")
+    if not images:
+        raise ValueError(f"there is no good image in {len(tars)} tars: {out}/*.jsonl say why")
+    spec = f"array_record:{glob.escape(str(out))}/*.array_record"
+    log.info("%s images (%s with a label) in %d files, %s bad members and %d damaged tars (see %s/*.jsonl); to use "
+             "them: --config.data.source=%s", f"{images:,}", f"{labels:,}", len(tars), f"{bad:,}", damaged, out,
+             shlex.quote(spec))
 
 
 def main(argv: Sequence[str]) -> None:
@@ -141,8 +177,12 @@ if __name__ == "__main__":
     _L2 = flags.DEFINE_bool("simvq-l2-norm", None, "from-torch: whether a SimVQ divides codes and tokens by their "
                             "lengths; by default yes, unless it has no l2_norm_scale")
     _WORKDIR = flags.DEFINE_string("workdir", "", "folder of the run: from-torch creates it, to-hf reads it")
-    _OUT = flags.DEFINE_string("out", "", "to-hf: the Hugging Face folder to write")
-    _FLAGS = (_CHECKPOINT, _ENCODER, _HEADS, _NORM, _STATS, _L2, _WORKDIR, _OUT)
+    _OUT = flags.DEFINE_string("out", "", "to-hf: the Hugging Face folder to write; from-webdataset: the folder of "
+                               "ArrayRecord files to write")
+    _TARS = flags.DEFINE_string("tars", "", "from-webdataset: the tar files, with *, ? and ** for anything")
+    _THREADS = flags.DEFINE_integer("threads", 0, "from-webdataset: tars that are read at once; 0 is one a core",
+                                    lower_bound=0)
+    _FLAGS = (_CHECKPOINT, _ENCODER, _HEADS, _NORM, _STATS, _L2, _WORKDIR, _OUT, _TARS, _THREADS)
     _VERBS: dict[str, tuple[Callable[[], None], tuple[str, ...], tuple[str, ...]]] = {
         "from-torch": (lambda: from_torch(
             Path(_CHECKPOINT.value), Path(_WORKDIR.value), encoder=_ENCODER.value, decoder_heads=_HEADS.value,
@@ -150,6 +190,9 @@ if __name__ == "__main__":
             simvq_l2_norm=_L2.value),
             ("checkpoint", "encoder", "decoder-heads", "workdir"), ("encoder-norm", "latent-stats", "simvq-l2-norm")),
         "to-hf": (lambda: to_hf(Path(_WORKDIR.value), Path(_OUT.value)), ("workdir", "out"), ()),
+        "from-webdataset": (lambda: from_webdataset(
+            _TARS.value, Path(_OUT.value), threads=_THREADS.value or os.cpu_count() or 1), ("tars", "out"),
+            ("threads",)),
     }
     # Names are documented with hyphens; underscores, as in other flags, do as well.
     sys.argv[1:] = [name.replace("_", "-") + sign + value if name.startswith("--") else name + sign + value

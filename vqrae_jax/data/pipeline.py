@@ -6,12 +6,13 @@ restarts, or of which images turned out to be bad before it. So the whole state 
 
 import atexit
 import dataclasses
+import functools
 import json
 import math
 import os
 import pathlib
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import grain
 import numpy as np
@@ -62,11 +63,13 @@ class BadImages:
         return reasons
 
 
-def _read(source: Source, index: int, bad_images: BadImages) -> tuple[np.ndarray, int] | None:
-    """Pixels and label of a record, or None when it is bad."""
+def _read(
+    source: Source, index: int, bad_images: BadImages, transform: Callable[[bytes | np.ndarray], np.ndarray]
+) -> tuple[np.ndarray, int] | None:
+    """Transformed pixels and label of a record, or None when it is bad."""
     try:
         record = source[index]
-        return decode_image(record.image), record.label
+        return transform(record.image), record.label
     except (OSError, ValueError) as error:
         bad_images.record(name=source.name(index), reason=str(error))
         return None
@@ -98,20 +101,21 @@ class _TrainExample:
     bad_images: BadImages
 
     def __call__(self, index: int, rng: np.random.Generator) -> dict[str, np.ndarray | np.generic]:
-        pixels, label = self._good_image(index, rng)
-        image = random_resized_crop(pixels, rng, size=self.image_size, scale=(self.crop_scale_min, 1.0))
+        image, label = self._good_image(index, rng)
         if self.flip:
             image = random_flip(image, rng)
         return {"image": image, "label": np.int32(label)}
 
     def _good_image(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, int]:
-        example = _read(self.source, index, self.bad_images)
+        transform = functools.partial(random_resized_crop, rng=rng, size=self.image_size,
+                                      scale=(self.crop_scale_min, 1.0))
+        example = _read(self.source, index, self.bad_images, transform)
         if example is not None:
             return example
         # A random other image stands in, rather than a shorter stream: later batches must not depend on this one.
         start = int(rng.integers(len(self.source)))
         for offset in range(len(self.source)):
-            example = _read(self.source, (start + offset) % len(self.source), self.bad_images)
+            example = _read(self.source, (start + offset) % len(self.source), self.bad_images, transform)
             if example is not None:
                 return example
         raise _all_bad(self.source, len(self.source), self.bad_images)
@@ -249,17 +253,17 @@ class _EvalExample:
 
     def __call__(self, position: int) -> dict[str, np.ndarray | np.generic]:
         index = int(self.chosen[position]) if position < len(self.chosen) else -1
-        example = _read(self.source, index, self.bad_images) if index >= 0 else None
-        if example is None:
-            image, label = np.zeros((self.image_size, self.image_size, 3), np.uint8), -1
-        else:
-            image, label = resize_and_center_crop(example[0], size=self.image_size), example[1]
+        example = _read(self.source, index, self.bad_images, self._transform) if index >= 0 else None
+        image, label = example or (np.zeros((self.image_size, self.image_size, 3), np.uint8), -1)
         return {
             "image": image,
             "label": np.int32(label),
             "valid": np.bool_(example is not None),
             "index": np.int64(index),
         }
+
+    def _transform(self, image: bytes | np.ndarray) -> np.ndarray:
+        return resize_and_center_crop(decode_image(image), size=self.image_size)
 
 
 def eval_batches(

@@ -274,6 +274,17 @@ class ArrayRecordSource:
         return Record(image, label, self.name(index))
 
 
+def serialize_example(image: bytes, label: int | None) -> bytes:
+    """An encoded image as a record that `ArrayRecordSource` reads; the same bytes for the same arguments."""
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    example = tf_example_pb2.Example()  # pyright: ignore[reportAttributeAccessIssue]
+    example.features.feature["image"].bytes_list.value.append(image)
+    if label is not None:
+        example.features.feature["label"].int64_list.value.append(label)
+    return example.SerializeToString(deterministic=True)
+
+
 def _parse_example(record: bytes) -> tuple[bytes, int]:
     from google.protobuf.message import DecodeError
     from tensorflow_datasets.proto import tf_example_pb2

@@ -1,0 +1,339 @@
+"""WebDataset's tar shards become ArrayRecord files, one of each tar.
+
+A tar is not trusted: nothing in it names a file that is written, and nothing in it decides how much memory is used.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import gzip
+import hashlib
+import itertools
+import json
+import os
+import re
+import tarfile
+import threading
+import uuid
+from collections.abc import Iterator, Sequence
+from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import BinaryIO, NamedTuple, TextIO
+
+from vqrae_jax.data.sources import IMAGE_SUFFIXES, serialize_example
+from vqrae_jax.data.transforms import decode_image
+
+_KINDS = {suffix[1:]: "image" for suffix in IMAGE_SUFFIXES} | {"cls": "cls", "json": "json"}
+_MAX_BYTES = {"image": 64 << 20, "cls": 1 << 10, "json": 1 << 20}
+_MAX_HEADER_BYTES = 64 << 10  # with its extensions: long names, PAX records, maps of sparse files
+_ENDS = 64 << 10
+_SHOWN = 500  # characters of a name in a report
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Converted:
+    """What became of one tar; the last line of its report.
+
+    Attributes:
+      tar: name of the file, without its folder.
+      bytes: its size.
+      sha256: of the file's first and last 64 KiB, by which a changed tar is noticed.
+      images: records that were written.
+      labels: how many of them have a label.
+      bad: members that were left out, each a line of the report.
+      damage: why the tar could not be read to its end; None when it could.
+    """
+
+    tar: str
+    bytes: int
+    sha256: str
+    images: int
+    labels: int
+    bad: int
+    damage: str | None
+
+
+def convert(tars: Sequence[Path], out: Path, *, threads: int) -> Iterator[Converted]:
+    """Makes `out/NAME.array_record` and the report `out/NAME.jsonl` of each tar `NAME.tar`, plain or gzipped.
+
+    A sample is the neighbouring members with one key, as WebDataset names them: KEY.EXT, where KEY is the path without
+    dots in its last part. Its image (jpg, jpeg, png, webp, bmp, tif, tiff) becomes a record that `ArrayRecordSource`
+    reads: the very bytes, and as label the integer in KEY.cls or else `label` or `cls` of KEY.json. All other members
+    are ignored. Left out and named in the report are images that cannot be decoded, links and devices in the place
+    of files, second images of a key, and what is larger than 64 MiB (image), 1 MiB (json) or 1 KiB (cls). Of a damaged
+    tar what comes before the damage is kept.
+
+    Both files appear under their names when they are complete. Tars that have theirs are not read again: the same
+    call after an interruption ends with the same files as an uninterrupted one. One tar is held to be another than the
+    finished one by its size and its first and last 64 KiB.
+
+    Args:
+      tars: files whose names differ also without their folders.
+      out: folder; it is created, and nothing is written outside of it.
+      threads: tars that are read at once; each needs memory for a decoded image.
+
+    Returns:
+      an iterator over the tars as they are finished, beginning with those that were finished before.
+
+    Raises:
+      ValueError: two tars would become the same file, or a finished file was made of another tar.
+      OSError: a tar cannot be opened, or `out` cannot be written; says so when the disk is full.
+    """
+    outputs: dict[Path, Path] = {}
+    for tar in tars:
+        output = out / f"{_stem(tar)}.array_record"
+        if output in outputs:
+            raise ValueError(f"{outputs[output]} and {tar} would both become {output}: convert them into two folders")
+        outputs[output] = tar
+    out.mkdir(parents=True, exist_ok=True)
+    finished = {output: _finished(tar, output) for output, tar in outputs.items() if output.exists()}
+    return _convert_all({output: tar for output, tar in outputs.items() if output not in finished},
+                        list(finished.values()), threads)
+
+
+def _stem(tar: Path) -> str:
+    name = re.sub(r"\.(tar|tar\.gz|tgz)$", "", tar.name, flags=re.IGNORECASE)
+    return re.sub(r"[^A-Za-z0-9._-]", "_", name).lstrip(".")[:150] or "_"
+
+
+def _report_path(output: Path) -> Path:
+    return output.with_suffix(".jsonl")
+
+
+def _fingerprint(tar: Path) -> tuple[int, str]:
+    """Size, and SHA-256 of both ends: the middle of a terabyte is not read only to find that it is done."""
+    with tar.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        digest = hashlib.sha256(file.read(_ENDS))
+        file.seek(max(0, size - _ENDS))
+        digest.update(file.read(_ENDS))
+    return size, digest.hexdigest()
+
+
+def _finished(tar: Path, output: Path) -> Converted:
+    try:
+        converted = Converted(**json.loads(_report_path(output).read_text().splitlines()[-1]))
+    except (FileNotFoundError, IndexError, TypeError, ValueError) as error:
+        raise ValueError(f"{output} is there, but not the report of how it was made: choose another folder, or remove "
+                         "the file") from error
+    if (converted.bytes, converted.sha256) != _fingerprint(tar):
+        raise ValueError(f"{output} was made of another {converted.tar} than {tar}: choose another folder, or remove "
+                         "the file to have it made anew")
+    return converted
+
+
+def _convert_all(outputs: dict[Path, Path], finished: Sequence[Converted], threads: int) -> Iterator[Converted]:
+    yield from finished
+    stop = threading.Event()
+    # Decoding leaves Python's lock, and threads end with their process, however that ends.
+    with ThreadPoolExecutor(threads) as pool:
+        futures = [pool.submit(_convert_tar, tar, output, stop) for output, tar in outputs.items()]
+        try:
+            for future in as_completed(futures):
+                yield future.result()
+        finally:
+            stop.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _convert_tar(tar: Path, output: Path, stop: threading.Event) -> Converted:
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    fingerprint = _fingerprint(tar)
+    # Names of its own: should two commands convert one tar, the slower one fails rather than spoils the file.
+    part = output.with_name(f"{output.name}.{uuid.uuid4().hex}.part")
+    report_part = output.with_name(f"{part.stem}.report.part")
+    try:
+        with _write_errors(output.parent), report_part.open("w") as file:
+            for left in output.parent.glob(f"{output.name}.*.part"):
+                if left != report_part:
+                    left.unlink(missing_ok=True)
+            report = _Report(file)
+            # Random access wants groups of one; encoded images do not become smaller.
+            writer = ArrayRecordWriter(str(part), "group_size:1,uncompressed")
+            try:
+                for image, label in _samples(tar, report):
+                    if stop.is_set():
+                        raise CancelledError
+                    writer.write(serialize_example(image, label))
+                    report.images += 1
+                    report.labels += label is not None
+            finally:
+                writer.close()
+            converted = Converted(tar=tar.name, bytes=fingerprint[0], sha256=fingerprint[1], images=report.images,
+                                  labels=report.labels, bad=report.bad, damage=report.damage)
+            file.write(json.dumps(dataclasses.asdict(converted)) + "\n")
+        if _fingerprint(tar) != fingerprint:
+            raise OSError(f"{tar} changed while it was read: give the same command again when it is complete")
+        with _write_errors(output.parent):
+            for source, target in ((report_part, _report_path(output)), (part, output)):
+                with source.open("rb") as file:
+                    os.fsync(file.fileno())
+                source.replace(target)
+        return converted
+    finally:
+        for path in (part, report_part):
+            path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _write_errors(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # ArrayRecord raises RuntimeError
+        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+            raise OSError(f"the disk is full: {out} could not be written; the finished files are kept, free some space "
+                          "and give the same command again") from error
+        if isinstance(error, RuntimeError):
+            raise OSError(f"cannot write to {out}: {' '.join(str(error).split())}") from error
+        raise
+
+
+class _Report:
+    """What happens while a tar is read."""
+
+    def __init__(self, file: TextIO):
+        self._file = file
+        self.images = self.labels = self.bad = 0
+        self.damage: str | None = None
+
+    def leave_out(self, name: str, reason: str) -> None:
+        self.bad += 1
+        self._file.write(json.dumps({"name": name[:_SHOWN], "reason": reason}) + "\n")
+
+
+class _Part(NamedTuple):
+    """A member that belongs to a sample; with a fault in the place of the data when it is to be left out."""
+
+    name: str
+    key: str
+    kind: str
+    data: bytes = b""
+    fault: str | None = None
+
+
+def _samples(tar: Path, report: _Report) -> Iterator[tuple[bytes, int | None]]:
+    """The good images and their labels."""
+    for _, group in itertools.groupby(_parts(tar, report), key=lambda part: part.key):
+        sample: dict[str, _Part] = {}
+        for part in group:
+            if part.kind in sample:
+                report.leave_out(part.name, f"its key has such a part already, {sample[part.kind].name[:_SHOWN]}")
+            else:
+                sample[part.kind] = part
+        if "image" not in sample:
+            continue
+        try:
+            decode_image(sample["image"].data)
+        except ValueError as error:
+            report.leave_out(sample["image"].name, str(error))
+            continue
+        label = None
+        for kind, read in (("cls", _cls_label), ("json", _json_label)):
+            if kind in sample and label is None:
+                try:
+                    label = read(sample[kind].data)
+                except (ValueError, RecursionError) as error:
+                    report.leave_out(sample[kind].name, f"no label: {' '.join(str(error).split())}")
+        yield sample["image"].data, label
+
+
+def _cls_label(data: bytes) -> int:
+    return _checked(int(data))
+
+
+def _json_label(data: bytes) -> int | None:
+    fields = json.loads(data)
+    for name in ("label", "cls"):
+        if isinstance(fields, dict) and name in fields and type(fields[name]) is int:
+            return _checked(fields[name])
+    return None
+
+
+def _checked(label: int) -> int:
+    if not 0 <= label < 1 << 31:
+        raise ValueError("it is not in [0, 2^31)")
+    return label
+
+
+class _Bounded:
+    """A file of which at most `allowed` bytes are read: `tarfile` believes headers that say how long they are.
+
+    `last` is what was read last.
+    """
+
+    def __init__(self, file: BinaryIO | gzip.GzipFile):
+        self._file = file
+        self.allowed = 0
+        self.last = b""
+
+    def read(self, size: int) -> bytes:
+        if not 0 <= size <= self.allowed:
+            raise tarfile.ReadError("a header of an impossible size")
+        self.allowed -= size
+        self.last = self._file.read(size)
+        return self.last
+
+    def seek(self, position: int) -> int:
+        return self._file.seek(position)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+
+def _parts(tar: Path, report: _Report) -> Iterator[_Part]:
+    """The members of a tar that belong to samples, in order, up to the first damage."""
+    with tar.open("rb") as raw:
+        zipped = raw.read(2) == b"\x1f\x8b"
+        raw.seek(0)
+        parts = _read_tar(_Bounded(gzip.GzipFile(fileobj=raw) if zipped else raw))
+        while True:
+            try:
+                part = next(parts, None)
+            except Exception as error:  # `tarfile` and `gzip` raise almost anything on corrupt input
+                if isinstance(error, OSError) and error.errno is not None:
+                    raise  # the disk or the network, not the tar
+                report.damage = " ".join(str(error).split()) or type(error).__name__
+                return
+            if part is None:
+                return
+            if part.fault is None:
+                yield part
+            else:
+                report.leave_out(part.name, part.fault)
+
+
+def _read_tar(file: _Bounded) -> Iterator[_Part]:
+    file.allowed = _MAX_HEADER_BYTES
+    tar = tarfile.TarFile(fileobj=file)  # pyright: ignore[reportArgumentType]
+    while (member := tar.next()) is not None:
+        tar.members.clear()  # pyright: ignore[reportAttributeAccessIssue]  # it would remember all
+        if member.size < 0:
+            raise tarfile.ReadError("a member of negative size")
+        folder, _, base = member.name.rpartition("/")
+        stem, _, extension = base.partition(".")
+        extension = extension.lower()
+        part = _Part(member.name, f"{folder}/{stem}", _KINDS[extension] if extension in _KINDS else "")
+        if stem and part.kind:
+            if not member.isreg() or member.issparse():
+                yield part._replace(fault="not a plain file")
+            elif member.size > _MAX_BYTES[part.kind]:
+                yield part._replace(fault=f"{member.size} bytes, more than {_MAX_BYTES[part.kind]}")
+            else:
+                file.allowed = member.size
+                file.seek(member.offset_data)
+                data = file.read(member.size)
+                if len(data) < member.size:
+                    raise tarfile.ReadError("unexpected end of data")
+                yield part._replace(data=data)
+        elif stem and extension.endswith(IMAGE_SUFFIXES):
+            yield part._replace(fault=f"for WebDataset the extension is all after the first dot, {extension[:_SHOWN]}")
+        file.allowed = _MAX_HEADER_BYTES
+    # `tarfile` takes a header that it cannot read for the end; and the checksum of a gzip file comes last.
+    if len(file.last) < tarfile.BLOCKSIZE:
+        raise tarfile.ReadError("it ends without an end mark: cut off?")
+    while file.last:
+        if file.last.strip(b"\0"):
+            raise tarfile.ReadError(f"from byte {tar.offset} on it is no tar")
+        file.allowed = _MAX_HEADER_BYTES
+        file.read(_MAX_HEADER_BYTES)
