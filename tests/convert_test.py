@@ -22,7 +22,7 @@ from safetensors.numpy import load_file, save_file
 from scipy.special import erf
 
 import vqrae_jax
-from vqrae_jax import build, checkpoint
+from vqrae_jax import build, checkpoint, sharding
 from vqrae_jax import config as config_lib
 from vqrae_jax.convert import __main__ as convert
 from vqrae_jax.convert import huggingface, pytorch
@@ -506,7 +506,7 @@ def test_an_ema_codebook_survives_its_next_update(untrained, ema_file, tmp_path)
         tensors["quantizer.ema_cluster_size"] = np.zeros(CODES, np.float32)
         tensors["quantizer.ema_w"] = tensors["quantizer.embedding"]
     model = from_torch(save(tensors, tmp_path / "case.safetensors"), tmp_path / "run")
-    _, graphdef, arrays = checkpoint.load_run(tmp_path / "run")
+    _, graphdef, arrays = checkpoint.load_run(tmp_path / "run", sharding.one_device())
     quantizer = flat.merge(graphdef, arrays).quantizer
     codes = np.asarray(quantizer.codes())
     np.testing.assert_array_equal(codes, tensors["quantizer.embedding"])

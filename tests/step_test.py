@@ -259,7 +259,7 @@ def test_codebook_from_data_is_a_codebook_of_the_encoders_tokens(tiny_config):
     run = Run(config_lib.parse(tiny_config))
     arrays = {**run.params, **run.codebook}
     images = [run.images(seed, batch=8) for seed in range(4)]
-    values = step_lib.codebook_from_data(run.graphdef, arrays, images, seed=0)
+    values = step_lib.codebook_from_data(run.config, run.graphdef, arrays, images)
     assert values.keys() == {"quantizer/codebook", "quantizer/counts", "quantizer/sums"}
     loss = lambda arrays: flat.merge(run.graphdef, arrays)(images[0], train=False).quantized.losses
     assert loss({**arrays, **values})["commitment"] < 0.7 * loss(arrays)["commitment"]

@@ -20,7 +20,7 @@ import pytest
 from PIL import Image
 
 import vqrae_jax
-from vqrae_jax import build, checkpoint, evaluate, train
+from vqrae_jax import build, checkpoint, evaluate, sharding, train
 from vqrae_jax import config as config_lib
 
 from .config_test import SHIPPED
@@ -35,7 +35,7 @@ def lines(workdir: Path) -> list[str]:
 
 
 def arrays(workdir: Path, step: int | None = None):
-    return checkpoint.load_run(workdir, step=step)[2]
+    return checkpoint.load_run(workdir, sharding.one_device(), step=step)[2]
 
 
 def stage2(config, stage1: Path):
@@ -177,7 +177,8 @@ def test_last_and_best_checkpoints_are_kept(tiny_config, tmp_path, monkeypatch):
     # A restart remembers which was the best.
     restarted = checkpoint.Checkpoints(tmp_path)
     graphdef, params, codebook = build.structure(config)
-    abstract, _ = checkpoint.abstract_state(config, build.parts(config, graphdef), params, codebook)
+    abstract, _ = checkpoint.abstract_state(config, build.parts(config, graphdef), params, codebook,
+                                            sharding.one_device())
     state, position = restarted.restore(6, abstract)
     for step in (7, 8):
         restarted.save(state._replace(step=np.int32(step)), position, psnr=None)
@@ -230,7 +231,8 @@ def test_every_shipped_stage_2_starts_from_its_stage_1(stage2, tmp_path, caplog)
     config = dataclasses.replace(reduced(stage2), init_from=str(tmp_path / "stage1"))
     graphdef, params, codebook = build.structure(config)
     with caplog.at_level(logging.INFO, logger="vqrae_jax"):
-        started = train._initial_arrays(config, graphdef, params, codebook, source=None, bad_images=None)
+        started = train._initial_arrays(config, graphdef, params, codebook, source=None, bad_images=None,
+                                        mesh=sharding.one_device())
     chex.assert_trees_all_equal(started, (run.params, run.codebook))
     messages = [record.getMessage() for record in caplog.records if record.name.startswith("vqrae_jax")]
     said = [line.split(" from ")[0] for line in messages]
@@ -261,7 +263,8 @@ def test_a_run_without_codes_lends_encoder_and_decoder(tiny_config, tmp_path, ca
         config = dataclasses.replace(config, init_from=str(tmp_path / origin), seed=5)
         graphdef, params, codebook = build.structure(config)
         with caplog.at_level(logging.INFO, logger="vqrae_jax"):
-            started, _ = train._initial_arrays(config, graphdef, params, codebook, source=None, bad_images=None)
+            started, _ = train._initial_arrays(config, graphdef, params, codebook, source=None, bad_images=None,
+                                               mesh=sharding.one_device())
         assert any(says in message for message in caplog.messages)
         lent = arrays(tmp_path / origin)
         for path, value in started.items():
@@ -369,7 +372,8 @@ def test_evaluation_numbers_are_those_of_the_images(tiny_config, tmp_path):
     result = train.run(config_lib.parse(tiny_config), tmp_path)
     model = vqrae_jax.load(tmp_path)
     bad = evaluate.BadImages(None)
-    batches = list(evaluate.open_batches(model.config, build.data_source("embedded", training=False), bad, limit=12))
+    batches = list(evaluate.open_batches(model.config, build.data_source("embedded", training=False), bad,
+                                         sharding.one_device(), limit=12))
     images = np.concatenate([b["image"][b["valid"]] for b in batches])
     assert len(images) == result["num_images"] == 12
     error = (np.asarray(model.reconstruct(images), np.float64) - images / 255) ** 2

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,13 @@ from vqrae_jax.models.quantizers import EMAVQ, FSQ, AdapterFSQ, Identity, Quanti
 from vqrae_jax.models.vit import TransformerSpec
 from vqrae_jax.models.vqrae import VQRAE
 
-NANO_ENCODER = Path(__file__).parent / "assets" / "nano"
+ASSETS = Path(__file__).parent / "assets"
+Shardings = Callable[[Any], Any]
+REMAT_POLICIES = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 DECODER_SHAPES = {"vit_b": VIT_B, "vit_l": VIT_L, "vit_xl": VIT_XL}
 PIXEL_LOSSES = {"l1": losses.l1, "l2": losses.l2}
@@ -44,8 +51,15 @@ GENERATOR_LOSSES = {"linear": losses.linear_generator, "non_saturating": losses.
 
 
 def encoder_path(config: Config) -> str:
-    """The folder or hub id of the encoder; `nano` is the one that ships with the package."""
-    return str(NANO_ENCODER) if config.model.encoder.path == "nano" else config.model.encoder.path
+    """The folder or hub id of the encoder; `nano` is the one that ships with the package.
+
+    For random weights the shape is enough, and those of the encoders that the shipped configs name ship too.
+    """
+    encoder = config.model.encoder
+    if encoder.path == "nano":
+        return str(ASSETS / "nano")
+    shape = ASSETS / "encoders" / encoder.path.replace("/", "--")
+    return str(shape) if encoder.random_weights and shape.is_dir() else encoder.path
 
 
 def encoder_input_size(config: Config) -> int:
@@ -70,22 +84,39 @@ def structure(config: Config) -> tuple[nnx.GraphDef, Arrays, Arrays]:
     return flat.split(nnx.eval_shape(lambda: _model(config, spec, nnx.Rngs(config.seed))))
 
 
-def initial_arrays(config: Config) -> tuple[Arrays, Arrays]:
-    """Parameters and codebook state at the start of a run: pretrained encoder, everything else from `seed`."""
+def initial_arrays(config: Config, shardings: Shardings | None = None) -> tuple[Arrays, Arrays]:
+    """Parameters and codebook state at the start of a run: pretrained encoder, everything else from `seed`.
+
+    Args:
+      config: of the run.
+      shardings: where arrays are to be, from their shapes; None is the first device. No array is whole elsewhere.
+    """
     spec = huggingface.read_encoder_spec(encoder_path(config))
     pretrained = {}
     if not config.model.encoder.random_weights:
         loaded = huggingface.load_encoder_params(
             encoder_path(config), image_size=encoder_input_size(config), final_norm=config.model.encoder.final_norm)
-        pretrained = {f"encoder/{path}": jnp.asarray(value) for path, value in loaded.items()}
+        pretrained = flat.prefixed("encoder/", loaded)
 
-    @jax.jit
     def init():
         _, params, codebook = flat.split(_model(config, spec, nnx.Rngs(config.seed)))
         return {path: value for path, value in params.items() if path not in pretrained}, codebook
 
-    params, codebook = init()
-    return {**params, **pretrained}, codebook
+    params, codebook = _initialised(init, shardings)
+    return {**params, **_placed(pretrained, shardings)}, codebook
+
+
+def _initialised(init: Callable[[], Any], shardings: Shardings | None) -> Any:
+    """What `init` makes, every device making its own part."""
+    return jax.jit(init, out_shardings=shardings(jax.eval_shape(init)) if shardings else None)()
+
+
+def _placed(arrays: Mapping[str, Any], shardings: Shardings | None) -> Arrays:
+    """The host's arrays, the same in every process, on the devices."""
+    if shardings is None:
+        return {path: jnp.asarray(value) for path, value in arrays.items()}
+    place = lambda array, sharding: jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+    return jax.tree.map(place, dict(arrays), shardings(dict(arrays)))
 
 
 def _model(config: Config, spec: huggingface.EncoderSpec, rngs: nnx.Rngs) -> VQRAE:
@@ -98,18 +129,19 @@ def _model(config: Config, spec: huggingface.EncoderSpec, rngs: nnx.Rngs) -> VQR
     if grid * output_patch != size:
         raise ValueError(f"config key model.decoder.patch_size {output_patch} times {grid} tokens a side gives "
                          f"{grid * output_patch} pixels, but data.image_size is {size}")
-    dtype = DTYPES[config.model.dtype]
+    dtype, remat = DTYPES[config.model.dtype], REMAT_POLICIES[config.model.remat]
     encoder = Encoder(spec.vit, image_size=input_size, mean=spec.mean, std=spec.std,
                       final_norm=config.model.encoder.final_norm, layers=config.model.encoder.layers,
-                      combine=config.model.encoder.combine, dtype=dtype, rngs=rngs)
-    decoder = Decoder(_decoder_spec(config, spec), latent_width=encoder.width, grid=grid, patch_size=output_patch,
+                      combine=config.model.encoder.combine, remat=remat, dtype=dtype, rngs=rngs)
+    decoder = Decoder(decoder_spec(config, spec), latent_width=encoder.width, grid=grid, patch_size=output_patch,
                       mean=spec.mean, std=spec.std, cls_token=config.model.decoder.cls_token,
-                      learned_positions=config.model.decoder.learned_positions, dtype=dtype, rngs=rngs)
+                      learned_positions=config.model.decoder.learned_positions, remat=remat, dtype=dtype, rngs=rngs)
     return VQRAE(encoder=encoder, quantizer=_quantizer(config, width=encoder.width, rngs=rngs), decoder=decoder,
                  noise_tau=config.model.noise_tau, latent_statistics=config.model.latent_statistics)
 
 
-def _decoder_spec(config: Config, encoder: huggingface.EncoderSpec) -> TransformerSpec:
+def decoder_spec(config: Config, encoder: huggingface.EncoderSpec) -> TransformerSpec:
+    """The shape of the decoder's transformer."""
     d = config.model.decoder
     if d.shape == "symmetric":
         return symmetric(encoder.vit)
@@ -122,7 +154,7 @@ def meaning(config: Config) -> dict[str, dict[str, Any]]:
     """By part, what its arrays mean beyond their shapes: two models that differ in it compute different things."""
     encoder, quantizer = config.model.encoder, config.model.quantizer
     spec = huggingface.read_encoder_spec(encoder_path(config))
-    decoder = _decoder_spec(config, spec)
+    decoder = decoder_spec(config, spec)
     return {
         "encoder": {"model.encoder.final_norm": encoder.final_norm, "model.encoder.layers": encoder.layers,
                     "model.encoder.combine": encoder.combine, "the encoder's mean and std": (spec.mean, spec.std)},
@@ -167,34 +199,38 @@ def networks(config: Config) -> tuple[dict[str, nnx.GraphDef], Arrays, Arrays]:
     return _split(nnx.eval_shape(lambda: _networks(config, nnx.Rngs(config.seed))))
 
 
-def network_arrays(config: Config) -> tuple[Arrays, Arrays]:
+def network_arrays(config: Config, shardings: Shardings | None = None) -> tuple[Arrays, Arrays]:
     """Parameters and state of `networks` at the start of a run: pretrained weights, everything else from `seed`.
+
+    Args: as `initial_arrays`.
 
     Raises:
       OSError: weights that are not there; the message says how to get them.
       ValueError: weights of another network.
     """
-    params, state = jax.jit(lambda: _split(_networks(config, nnx.Rngs(config.seed)))[1:])()
+    params, state = _initialised(lambda: _split(_networks(config, nnx.Rngs(config.seed)))[1:], shardings)
     perceptual, gan = config.loss.perceptual, config.gan
+    pretrained, pretrained_state = {}, {}
     if perceptual.lpips and not perceptual.random_weights:
-        params |= flat.prefixed("lpips/", convert_perceptual.load_lpips(
+        pretrained |= flat.prefixed("lpips/", convert_perceptual.load_lpips(
             perceptual.lpips_vgg16, perceptual.lpips_linear))
     if perceptual.convnext_s and not perceptual.random_weights:
-        params |= flat.prefixed("convnext_s/", convert_perceptual.load_convnext_small(
+        pretrained |= flat.prefixed("convnext_s/", convert_perceptual.load_convnext_small(
             perceptual.convnext_s_weights, spec=CONVNEXT_SMALL))
     if gan.discriminator in DINO_SPECS and not gan.random_weights:
         spec = DINO_SPECS[gan.discriminator]
-        params |= flat.prefixed("discriminator/", convert_discriminators.load_dino_backbone(
+        pretrained |= flat.prefixed("discriminator/", convert_discriminators.load_dino_backbone(
             gan.backbone or f"facebook/dino-vits{spec.patch_size}", spec=spec, image_size=DINO_IMAGE_SIZE))
     if gan.heads:
-        for ours, loaded in zip((params, state), convert_discriminators.load_dino_heads(gan.heads), strict=True):
+        loaded_heads = convert_discriminators.load_dino_heads(gan.heads)
+        for ours, theirs, loaded in zip((params, state), (pretrained, pretrained_state), loaded_heads, strict=True):
             loaded = flat.prefixed("discriminator/", loaded)
             expected = {path: value.shape for path, value in ours.items() if path.startswith("discriminator/heads/")}
             for path in sorted(expected.keys() | loaded.keys()):
                 if path not in expected or path not in loaded or loaded[path].shape != expected[path]:
                     raise ValueError(f"config key gan.heads: {gan.heads} does not fit this discriminator at {path}")
-            ours |= loaded
-    return jax.tree.map(jnp.asarray, (params, state))
+            theirs |= loaded
+    return params | _placed(pretrained, shardings), state | _placed(pretrained_state, shardings)
 
 
 def _networks(config: Config, rngs: nnx.Rngs) -> dict[str, nnx.Module]:

@@ -20,9 +20,10 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 from flax import nnx
+from jax.sharding import Mesh
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
-from vqrae_jax import build
+from vqrae_jax import build, distributed, sharding
 from vqrae_jax import config as config_lib
 from vqrae_jax.config import Config
 from vqrae_jax.convert import huggingface
@@ -30,9 +31,10 @@ from vqrae_jax.models.flat import Arrays
 from vqrae_jax.step import Frozen, Parts, TrainState, init_state
 
 log = logging.getLogger(__name__)
-# May change between two starts of a run: they alter neither the parameters nor the metrics of a step.
+# May change between two starts of a run: they alter neither the parameters nor the metrics of a step (but for the
+# rounding of sums that another mesh makes in another order).
 _FREE_KEYS = ("train.log_every", "train.checkpoint_every", "train.eval_every", "train.max_skipped", "data.threads",
-              "data.workers", "eval.", "log.")
+              "data.workers", "eval.", "log.", "mesh.")
 _CANNOT_WRITE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT)
 BEST_METRIC = "psnr"
 
@@ -53,15 +55,20 @@ def open_run(workdir: Path, config: Config) -> None:
             more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
             raise ValueError(f"{workdir} holds a run with another config: {changed[0]}{more}; choose another "
                              "--workdir, or the same config to continue that run")
-    with disk_errors(workdir):
-        workdir.mkdir(parents=True, exist_ok=True)
-        probe = workdir / ".write_test"
-        probe.touch()
-        probe.unlink()
-        if not has_checkpoint(workdir):
-            huggingface.copy_encoder_config(build.encoder_path(config), workdir / "encoder")
-        if existing != config:
-            config_lib.save(config, file)
+    if distributed.is_first():
+        with disk_errors(workdir):
+            workdir.mkdir(parents=True, exist_ok=True)
+            probe = workdir / ".write_test"
+            probe.touch()
+            probe.unlink()
+            if not has_checkpoint(workdir):
+                huggingface.copy_encoder_config(build.encoder_path(config), workdir / "encoder")
+            if existing != config:
+                config_lib.save(config, file)
+    distributed.wait_for_all("open_run")
+    if not file.exists():
+        raise OSError(f"{workdir} is not the same folder for all processes of the run: put it on a file system that "
+                      "they share")
 
 
 def structure(workdir: Path, config: Config) -> tuple[nnx.GraphDef, Arrays, Arrays]:
@@ -104,10 +111,11 @@ class Checkpoints:
             LatestN(2),
             BestN(get_metric_fn=_best_metric, n=1, keep_checkpoints_without_metrics=False),
         ])
-        if not read_only:
+        if not read_only and distributed.is_first():
             # Orbax can do this in a thread, which a process that fails early does not wait for.
             for unfinished in (workdir / "checkpoints").glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(unfinished)
+        distributed.wait_for_all("checkpoints")
         self._manager = ocp.CheckpointManager(
             (workdir / "checkpoints").absolute(),
             item_names=("model", "training", "data"),
@@ -200,21 +208,23 @@ def write_run(workdir: Path, config: Config, params: Arrays, codebook: Arrays) -
         checkpoints.save(state, {"next_batch": 0}, psnr=None)
 
 
-def abstract_state(config: Config, parts: Parts, params: Arrays, codebook: Arrays) -> tuple[TrainState, Frozen]:
-    """Shapes and place of a run's state, from the shapes of its model; nothing is allocated."""
+def abstract_state(config: Config, parts: Parts, params: Arrays, codebook: Arrays,
+                   mesh: Mesh) -> tuple[TrainState, Frozen]:
+    """Shapes of a run's state and its place on a mesh, from the shapes of its model; nothing is allocated."""
     _, networks, network_state = build.networks(config)
     shapes = jax.eval_shape(lambda *arrays: init_state(config, parts, *arrays), params, codebook, networks,
                             network_state)
-    # Said explicitly, or Orbax would look for the kind of device that the checkpoint was saved from.
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
+    # Said explicitly, or Orbax would look for the devices that the checkpoint was saved from.
+    return jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes,
+                        sharding.of(mesh, shapes))
 
 
-def load_run(workdir: Path, *, step: int | None = None) -> tuple[Config, nnx.GraphDef, Arrays]:
+def load_run(workdir: Path, mesh: Mesh, *, step: int | None = None) -> tuple[Config, nnx.GraphDef, Arrays]:
     """A run's config, its model's structure, and all parameters and codebook state: their moving averages, if any.
 
     Args:
       workdir: the run's folder.
+      mesh: where the arrays are to be; it need not be the mesh that the run was trained on.
       step: which checkpoint; None is the last.
 
     Raises:
@@ -228,7 +238,7 @@ def load_run(workdir: Path, *, step: int | None = None) -> tuple[Config, nnx.Gra
     if step not in [None, *steps]:
         raise FileNotFoundError(f"{workdir} holds the checkpoints {steps}, not {step}")
     graphdef, params, codebook = structure(workdir, config)
-    state, frozen = abstract_state(config, build.parts(config, graphdef), params, codebook)
+    state, frozen = abstract_state(config, build.parts(config, graphdef), params, codebook, mesh)
     model = checkpoints.restore_model(steps[-1] if step is None else step, state)
     checkpoints.close()
     return config, graphdef, {**_load_frozen(workdir, "params", frozen.params), **model["params"], **model["codebook"],

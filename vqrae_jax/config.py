@@ -22,6 +22,14 @@ def _key(default: Any, *, low: float | None = None, high: float | None = None) -
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Mesh:
+    """How devices are arranged; the product is their number, and -1 stands for the rest of them."""
+
+    data: int = _key(-1, low=-1)  # copies of the model
+    fsdp: int = _key(1, low=-1)  # devices over which a copy is split
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Train:
     steps: int = _key(100_000, low=1)
     batch_size: int = _key(256, low=1)  # global: over all devices and accumulation steps
@@ -92,6 +100,7 @@ class Decoder:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Model:
     dtype: Literal["float32", "bfloat16"] = "float32"  # of computation; parameters are float32
+    remat: Literal["none", "dots", "full"] = "none"  # what the blocks' backward pass recomputes, to save memory
     noise_tau: float = _key(0.0, low=0.0)  # of the noise on features in training (RAE); codes want none
     latent_statistics: bool = False  # latents are handed out normalised per channel and position
     encoder: Encoder = Encoder()
@@ -176,6 +185,7 @@ class Log:
 class Config:
     seed: int = _key(0, low=0)
     init_from: str = ""  # a run folder whose weights to start from
+    mesh: Mesh = Mesh()
     train: Train = Train()
     data: Data = Data()
     eval: Eval = Eval()
@@ -312,6 +322,9 @@ def _check_consistency(config: Config) -> None:
     if train.batch_size % train.accumulate:
         raise ValueError(f"config key train.batch_size {train.batch_size} is not divisible by "
                          f"train.accumulate {train.accumulate}")
+    if 0 in (config.mesh.data, config.mesh.fsdp) or config.mesh.data == config.mesh.fsdp == -1:
+        raise ValueError(f"config keys mesh.data {config.mesh.data} and mesh.fsdp {config.mesh.fsdp} must be numbers "
+                         "of devices, one of them may be -1, the rest")
     _check_optimizer("optim", config.optim, steps=train.steps)
     for key in ("lr_multipliers", "end_lr_multipliers"):
         _check_multipliers(f"optim.{key}", getattr(config.optim, key))

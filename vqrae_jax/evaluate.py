@@ -7,6 +7,7 @@ side, on the same images. Images are resized bicubically to the run's size on th
 original and reconstruction are compared on exactly these pixels, as float32 in [0, 1].
 """
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
+from jax.sharding import Mesh
 
-from vqrae_jax import build, checkpoint, cli, reporting, step
+from vqrae_jax import build, checkpoint, cli, distributed, reporting, sharding, step
 from vqrae_jax import config as config_lib
 from vqrae_jax.config import Config
 from vqrae_jax.data import BadImages, Source, eval_batches
@@ -32,19 +34,30 @@ def spec(config: Config) -> str:
     return config.eval.source or config.data.source
 
 
-def open_batches(config: Config, source: Source, bad_images: BadImages, *, limit: int) -> Iterable[Batch]:
-    """The images of a source at a config's size; `limit` > 0 takes only so many, always the same."""
-    return eval_batches(source, image_size=config.data.image_size, batch_size=config.eval.batch_size,
-                        bad_images=bad_images, limit=limit or None)
+def open_batches(config: Config, source: Source, bad_images: BadImages, mesh: Mesh, *, limit: int) -> Iterable[Batch]:
+    """This process's share of the images of a source, at a config's size.
+
+    Args:
+      config: of the run; `eval.batch_size` is rounded up to a multiple of the devices.
+      source: of the images.
+      bad_images: collects the images that cannot be read.
+      mesh: whose devices evaluate.
+      limit: > 0 takes only so many images, always the same.
+    """
+    batch_size = math.ceil(config.eval.batch_size / mesh.size) * mesh.size
+    return eval_batches(source, image_size=config.data.image_size, batch_size=batch_size // jax.process_count(),
+                        bad_images=bad_images, limit=limit or None, shard_index=jax.process_index(),
+                        shard_count=jax.process_count())
 
 
-def evaluate(eval_step: step.EvalStep, arrays: Arrays, batches: Iterable[Batch],
+def evaluate(eval_step: step.EvalStep, arrays: Arrays, mesh: Mesh, batches: Iterable[Batch],
              *, samples: int) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-    """Evaluates a model on all images of `batches`.
+    """Evaluates a model on all images of `batches`, those of all processes.
 
     Args:
       eval_step: jitted, from `step.make_eval_step`.
       arrays: all the model's parameters and codebook state.
+      mesh: the devices that hold them, and take a share of every batch.
       batches: as `data.eval_batches` yields them.
       samples: how many images to keep for a picture, from the first batches.
 
@@ -60,9 +73,13 @@ def evaluate(eval_step: step.EvalStep, arrays: Arrays, batches: Iterable[Batch],
     """
     psnr, ssim, features, labels, originals, reconstructions = [], [], [], [], [], []
     counts, kept = np.zeros((), np.int64), 0
-    for batch in batches:
+    for local in batches:
+        batch = sharding.put_batch(mesh, {name: local[name] for name in ("image", "valid", "label")})
+        result = eval_step(arrays, batch["image"], batch["valid"])
+        if kept >= samples:
+            del batch["image"], result["images"]  # large, and no longer needed by all processes
+        batch, result = distributed.gather((batch, result))
         valid = batch["valid"]
-        result = jax.device_get(eval_step(arrays, batch["image"], valid))
         psnr.append(result["psnr"][valid])
         ssim.append(result["ssim"][valid])
         features.append(result["features"][valid])
@@ -72,6 +89,8 @@ def evaluate(eval_step: step.EvalStep, arrays: Arrays, batches: Iterable[Batch],
             originals.append(batch["image"][valid][:samples - kept].astype(np.float32) / 255)
             reconstructions.append(result["images"][valid][:samples - kept])
             kept += len(originals[-1])
+    if not sum(map(len, psnr)):
+        raise ValueError("none of the images can be read")
     psnr, ssim, features, labels = (np.concatenate(parts) for parts in (psnr, ssim, features, labels))
     metrics = {
         "psnr": float(psnr.mean(dtype=np.float64)),
@@ -102,6 +121,8 @@ def _cell(metrics: dict[str, float], name: str) -> str:
 
 
 def main(_) -> None:
+    distributed.start()
+    mesh = sharding.make_mesh(config_lib.Mesh())
     workdirs = [Path(workdir) for workdir in _WORKDIR.value]
     names = _labels(workdirs)
     out = Path(_OUT.value or workdirs[0] / "evaluation")
@@ -114,13 +135,15 @@ def main(_) -> None:
         out.mkdir(parents=True, exist_ok=True)  # before the work, and after what may be misspelt
     columns, rows = {}, {}
     for name, workdir in zip(names, workdirs, strict=True):
-        config, graphdef, arrays = checkpoint.load_run(workdir, step=_STEP.value)
-        batches = open_batches(config, source, bad_images, limit=_LIMIT.value)
-        columns[name], pictures = evaluate(jax.jit(step.make_eval_step(graphdef)), arrays, batches,
-                                           samples=configs[0].eval.samples)
+        config, graphdef, arrays = checkpoint.load_run(workdir, mesh, step=_STEP.value)
+        batches = open_batches(config, source, bad_images, mesh, limit=_LIMIT.value)
+        columns[name], pictures = evaluate(jax.jit(sharding.on(mesh, step.make_eval_step(graphdef))), arrays, mesh,
+                                           batches, samples=configs[0].eval.samples)
         rows.setdefault("original", pictures["original"])
         rows[f"{name}  {columns[name]['psnr']:.2f} dB"] = pictures["reconstruction"]
 
+    if not distributed.is_first():
+        return
     print(f"data: {data}")
     print(table(columns))
     for name, reason in bad_images.names().items():

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from vqrae_jax import checkpoint
+from vqrae_jax import checkpoint, sharding
 from vqrae_jax.config import Config
 from vqrae_jax.convert import huggingface
 from vqrae_jax.models import flat
@@ -103,7 +103,7 @@ def load(workdir: str | os.PathLike, *, step: int | None = None) -> Tokenizer:
     Raises:
       OSError: not the folder of a run, or no checkpoint in it.
     """
-    return Tokenizer(*checkpoint.load_run(Path(workdir), step=step))
+    return Tokenizer(*checkpoint.load_run(Path(workdir), sharding.one_device(), step=step))
 
 
 def load_encoder(hf_dir_or_hub_id: str | os.PathLike, image_size: int | None = None,

@@ -8,12 +8,16 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from vqrae_jax import cli, config, evaluate, train
+from vqrae_jax import cli, config, distributed, evaluate, train
 
 
 def main(_) -> None:
+    if "://" in _WORKDIR.value:
+        raise ValueError(f"--workdir={_WORKDIR.value} is no folder: mount the bucket, or choose a file system that all "
+                         "processes share")
+    distributed.start()
     result = train.run(config.parse(_CONFIG.value), Path(_WORKDIR.value))
-    if result:
+    if result and distributed.is_first():
         print(evaluate.table({Path(_WORKDIR.value).resolve().name: result}))
 
 

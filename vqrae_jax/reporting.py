@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
+from vqrae_jax import distributed
 from vqrae_jax.checkpoint import disk_errors
 from vqrae_jax.config import Config
 
@@ -24,18 +25,19 @@ class Reporter:
     """
 
     def __init__(self, workdir: Path, config: Config, *, first_step: int):
-        self._workdir, self._config = workdir, config
+        self._workdir, self._config, self._writes = workdir, config, distributed.is_first()
         self._file = workdir / "metrics.jsonl"
-        with disk_errors(workdir):
-            _drop_later_lines(self._file, first_step)
         self._tensorboard = self._wandb = None
-        if config.log.tensorboard:
+        if self._writes:
+            with disk_errors(workdir):
+                _drop_later_lines(self._file, first_step)
+        if config.log.tensorboard and self._writes:
             from tensorboardX import SummaryWriter
 
             self._tensorboard = SummaryWriter(str(workdir), purge_step=first_step + 1)
-        if config.log.wandb:
+        if config.log.wandb and self._writes:
             self._wandb = _start_wandb(workdir, config)
-        self._step, self._seconds, self._resumed_at = first_step, 0.0, time.perf_counter()
+        self._step, self._seconds, self._waited, self._resumed_at = first_step, 0.0, 0.0, time.perf_counter()
 
     def pause(self) -> None:
         """Stops the clock that throughput is measured with, while something other than training runs."""
@@ -45,22 +47,30 @@ class Reporter:
         """Starts it again."""
         self._resumed_at = time.perf_counter()
 
+    def waited_for_data(self, seconds: float) -> None:
+        """Notes time in which the devices had nothing to do but to wait for images."""
+        self._waited += seconds
+
     def train(self, step: int, metrics: Mapping[str, float]) -> None:
         """Reports a training step: metrics to the files, and progress, images/s and time to go to the terminal."""
         self.pause()
         steps = step - self._step
         rate = steps * self._config.train.batch_size / max(self._seconds, 1e-9)
+        waited = self._waited / max(self._seconds, 1e-9)
         left = (self._config.train.steps - step) * self._seconds / max(steps, 1)
-        self.write(step, metrics, {"images_per_second": rate})
+        self.write(step, metrics, {"images_per_second": rate, "data_wait": waited})
         shown = "  ".join(f"{name.removeprefix('loss/')} {metrics[name]:.4f}" for name in metrics
                           if name.startswith("loss/"))
-        log.info("step %d/%d  %s  code usage %.1f %%  %.0f images/s  %s to go", step, self._config.train.steps,
-                     shown, 100 * metrics["code_usage_window"], rate, _duration(left))
-        self._step, self._seconds = step, 0.0
+        log.info("step %d/%d  %s  code usage %.1f %%  %.0f images/s, waiting for data %.0f %%  %s to go", step,
+                 self._config.train.steps, shown, 100 * metrics["code_usage_window"], rate, 100 * waited,
+                 _duration(left))
+        self._step, self._seconds, self._waited = step, 0.0, 0.0
         self.resume()
 
     def evaluation(self, step: int, metrics: Mapping[str, float], picture: np.ndarray) -> None:
         """Reports an evaluation, and saves its picture, uint8 `[H, W, 3]`, under samples/."""
+        if not self._writes:
+            return
         self.write(step, {f"eval/{name}": value for name, value in metrics.items()}, {})
         with disk_errors(self._workdir):
             save_png(self._workdir / "samples" / f"{step:07d}.png", picture)
@@ -71,6 +81,8 @@ class Reporter:
 
     def write(self, step: int, metrics: Mapping[str, float], timings: Mapping[str, float]) -> None:
         """One line of metrics.jsonl; TensorBoard and Weights & Biases get `timings` too."""
+        if not self._writes:
+            return
         with disk_errors(self._workdir), self._file.open("a") as file:
             file.write(to_json({"step": step, **metrics}) + "\n")
         if self._tensorboard:

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import nnx
 
@@ -21,6 +20,7 @@ from vqrae_jax.config import Config
 from vqrae_jax.models import flat
 from vqrae_jax.models.discriminators import round_to_8_bits
 from vqrae_jax.models.flat import Arrays
+from vqrae_jax.models.placement import split_batch
 from vqrae_jax.models.quantizers import add_stats, code_usage, perplexity
 
 Metrics = dict[str, jax.Array]
@@ -176,21 +176,32 @@ def init_state(config: Config, parts: Parts, params: Mapping[str, jax.Array], co
     return state, Frozen(frozen, teacher, networks)
 
 
-def codebook_from_data(graphdef: nnx.GraphDef, arrays: Arrays, images: Sequence[np.ndarray], *, seed: int) -> Arrays:
+def codebook_from_data(config: Config, graphdef: nnx.GraphDef, arrays: Arrays,
+                       images: Sequence[jax.Array]) -> Arrays:
     """New values for the quantizer's arrays that make its codes the k-means centres of the encoder's features.
 
     Args:
+      config: of the run, whose batches are split into `train.accumulate` micro-batches.
       graphdef: the model's structure.
       arrays: all its parameters and codebook state.
       images: batches of uint8 `[B, H, W, 3]` whose features are clustered.
-      seed: of the clustering.
     """
-    features = jax.jit(lambda arrays, images: flat.merge(graphdef, arrays).features(images))
+
+    @jax.jit
+    def features(arrays, images):
+        model, micro = flat.merge(graphdef, arrays), _micro_batches(images, config.train.accumulate)
+        tokens = jax.lax.map(lambda part: model.features(split_batch(part)), micro)
+        return tokens.swapaxes(0, 1).reshape(-1, tokens.shape[-1])
+
     tokens = jnp.concatenate([features(arrays, batch) for batch in images])
-    tokens = tokens.reshape(-1, tokens.shape[-1])
     cluster = jax.jit(lambda arrays, tokens: flat.merge(graphdef, arrays).quantizer.init_from_data(
-        tokens, rng=jax.random.key(seed)))
+        tokens, rng=jax.random.key(config.seed)))
     return flat.prefixed("quantizer/", cluster(arrays, tokens))
+
+
+def _micro_batches(images: jax.Array, count: int) -> jax.Array:
+    """`[B, ...] -> [count, B / count, ...]`; each takes every count-th image, a share of every device's images."""
+    return images.reshape(-1, count, *images.shape[1:]).swapaxes(0, 1)
 
 
 def make_train_step(config: Config, parts: Parts) -> TrainStep:
@@ -252,7 +263,7 @@ def _gradients(config: Config, parts: Parts, state: TrainState, frozen: Frozen, 
 
     def one(part: jax.Array, rng: jax.Array):
         """Gradients of the model and of the discriminator, metrics, and statistics of one micro-batch."""
-        part = part.astype(jnp.float32) / 255
+        part = split_batch(part).astype(jnp.float32) / 255
         noise_rng, generator_rng, real_rng, fake_rng = jax.random.split(rng, 4)
         loss = lambda params: _model_loss(config, parts, params, state, frozen, part, gan=gan, noise_rng=noise_rng,
                                           augment_rng=generator_rng)
@@ -268,8 +279,7 @@ def _gradients(config: Config, parts: Parts, state: TrainState, frozen: Frozen, 
     if count == 1:
         (grads, gan_grads, scalars), stats = one(images, rng)
         return grads, gan_grads, scalars, stats
-    # Each micro-batch takes every accumulate-th image: a share of every device's images.
-    micro = (images.reshape(-1, count, *images.shape[1:]).swapaxes(0, 1), jax.random.split(rng, count))
+    micro = (_micro_batches(images, count), jax.random.split(rng, count))
 
     def add(total, part):
         means, stats = one(*part)

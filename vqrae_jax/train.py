@@ -4,14 +4,15 @@ import logging
 import math
 import signal
 import threading
+import time
 from contextlib import closing
 from pathlib import Path
 
 import jax
-import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
-from vqrae_jax import build, checkpoint, evaluate, optim, reporting
+from vqrae_jax import build, checkpoint, distributed, evaluate, optim, reporting, sharding
 from vqrae_jax import step as step_lib
 from vqrae_jax.config import Config
 from vqrae_jax.data import BadImages, Source, TrainIterator, train_batches
@@ -39,6 +40,8 @@ def run(config: Config, workdir: Path) -> dict[str, float]:
       KeyboardInterrupt: a signal stopped the run, after it was saved.
       FloatingPointError: `train.max_skipped` steps in a row had a loss or gradient that was not finite.
     """
+    mesh = sharding.make_mesh(config.mesh)
+    sharding.check_batch_size(mesh, config)
     graphdef, param_shapes, codebook_shapes = checkpoint.structure(workdir, config)
     for key in ("lr_multipliers", "end_lr_multipliers"):
         optim.check_patterns(param_shapes, getattr(config.optim, key), key=f"optim.{key}")
@@ -52,29 +55,34 @@ def run(config: Config, workdir: Path) -> dict[str, float]:
     _describe(config, param_shapes, codebook_shapes)
     # Whatever ends this block, saving in the background is waited for.
     with closing(checkpoint.Checkpoints(workdir)) as checkpoints, closing(batches):
+        abstract, abstract_frozen = checkpoint.abstract_state(config, parts, param_shapes, codebook_shapes, mesh)
         if steps := checkpoints.steps():
-            abstract, abstract_frozen = checkpoint.abstract_state(config, parts, param_shapes, codebook_shapes)
             frozen = checkpoint.load_frozen(workdir, abstract_frozen)
             state, data_state = checkpoints.restore(steps[-1], abstract)
             batches.set_state(data_state)
         else:
-            networks = build.network_arrays(config)
-            params, codebook = _initial_arrays(config, graphdef, param_shapes, codebook_shapes, source, bad_images)
-            state, frozen = step_lib.init_state(config, parts, params, codebook, *networks)
+            place = lambda tree: sharding.of(mesh, tree)
+            networks = build.network_arrays(config, place)
+            params, codebook = _initial_arrays(config, graphdef, param_shapes, codebook_shapes, source, bad_images,
+                                               mesh)
+            init = jax.jit(lambda *arrays: step_lib.init_state(config, parts, *arrays),
+                           out_shardings=place((abstract, abstract_frozen)))
+            state, frozen = init(params, codebook, *networks)
             del params, codebook, networks
             checkpoint.save_frozen(workdir, frozen)
-        train_step = jax.jit(step_lib.make_train_step(config, parts), static_argnames="gan", donate_argnums=0)
-        eval_step = jax.jit(step_lib.make_eval_step(graphdef))
-        with closing(reporting.Reporter(workdir, config, first_step=int(state.step))) as reporter:
-            result = _loop(config, train_step, eval_step, state, frozen, batches, eval_source, checkpoints, reporter,
-                           bad_images)
+        train_step = sharding.jit_step(step_lib.make_train_step(config, parts), mesh, abstract)
+        eval_step = jax.jit(sharding.on(mesh, step_lib.make_eval_step(graphdef)))
+        with (closing(reporting.Reporter(workdir, config, first_step=int(state.step))) as reporter,
+              distributed.ends_with_the_others()):
+            result = _loop(config, mesh, train_step, eval_step, state, frozen, batches, eval_source, checkpoints,
+                           reporter, bad_images)
     if bad := bad_images.names():
         names = ", ".join(list(bad)[:5]) + (", ..." if len(bad) > 5 else "")
         log.warning("%d images could not be read and were left out: %s; see %s", len(bad), names, bad_images.path)
     return result
 
 
-def _loop(config: Config, train_step: step_lib.TrainStep, eval_step: step_lib.EvalStep, state: TrainState,
+def _loop(config: Config, mesh: Mesh, train_step: step_lib.TrainStep, eval_step: step_lib.EvalStep, state: TrainState,
           frozen: Frozen, batches: TrainIterator, eval_source: Source, checkpoints: checkpoint.Checkpoints,
           reporter: reporting.Reporter, bad_images: BadImages) -> dict[str, float]:
     """Steps from `state` to the end; returns the metrics of the last evaluation, empty if no step was left."""
@@ -86,8 +94,12 @@ def _loop(config: Config, train_step: step_lib.TrainStep, eval_step: step_lib.Ev
     with _StopSignal() as stop:
         for step in range(int(state.step) + 1, config.train.steps + 1):
             gan = config.gan.discriminator != "none" and step > config.gan.discriminator_start_step
-            state, metrics = train_step(state, frozen, next(batches)["image"], gan=gan)
-            last, psnr, stopping = step == config.train.steps, None, stop.requested
+            asked = time.perf_counter()
+            images = next(batches)["image"]
+            if state.step.is_ready():  # else the devices still had work, and nothing waited for these images
+                reporter.waited_for_data(time.perf_counter() - asked)
+            state, metrics = train_step(state, frozen, sharding.put_batch(mesh, images), gan=gan)
+            last, psnr, stopping = step == config.train.steps, None, stop.requested(step)
             evaluating = step % config.train.eval_every == 0 or last
             saving = step % config.train.checkpoint_every == 0 or last or stopping
             if step % config.train.log_every == 0 or last:
@@ -105,7 +117,8 @@ def _loop(config: Config, train_step: step_lib.TrainStep, eval_step: step_lib.Ev
             if evaluating:
                 arrays = {**frozen.params, **state.params, **state.codebook, **state.ema}
                 result, pictures = evaluate.evaluate(
-                    eval_step, arrays, evaluate.open_batches(config, eval_source, bad_images, limit=config.eval.limit),
+                    eval_step, arrays, mesh,
+                    evaluate.open_batches(config, eval_source, bad_images, mesh, limit=config.eval.limit),
                     samples=config.eval.samples)
                 reporter.evaluation(step, result, reporting.image_rows(pictures))
                 psnr = result["psnr"]
@@ -118,20 +131,20 @@ def _loop(config: Config, train_step: step_lib.TrainStep, eval_step: step_lib.Ev
 
 
 def _open_batches(config: Config, source: Source, bad_images: BadImages) -> TrainIterator:
-    data = config.data
+    data, processes = config.data, jax.process_count()
     return train_batches(
-        source, image_size=data.image_size, batch_size=config.train.batch_size, seed=config.seed,
+        source, image_size=data.image_size, batch_size=config.train.batch_size // processes, seed=config.seed,
         crop_scale_min=data.crop_scale_min, flip=data.flip, threads=data.threads, workers=data.workers,
-        bad_images=bad_images)
+        bad_images=bad_images, shard_index=jax.process_index(), shard_count=processes)
 
 
 def _initial_arrays(config: Config, graphdef: nnx.GraphDef, param_shapes: Arrays, codebook_shapes: Arrays,
-                    source: Source, bad_images: BadImages) -> tuple[Arrays, Arrays]:
+                    source: Source, bad_images: BadImages, mesh: Mesh) -> tuple[Arrays, Arrays]:
     """Parameters and codebook state that a run starts from: another run's, or pretrained and random ones."""
-    restored = _restored_arrays(config, {**param_shapes, **codebook_shapes}) if config.init_from else {}
+    restored = _restored_arrays(config, {**param_shapes, **codebook_shapes}, mesh) if config.init_from else {}
     initial = restored
     if not param_shapes.keys() | codebook_shapes.keys() <= restored.keys():
-        params, codebook = build.initial_arrays(config)
+        params, codebook = build.initial_arrays(config, lambda tree: sharding.of(mesh, tree))
         initial = params | codebook | restored
     params = {path: initial[path] for path in param_shapes}
     codebook = {path: initial[path] for path in codebook_shapes}
@@ -140,25 +153,24 @@ def _initial_arrays(config: Config, graphdef: nnx.GraphDef, param_shapes: Arrays
     if config.model.quantizer.init == "kmeans" and not any(path.startswith("quantizer/") for path in restored):
         batches = _open_batches(config, source, bad_images)  # an iterator of its own: training starts at batch 0
         tokens = build.tokens_per_image(config)
-        needed = math.ceil(KMEANS_TOKENS_PER_CODE * config.model.quantizer.size / tokens)
-        images = np.concatenate([next(batches)["image"] for _ in range(math.ceil(needed / config.train.batch_size))])
+        needed = KMEANS_TOKENS_PER_CODE * config.model.quantizer.size
+        images = [sharding.put_batch(mesh, next(batches)["image"])
+                  for _ in range(math.ceil(needed / (tokens * config.train.batch_size)))]
         batches.close()
-        # No more images at once than an evaluation takes: a whole global batch may not fit.
-        parts = [images[i:i + config.eval.batch_size] for i in range(0, needed, config.eval.batch_size)]
-        values = step_lib.codebook_from_data(graphdef, {**params, **codebook}, parts, seed=config.seed)
+        values = sharding.on(mesh, step_lib.codebook_from_data)(config, graphdef, {**params, **codebook}, images)
         params = {path: values.get(path, value) for path, value in params.items()}
         codebook = {path: values.get(path, value) for path, value in codebook.items()}
-        log.info("codebook initialised by k-means on %d tokens", sum(map(len, parts)) * tokens)
+        log.info("codebook initialised by k-means on %d tokens", sum(map(len, images)) * tokens)
     return params, codebook
 
 
-def _restored_arrays(config: Config, shapes: Arrays) -> Arrays:
+def _restored_arrays(config: Config, shapes: Arrays, mesh: Mesh) -> Arrays:
     """Another run's arrays as far as this model has them, in whole parts: encoder, quantizer, decoder, statistics.
 
     Raises:
       ValueError: a part that both have differs; the message names the first array.
     """
-    other, _, arrays = checkpoint.load_run(Path(config.init_from))
+    other, _, arrays = checkpoint.load_run(Path(config.init_from), mesh)
     part_of = lambda path: path.split("/")[0]
     theirs, ours = {part_of(path) for path in arrays}, {part_of(path) for path in shapes}
     for path in sorted(path for path in arrays.keys() | shapes.keys() if part_of(path) in theirs & ours):
@@ -205,19 +217,25 @@ class _StopSignal:
     """Notes SIGTERM and SIGINT, so that the loop can save and end between two steps; a second one ends at once."""
 
     def __init__(self):
-        self.requested = False
+        self._received = False
 
     def __enter__(self):
-        # Only a process's main thread may have handlers; a notebook may run elsewhere.
-        numbers = (signal.SIGTERM, signal.SIGINT) if threading.current_thread() is threading.main_thread() else ()
+        # Only a process's main thread may have handlers; a notebook may run elsewhere. Several processes have to stop
+        # at the same step: there JAX notes SIGTERM and agrees on one.
+        alone = threading.current_thread() is threading.main_thread() and jax.process_count() == 1
+        numbers = (signal.SIGTERM, signal.SIGINT) if alone else ()
         self._before = {number: signal.signal(number, self._note) for number in numbers}
         return self
 
     def __exit__(self, *_):
         self._restore()
 
+    def requested(self, step: int) -> bool:
+        """Whether the run has to stop after this step."""
+        return self._received or distributed.preempted(step)
+
     def _note(self, number, frame):
-        self.requested = True
+        self._received = True
         self._restore()
 
     def _restore(self):

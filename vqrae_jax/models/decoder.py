@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from vqrae_jax.models.vit import Linear, Transformer, TransformerSpec, unpatchify
+from vqrae_jax.models.vit import Linear, Remat, Transformer, TransformerSpec, unpatchify
 
 # RAE's decoders (arXiv 2510.11690), whose checkpoints have these shapes.
 _RAE = {"activation": "gelu", "norm_eps": 1e-12}
@@ -46,13 +46,14 @@ class Decoder(nnx.Module):
       std: per channel.
       cls_token: whether a learned token takes part in attention, as in RAE's decoders.
       learned_positions: position embeddings start as sin-cos and learn; otherwise they stay so.
+      remat: see `Transformer`.
       dtype: the type the blocks compute in; parameters are float32.
       rngs: source of the initial parameters.
     """
 
     def __init__(self, spec: TransformerSpec, *, latent_width: int, grid: int, patch_size: int,
                  mean: tuple[float, float, float], std: tuple[float, float, float], cls_token: bool = False,
-                 learned_positions: bool = False, dtype=jnp.float32, rngs: nnx.Rngs):
+                 learned_positions: bool = False, remat: Remat | None = None, dtype=jnp.float32, rngs: nnx.Rngs):
         self.grid, self.patch_size, self.width = grid, patch_size, spec.width
         self.mean, self.std = tuple(mean), tuple(std)
         self.embedding = Linear(latent_width, spec.width, dtype=dtype, rngs=rngs)
@@ -61,7 +62,7 @@ class Decoder(nnx.Module):
         self.cls = nnx.Param(normal(rngs.params(), (1, spec.width))) if cls_token else None
         positions = nnx.Param(jnp.asarray(sincos_positions(spec.width, grid))) if learned_positions else None
         self.position_embedding = positions
-        self.transformer = Transformer(spec, dtype=dtype, rngs=rngs)
+        self.transformer = Transformer(spec, remat=remat, dtype=dtype, rngs=rngs)
         self.pixels = Linear(spec.width, patch_size**2 * 3, rngs=rngs)
 
     def __call__(self, z: jax.Array) -> jax.Array:

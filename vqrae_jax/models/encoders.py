@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from vqrae_jax.models.vit import FinalNorm, ViT, ViTSpec
+from vqrae_jax.models.vit import FinalNorm, Remat, ViT, ViTSpec
 
 Combine = Literal["sum", "concat"]
 
@@ -28,6 +28,7 @@ class Encoder(nnx.Module):
       layers: the blocks whose tokens make the features, each after the last LayerNorm; 1 is the first block. They
         must ascend. Empty: the last block.
       combine: how the tokens of several layers become features: their `sum`, or side by side (`concat`).
+      remat: see `Transformer`.
       dtype: the type the ViT computes in; parameters are float32.
       rngs: source of the initial parameters.
 
@@ -42,7 +43,7 @@ class Encoder(nnx.Module):
 
     def __init__(self, spec: ViTSpec, *, image_size: int, mean: tuple[float, float, float],
                  std: tuple[float, float, float], final_norm: FinalNorm = "affine", layers: tuple[int, ...] = (),
-                 combine: Combine = "sum", dtype=jnp.float32, rngs: nnx.Rngs):
+                 combine: Combine = "sum", remat: Remat | None = None, dtype=jnp.float32, rngs: nnx.Rngs):
         if list(layers) != sorted(set(layers) & set(range(1, spec.depth + 1))):
             raise ValueError(f"layers {tuple(layers)} must ascend within 1 and {spec.depth}, the encoder's depth")
         if combine not in get_args(Combine):
@@ -52,7 +53,8 @@ class Encoder(nnx.Module):
         self.layers, self.combine = tuple(layers) or (spec.depth,), combine
         self.width = spec.width * (len(self.layers) if combine == "concat" else 1)
         self.patch_size, self.grid = spec.patch_size, image_size // spec.patch_size
-        self.vit = ViT(spec, image_size=self.grid * spec.patch_size, final_norm=final_norm, dtype=dtype, rngs=rngs)
+        self.vit = ViT(spec, image_size=self.grid * spec.patch_size, final_norm=final_norm, remat=remat, dtype=dtype,
+                       rngs=rngs)
 
     def __call__(self, images: jax.Array) -> jax.Array:
         """Features of a batch of images.

@@ -190,9 +190,10 @@ def _shifted_sum(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return sum(taps[1:], start=taps[0]).astype(x.dtype)  # the kernel is float32, and with it the sum
 
 
-# XLA fuses the sum into one loop, 20 times faster on a CPU than its grouped convolution. The derivative by x is the
-# same sum with the kernel turned round; JAX's own, a sum of paddings, takes twice as long to compile and to run.
-_depthwise = jax.custom_vjp(_shifted_sum)
+# XLA fuses the sum into one loop, 20 times faster on a CPU than its grouped convolution, which accelerators do well.
+# The derivative by x is the same sum with the kernel turned round; JAX's own, a sum of paddings, takes twice as long
+# to compile and to run.
+_depthwise_on_cpu = jax.custom_vjp(_shifted_sum)
 
 
 def _depthwise_backward(saved, cotangent):
@@ -201,7 +202,16 @@ def _depthwise_backward(saved, cotangent):
     return _shifted_sum(cotangent, kernel[::-1, ::-1]), *pull_back(cotangent)
 
 
-_depthwise.defvjp(lambda x, kernel: (_shifted_sum(x, kernel), (x, kernel)), _depthwise_backward)
+_depthwise_on_cpu.defvjp(lambda x, kernel: (_shifted_sum(x, kernel), (x, kernel)), _depthwise_backward)
+
+
+def _grouped_convolution(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return jax.lax.conv_general_dilated(x, kernel[:, :, None].astype(x.dtype), (1, 1), "SAME",
+                                        dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=x.shape[-1])
+
+
+def _depthwise(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return jax.lax.platform_dependent(x, kernel, cpu=_depthwise_on_cpu, default=_grouped_convolution)
 
 
 def _patch_grid(x: jax.Array, size: int) -> jax.Array:

@@ -24,12 +24,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from vqrae_jax.models.placement import split_batch, whole
 from vqrae_jax.models.vit import Linear, layer_norm
 
 Search = Literal["euclidean", "cosine"]
 Gradient = Literal["straight_through", "rotation"]
 
 MAX_SCORES = 2**25  # entries of the [tokens, codes] matrix that exist at once by default: 128 MiB
+BLOCK_CODES = 512
 KMEANS_ITERATIONS = 10
 
 
@@ -111,28 +113,47 @@ def nearest_code(z: jax.Array, codes: jax.Array, *, metric: Search = "euclidean"
     """The index of the code nearest to each token, the first one on ties: `[N, e], [K, e] -> [N]` int32.
 
     Ranks by |c|^2 / 2 - z.c, which orders codes as |z - c|^2 does, or by -z.c / |c| for "cosine" (a token's own
-    length changes no ranking). Computed in float32; no gradient flows.
+    length changes no ranking). Computed in float32; no gradient flows. Codes are compared `BLOCK_CODES` at a time, so
+    that on a CPU the scores stay in its cache, and memory does not grow with the number of codes.
 
     Args:
       z: tokens, any float dtype.
       codes: the codebook.
       metric: "euclidean" or "cosine".
-      block_tokens: tokens compared at once, over all devices; None keeps [tokens, codes] below `MAX_SCORES` entries.
+      block_tokens: tokens compared at once, over all devices; None keeps their scores below `MAX_SCORES` entries.
     """
-    z = jax.lax.stop_gradient(z).astype(jnp.float32)
-    codes = jax.lax.stop_gradient(codes).astype(jnp.float32)
+    z = split_batch(jax.lax.stop_gradient(z).astype(jnp.float32))
+    codes = whole(jax.lax.stop_gradient(codes).astype(jnp.float32))
     if metric == "cosine":
         codes = codes / _norm(codes)
-        offsets = jnp.zeros((1, len(codes)))
+        offsets = jnp.zeros(len(codes))
     else:
-        offsets = 0.5 * jnp.sum(codes**2, axis=-1)[None]
+        offsets = 0.5 * jnp.sum(codes**2, axis=-1)
+    tokens, dim = z.shape
+    size = len(codes)
+    width = min(size, BLOCK_CODES)
+    count = math.ceil(size / width)
+    padding = count * width - size
+    parts = (jnp.pad(codes, ((0, padding), (0, 0))).reshape(count, width, dim),
+             jnp.pad(offsets, (0, padding), constant_values=jnp.inf).reshape(count, width),
+             jnp.arange(count, dtype=jnp.int32) * width)
 
     def search(block):
-        dots = jnp.matmul(block, codes.T, precision=jax.lax.Precision.HIGHEST)
-        return jnp.argmin(offsets - dots, axis=-1).astype(jnp.int32)
 
-    tokens, dim = z.shape
-    blocks = math.ceil(tokens / (block_tokens or max(1, MAX_SCORES // len(codes))))
+        def compare(best, part):
+            best_score, best_index = best
+            codes, offsets, first = part
+            scores = offsets - jnp.matmul(block, codes.T, precision=jax.lax.Precision.HIGHEST)
+            score = jnp.min(scores, axis=-1, keepdims=True)
+            # Two plain reductions: XLA's CPU code for argmin is several times slower. NaN equals nothing: clipped.
+            places = jnp.where(scores == score, jnp.arange(width, dtype=jnp.int32), width - 1)
+            score, index = score[:, 0], first + jnp.min(places, axis=-1)
+            return (jnp.minimum(score, best_score), jnp.where(score < best_score, index, best_index)), None
+
+        start = (jnp.full(len(block), jnp.inf), jnp.zeros(len(block), jnp.int32))
+        return jax.lax.scan(compare, start, parts)[0][1]
+
+    blocks = math.ceil(tokens / (block_tokens or MAX_SCORES // width))
     if blocks <= 1:
         return search(z)
     block = math.ceil(tokens / blocks)
@@ -227,7 +248,11 @@ class _CodebookQuantizer(Quantizer):
 
     def lookup(self, indices: jax.Array) -> jax.Array:
         """What the decoder sees for given codes: `[...] int32 -> [..., d] float32`. The range is not checked."""
-        return _project(self.project_out, self.codes()[indices])
+        return _project(self.project_out, self._codes_at(indices))
+
+    def _codes_at(self, indices: jax.Array) -> jax.Array:
+        """`codes()[indices]`, `[...] -> [..., e]`, with a gradient."""
+        return self.codes()[indices]
 
     def _to_code_space(self, z: jax.Array) -> jax.Array:
         return _project(self.project_in, z.astype(jnp.float32))
@@ -237,10 +262,9 @@ class _CodebookQuantizer(Quantizer):
 
     def _quantize(self, z: jax.Array) -> tuple[Quantized, jax.Array, jax.Array]:
         """Returns the result with the commitment loss only, the tokens and the codes chosen, both `[..., e]`."""
-        codes = self.codes()
         z = self._to_code_space(z)
-        indices = self._nearest(z.reshape(-1, z.shape[-1]), codes).reshape(z.shape[:-1])
-        chosen = codes[indices]
+        indices = self._nearest(z.reshape(-1, z.shape[-1]), self.codes()).reshape(z.shape[:-1])
+        chosen = self._codes_at(indices)
         constant = jax.lax.stop_gradient(chosen)
         source = rotate_onto(z, constant) if self.gradient == "rotation" else z
         z_q = _project(self.project_out, with_gradient_of(constant, source))
@@ -301,6 +325,11 @@ class SimVQ(_CodebookQuantizer):
     def codes(self) -> jax.Array:
         """The rows of C W + b, `[K, e]` float32, of length 1 with `l2_normalize`."""
         return self._normalized(_project(self.projection, self.codebook[...]))
+
+    def _codes_at(self, indices: jax.Array) -> jax.Array:
+        # Rows of C, then W: the gradient needs no [K, e] array to scatter into, and two matmuls with as many rows as
+        # there are tokens instead of codes.
+        return self._normalized(_project(self.projection, self.codebook[...][indices]))
 
     def _to_code_space(self, z: jax.Array) -> jax.Array:
         return self._normalized(super()._to_code_space(z))

@@ -9,19 +9,27 @@ not grow with depth and one path pattern names a parameter of every layer.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from vqrae_jax.models.placement import split_batch, whole
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of images in [0, 1]
 
 Activation = Literal["gelu", "gelu_tanh"]
 FinalNorm = Literal["affine", "plain"]
 Rope = tuple[np.ndarray, np.ndarray]
+Remat = Callable[..., bool]
+
+# What the backward pass reads again by default: results of matmuls. LayerNorms, GELUs and the attention weights are
+# computed anew, which costs less than writing and reading them, on a CPU as on a chip.
+SAVE_MATMULS = jax.checkpoint_policies.save_only_these_names("qkv", "attended", "logsumexp", "out", "fc1")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,10 +69,11 @@ class Linear(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = x.reshape(-1, x.shape[-1]).astype(self.dtype) @ self.kernel[...].astype(self.dtype)
+        tokens, kernel = split_batch(x.reshape(-1, x.shape[-1])), self.kernel[...].astype(self.dtype)
+        y = tokens.astype(self.dtype) @ whole(kernel)
         if self.bias is not None:
             y = y + self.bias[...].astype(self.dtype)
-        return y.reshape(*x.shape[:-1], y.shape[-1])
+        return split_batch(y).reshape(*x.shape[:-1], y.shape[-1])
 
 
 def layer_norm(width: int, *, eps: float, affine: bool = True, dtype=jnp.float32, rngs: nnx.Rngs) -> nnx.LayerNorm:
@@ -95,6 +104,79 @@ def rotate(x: jax.Array, rope: Rope) -> jax.Array:
     return x * cos + jnp.concatenate([-second, first], axis=-1) * sin
 
 
+@jax.custom_vjp
+def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """softmax(q k^T / sqrt(d)) v with the softmax in float32, `[G, N, d] -> [G, N, d]` three times.
+
+    The backward pass computes the weights anew from their logsumexp (FlashAttention, arXiv 2205.14135, section 3.1),
+    so nothing of size N x N outlives the layer. On NVIDIA GPUs both passes are cuDNN's flash attention where it takes
+    the shapes: 16-bit floats, and d a multiple of 8 up to 128.
+    """
+    return _attend_forward(q, k, v)[0]
+
+
+def _attend_forward(q: jax.Array, k: jax.Array, v: jax.Array):
+
+    def plain(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
+        logits = _matmul("bqd,bkd->bqk", q * q.shape[-1]**-0.5, k)
+        largest = jnp.max(logits, axis=-1, keepdims=True)
+        weights = jnp.exp(logits - largest)
+        total = jnp.sum(weights, axis=-1, keepdims=True)
+        y = jnp.einsum("bqk,bkd->bqd", (weights / total).astype(v.dtype), v)
+        return y, (largest + jnp.log(total))[..., 0]
+
+    def flash(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return _flash(q, k, v), jnp.zeros(q.shape[:-1], jnp.float32)
+
+    y, logsumexp = _on_nvidia(flash, plain, q, k, v)
+    y, logsumexp = checkpoint_name(y, "attended"), checkpoint_name(logsumexp, "logsumexp")
+    return y, (q, k, v, y, logsumexp)
+
+
+def _attend_backward(residuals, dy: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+
+    def plain(q, k, v, y, logsumexp, dy):
+        q = q * q.shape[-1]**-0.5
+        # Keys before queries throughout: so the large matrices are never read transposed, but for dq.
+        weights = jnp.exp(_matmul("bkd,bqd->bkq", k, q) - logsumexp[:, None])
+        dv = jnp.einsum("bkq,bqd->bkd", weights.astype(v.dtype), dy)
+        mean = jnp.sum(dy.astype(jnp.float32) * y.astype(jnp.float32), axis=-1)
+        dlogits = (weights * (_matmul("bkd,bqd->bkq", v, dy) - mean[:, None])).astype(q.dtype)
+        dq = jnp.einsum("bkq,bkd->bqd", dlogits, k) * q.shape[-1]**-0.5
+        return dq, jnp.einsum("bkq,bqd->bkd", dlogits, q), dv
+
+    def flash(q, k, v, y, logsumexp, dy):
+        del y, logsumexp
+        return jax.vjp(_flash, q, k, v)[1](dy)
+
+    return _on_nvidia(flash, plain, *residuals, dy)
+
+
+attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _matmul(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    return jnp.einsum(subscripts, x, y, preferred_element_type=jnp.float32)
+
+
+def _flash(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    q, k, v = (x[:, :, None] for x in (q, k, v))  # one head, for heads are part of the batch
+    return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")[:, :, 0]
+
+
+def _on_nvidia(flash: Callable, plain: Callable, q: jax.Array, *arrays: jax.Array):
+    """`flash(q, *arrays)` where the program is compiled for a GPU that has cuDNN and the type fits, else `plain`."""
+    fits = q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
+    # Without cuDNN it cannot even be traced.
+    if not fits or not _has_cudnn():
+        return plain(q, *arrays)
+    return jax.lax.platform_dependent(q, *arrays, cuda=flash, default=plain)
+
+
+def _has_cudnn() -> bool:
+    return jax.default_backend() == "gpu" and "cuda" in jax.devices()[0].client.platform_version
+
+
 class Attention(nnx.Module):
     """Multi-head self-attention, `[B, N, d] -> [B, N, d]`, softmax in float32.
 
@@ -110,7 +192,7 @@ class Attention(nnx.Module):
     def __call__(self, x: jax.Array, rope: Rope | None = None) -> jax.Array:
         batch, tokens, width = x.shape
         head_dim = width // self.heads
-        qkv = self.qkv(x)
+        qkv = checkpoint_name(self.qkv(x), "qkv")
         if self.query_value_bias is not None:
             query, value = jnp.split(self.query_value_bias[...].astype(qkv.dtype), 2)
             qkv = qkv + jnp.concatenate([query, jnp.zeros_like(query), value])
@@ -118,11 +200,9 @@ class Attention(nnx.Module):
         q, k, v = qkv.transpose(2, 0, 3, 1, 4).reshape(3, batch * self.heads, tokens, head_dim)
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
-        logits = jnp.einsum("bqd,bkd->bqk", q * head_dim**-0.5, k, preferred_element_type=jnp.float32)
-        weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-        y = jnp.einsum("bqk,bkd->bqd", weights, v)
+        y = attend(q, k, v)
         y = y.reshape(batch, self.heads, tokens, head_dim).transpose(0, 2, 1, 3)
-        return self.out(y.reshape(batch, tokens, width))
+        return checkpoint_name(self.out(y.reshape(batch, tokens, width)), "out")
 
 
 class Mlp(nnx.Module):
@@ -134,7 +214,7 @@ class Mlp(nnx.Module):
         self.approximate = spec.activation == "gelu_tanh"
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.fc2(jax.nn.gelu(self.fc1(x), approximate=self.approximate))
+        return self.fc2(jax.nn.gelu(checkpoint_name(self.fc1(x), "fc1"), approximate=self.approximate))
 
 
 class Block(nnx.Module):
@@ -161,16 +241,19 @@ class Transformer(nnx.Module):
     """`depth` blocks and a final LayerNorm, `[B, N, d] -> [B, N, d]`; the result is float32.
 
     `final_norm="plain"` has no scale and bias: every token leaves with zero mean and unit variance. With None there is
-    no final LayerNorm at all. `rope`, where given, turns the queries and keys of every block.
+    no final LayerNorm at all. `rope`, where given, turns the queries and keys of every block. `remat`, a policy of
+    `jax.checkpoint_policies`, says what of a block is kept for the backward pass, which recomputes the rest; None is
+    `SAVE_MATMULS`.
     """
 
     def __init__(self, spec: TransformerSpec, *, final_norm: FinalNorm | None = "affine", key_bias: bool = True,
-                 dtype=jnp.float32, rngs: nnx.Rngs):
+                 remat: Remat | None = None, dtype=jnp.float32, rngs: nnx.Rngs):
         make_block = lambda rngs: Block(spec, key_bias=key_bias, dtype=dtype, rngs=rngs)
         self.blocks = nnx.vmap(make_block, in_axes=0, out_axes=0)(rngs.split(spec.depth))
         make_norm = lambda: layer_norm(spec.width, eps=spec.norm_eps, affine=final_norm == "affine", rngs=rngs)
         self.norm = make_norm() if final_norm is not None else None
         self.depth, self.dtype = spec.depth, dtype
+        self.policy = SAVE_MATMULS if remat is None else remat
 
     def __call__(self, x: jax.Array, rope: Rope | None = None) -> jax.Array:
         (x,) = self.hidden_states(x, [self.depth], rope)
@@ -188,7 +271,8 @@ class Transformer(nnx.Module):
         They must ascend. Blocks after the last of them are not run.
         """
         graphdef, stacked = nnx.split(self.blocks)
-        run_block = lambda x, params: (nnx.merge(graphdef, params)(x, rope), None)
+        run_block = jax.checkpoint(lambda x, params: (nnx.merge(graphdef, params)(x, rope), None), policy=self.policy,
+                                   prevent_cse=False)
         states, x, done = [], x.astype(self.dtype), 0
         for layer in layers:
             part = jax.tree.map(lambda leaf, done=done, layer=layer: leaf[done:layer], stacked)
@@ -242,13 +326,14 @@ class ViT(nnx.Module):
 
     `__call__` maps normalised images `[B, image_size, image_size, 3]` to `[B, N, d]` float32 with
     N = (image_size / patch_size)**2; cls and register tokens take part in attention and are dropped at the end.
+    `remat`: see `Transformer`.
 
     Raises:
       ValueError: the patch size does not divide the image size; `final_norm="plain"` where there is no final LayerNorm.
     """
 
-    def __init__(self, spec: ViTSpec, *, image_size: int, final_norm: FinalNorm = "affine", dtype=jnp.float32,
-                 rngs: nnx.Rngs):
+    def __init__(self, spec: ViTSpec, *, image_size: int, final_norm: FinalNorm = "affine",
+                 remat: Remat | None = None, dtype=jnp.float32, rngs: nnx.Rngs):
         if image_size % spec.patch_size:
             raise ValueError(f"image size {image_size} is not divisible by the encoder's patch size {spec.patch_size}")
         if final_norm == "plain" and not spec.has_final_norm:
@@ -263,7 +348,7 @@ class ViT(nnx.Module):
         # The cls token's own position embedding is folded into it when weights are loaded.
         self.prefix = nnx.Param(normal(rngs.params(), (spec.prefix_tokens, spec.width))) if spec.prefix_tokens else None
         self.transformer = Transformer(spec, final_norm=final_norm if spec.has_final_norm else None,
-                                       key_bias=learned, dtype=dtype, rngs=rngs)
+                                       key_bias=learned, remat=remat, dtype=dtype, rngs=rngs)
 
     def embed(self, images: jax.Array) -> jax.Array:
         """Patch embeddings plus learned positions, `[B, N, d]`, before any attention and without prefix tokens."""

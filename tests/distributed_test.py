@@ -1,0 +1,151 @@
+"""Several real processes on this machine, joined over loopback, are one run."""
+
+import json
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from vqrae_jax import config as config_lib
+from vqrae_jax import train
+
+from .conftest import REFERENCE, REPOSITORY
+
+STEPS = 16
+CONFIG = f"""
+from vqrae_jax import config as config_lib
+def get_config():
+    config = config_lib.default()
+    config.train.update(steps={STEPS}, batch_size=8, log_every=1, checkpoint_every=4, eval_every=8)
+    config.data.update(image_size=32, threads=1)
+    config.eval.update(batch_size=8, limit=27, samples=2)
+    config.model.encoder.path = {str(REFERENCE / "siglip_vision")!r}
+    config.model.quantizer.update(size=32, dim=32, init="kmeans")
+    config.optim.update(lr=1e-3, end_lr=1e-4, warmup_steps=2, ema_decay=0.9)
+    config.optim.lr_multipliers = (("encoder/.*", 0.0),)
+    config.log.tensorboard = False
+    return config
+"""
+
+
+@pytest.fixture
+def config_file(tmp_path) -> Path:
+    file = tmp_path / "tiny.py"
+    file.write_text(CONFIG)
+    return file
+
+
+def parsed(config_file: Path) -> config_lib.Config:
+    namespace = {}
+    exec(config_file.read_text(), namespace)
+    return config_lib.parse(namespace["get_config"]())
+
+
+def start(config_file: Path, workdir: Path, processes: int, *flags: str) -> list[subprocess.Popen]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return [subprocess.Popen(
+        [sys.executable, "-m", "vqrae_jax.main", f"--config={config_file}", f"--workdir={workdir}",
+         f"--coordinator_address=127.0.0.1:{port}", f"--num_processes={processes}", f"--process_id={i}", *flags],
+        cwd=REPOSITORY, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for i in range(processes)]
+
+
+def finish(processes: list[subprocess.Popen]) -> list[str]:
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0] * len(processes), outputs
+    return outputs
+
+
+def metrics(workdir: Path) -> list[dict]:
+    file = workdir / "metrics.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def wait_for_step(workdir: Path, step: int, processes: list[subprocess.Popen]) -> None:
+    end = time.monotonic() + 300
+    while not any(line["step"] >= step for line in metrics(workdir)):
+        assert time.monotonic() < end and all(process.poll() is None for process in processes), [
+            process.communicate()[0] for process in processes if process.poll() is not None]
+        time.sleep(0.02)
+
+
+def check_equal(ours: list[dict], theirs: list[dict]) -> None:
+    assert [line["step"] for line in ours] == [line["step"] for line in theirs]
+    for mine, other in zip(ours, theirs, strict=True):
+        for name, value in other.items():
+            # A quantizer's gradient that is nothing but rounding, as at a k-means start, has no relative size.
+            tolerance = {"rel": 1e-5, "abs": 1e-6 if name.startswith("grad_norm") else 0.0}
+            assert mine[name] == pytest.approx(value, **tolerance), (mine["step"], name)
+
+
+def test_two_processes_equal_one_and_survive_the_loss_of_one(config_file, tmp_path):
+    alone, together, moved = (tmp_path / name for name in ("alone", "together", "moved"))
+    train.run(parsed(config_file), alone)
+
+    processes = start(config_file, together, 2)
+    wait_for_step(together, 6, processes)
+    processes[1].kill()
+    killed = time.monotonic()
+    output, _ = processes[0].communicate(timeout=60)
+    processes[1].communicate()
+    assert time.monotonic() - killed < 60
+    assert processes[0].returncode not in (0, None)
+    assert "another process of this run is gone" in output or "another task died" in output
+    shutil.copytree(together, moved)
+
+    first, second = finish(start(config_file, together, 2))
+    assert "continuing at step 4" in first and f"step {STEPS}/{STEPS}" in first
+    assert "step" not in second  # only the first process speaks
+    check_equal(metrics(together), metrics(alone))
+    # What two processes saved, one continues.
+    train.run(parsed(config_file), moved)
+    check_equal(metrics(moved), metrics(alone))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("count", [2, 4])
+def test_any_number_of_processes_continues_what_any_other_began(count, config_file, tmp_path):
+    alone, whole, broken = (tmp_path / name for name in ("alone", "whole", "broken"))
+    train.run(parsed(config_file), alone)
+    finish(start(config_file, whole, count))
+    check_equal(metrics(whole), metrics(alone))
+
+    # Killed and started again as it was: not a bit differs.
+    processes = start(config_file, broken, count)
+    wait_for_step(broken, 6, processes)
+    processes[0].kill()
+    for process in processes:
+        process.communicate(timeout=60)
+    finish(start(config_file, broken, count))
+    assert (broken / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+
+    # SIGTERM to one of them stops all at the same step; one process, with its parameters split, goes on.
+    stopped = tmp_path / "stopped"
+    processes = start(config_file, stopped, count, "--config.train.checkpoint_every=1000")
+    wait_for_step(stopped, 3, processes)
+    processes[-1].send_signal(signal.SIGTERM)
+    outputs = [process.communicate(timeout=60)[0] for process in processes]
+    assert [process.returncode for process in processes] == [75] * count, outputs
+    assert "stopped by a signal after step" in outputs[0]
+    train.run(parsed(config_file), stopped)
+    check_equal(metrics(stopped), metrics(alone))
+
+
+@pytest.mark.parametrize(("flags", "says"), [
+    (["--num_processes=2"], "--coordinator_address, --num_processes and --process_id go together"),
+    (["--workdir=gs://bucket/run"], "--workdir=gs://bucket/run is no folder"),
+    (["--config.mesh.fsdp=3"], "mesh.data -1 and mesh.fsdp 3 do not fit 1 device"),
+])
+def test_what_cannot_start_says_so(flags, says, config_file, tmp_path):
+    process = subprocess.run(
+        [sys.executable, "-m", "vqrae_jax.main", f"--config={config_file}", f"--workdir={tmp_path / 'run'}", *flags],
+        cwd=REPOSITORY, text=True, capture_output=True)
+    assert process.returncode == 1
+    assert says in process.stderr
+    assert len(process.stderr.strip().splitlines()) == 1

@@ -1,0 +1,131 @@
+"""One program on every mesh: eight simulated devices, in a process of their own."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from vqrae_jax import build, checkpoint, sharding
+from vqrae_jax import config as config_lib
+from vqrae_jax import step as step_lib
+from vqrae_jax.models import flat
+
+STEPS, BATCH, TOKENS, CODES = 20, 16, 16 * 16, 48
+KINDS = {
+    "simvq": {"meshes": ((1, 1), (8, 1), (4, 2), (2, 4), (1, 8)), "accumulate": 1,
+              "quantizer": {"kind": "simvq", "dim": 40}},
+    "ema": {"meshes": ((1, 1), (2, 4)), "accumulate": 2,
+            "quantizer": {"kind": "ema", "dim": 32, "restart_threshold": 0.5}},
+}
+
+
+def make_config(values: dict, *, kind: str, mesh: tuple[int, int]) -> config_lib.Config:
+    """Everything that is sharded takes part: a learning encoder with its teacher, averages, a codebook."""
+    values["train"].update(steps=STEPS, batch_size=BATCH, log_every=1, accumulate=KINDS[kind]["accumulate"])
+    values["model"]["quantizer"].update(size=CODES, **KINDS[kind]["quantizer"])
+    values["loss"]["distill_weight"] = 1.0
+    values["optim"]["lr_multipliers"] = []
+    values["mesh"].update(data=mesh[0], fsdp=mesh[1])
+    return config_lib.parse(values)
+
+
+def train(config: config_lib.Config) -> dict:
+    """Losses and uses of codes of each step, indices at the end, and the compiled step."""
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[:config.mesh.data * config.mesh.fsdp])
+    graphdef, param_shapes, codebook_shapes = build.structure(config)
+    parts = build.parts(config, graphdef)
+    place = lambda tree: sharding.of(mesh, tree)
+    params, codebook = build.initial_arrays(config, place)
+    abstract = checkpoint.abstract_state(config, parts, param_shapes, codebook_shapes, mesh)
+    state, frozen = jax.jit(lambda *arrays: step_lib.init_state(config, parts, *arrays),
+                            out_shardings=place(abstract))(params, codebook, {}, {})
+    images = np.random.default_rng(0).integers(0, 256, (BATCH, 32, 32, 3), np.uint8)
+    images = sharding.put_batch(mesh, images)
+    compiled = sharding.jit_step(step_lib.make_train_step(config, parts), mesh, state).trace(
+        state, frozen, images, gan=False).lower().compile()
+    losses, counts = [], []
+    for _ in range(STEPS):
+        state, metrics = compiled(state, frozen, images)
+        losses.append({name: float(value) for name, value in metrics.items() if name.startswith("loss/")})
+        counts.append(state.code_counts.tolist())
+    encode = jax.jit(sharding.on(mesh, lambda arrays, images: flat.merge(graphdef, arrays).encode(images)[1]))
+    indices = encode({**state.params, **state.codebook}, images)
+    moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim == 3]
+    return {"losses": losses, "counts": counts, "indices": np.asarray(indices).tolist(), "hlo": compiled.as_text(),
+            "moments": [leaf.shape for leaf in moments],
+            "shard_shapes": [leaf.sharding.shard_shape(leaf.shape) for leaf in moments]}
+
+
+@pytest.fixture(scope="module", params=sorted(KINDS))
+def runs(request, tmp_path_factory):
+    """What `train` returns on each mesh."""
+    out = tmp_path_factory.mktemp("sharding") / "runs.json"
+    subprocess.run([sys.executable, "-m", "tests.sharding_test", request.param, str(out)], check=True,
+                   env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
+                   cwd=Path(__file__).parents[1])
+    return {tuple(mesh): run for mesh, run in json.loads(out.read_text())}
+
+
+def test_losses_and_codes_are_the_same_on_every_mesh(runs):
+    expected = runs[1, 1]
+    for run in runs.values():
+        for ours, theirs in zip(run["losses"], expected["losses"], strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-5)
+        assert run["counts"] == expected["counts"]
+        assert run["indices"] == expected["indices"]
+
+
+def test_no_device_ever_holds_all_of_what_is_split(runs):
+    for (data, fsdp), run in runs.items():
+        for shape, shard in zip(run["moments"], run["shard_shapes"], strict=True):
+            assert np.prod(shard) * fsdp == np.prod(shape)
+            if fsdp > 1:  # a layer at a time is gathered, never the stack of all
+                whole = re.escape(f"f32[{','.join(map(str, shape))}]")
+                assert not re.search(rf"= [^=]*{whole}[^=]* all-gather", run["hlo"])
+        scores = set(re.findall(rf"f32\[(\d+),{CODES}\]", run["hlo"]))
+        assert scores, "the search left no matrix of scores in the program: this test looks in the wrong place"
+        assert max(map(int, scores)) <= TOKENS // (data * fsdp)
+
+
+def test_every_axis_and_rule_says_what_it_means():
+    mesh = jax.sharding.AbstractMesh((2, 4), ("data", "fsdp"))
+    spec = lambda name, shape: sharding.of(mesh, {name: jax.ShapeDtypeStruct(shape, jnp.float32)})[name].spec
+    kernel = "decoder/transformer/blocks/mlp/fc1/kernel"
+    assert spec(f"opt_state/1/mu/{kernel}", (2, 32, 64)) == PartitionSpec(None, "fsdp", None)
+    assert spec(f"params/{kernel}", (2, 30, 64)) == PartitionSpec(None, None, "fsdp")
+    assert spec("params/quantizer/project_in/kernel", (32, 40)) == PartitionSpec(None, "fsdp")
+    assert spec("codebook/quantizer/codebook", (48, 40)) == PartitionSpec("fsdp", None)
+    assert spec("params/decoder/transformer/blocks/mlp/fc1/bias", (2, 64)) == PartitionSpec()
+    assert spec("gan/params/discriminator/conv1/kernel", (1, 1, 64, 64)) == PartitionSpec()
+
+
+@pytest.mark.parametrize(("mesh", "says"), [
+    ((2, 1), "mesh.data 2 and mesh.fsdp 1 do not fit 1 device:"),
+    ((-1, 3), "mesh.data -1 and mesh.fsdp 3 do not fit 1 device:"),
+])
+def test_a_mesh_that_does_not_fit_is_named(mesh, says):
+    with pytest.raises(ValueError, match="config keys") as error:
+        sharding.make_mesh(config_lib.Mesh(data=mesh[0], fsdp=mesh[1]), jax.devices()[:1])
+    assert says in str(error.value)
+
+
+if __name__ == "__main__":
+    import dataclasses
+
+    from tests.conftest import REFERENCE
+
+    kind, out = sys.argv[1:]
+    values = json.loads(json.dumps(dataclasses.asdict(config_lib.Config())))
+    values["data"]["image_size"] = 32
+    values["model"]["encoder"]["path"] = str(REFERENCE / "siglip_vision")
+    values["optim"].update(lr=1e-3, warmup_steps=2, ema_decay=0.9)
+    results = [(mesh, train(make_config(values, kind=kind, mesh=mesh))) for mesh in KINDS[kind]["meshes"]]
+    Path(out).write_text(json.dumps(results))

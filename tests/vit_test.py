@@ -1,0 +1,67 @@
+"""Attention's own backward pass, what the backward pass keeps, and cuDNN where it belongs."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from vqrae_jax.models import flat, vit
+from vqrae_jax.models.vit import Transformer, TransformerSpec, attend
+
+SPEC = TransformerSpec(width=16, depth=3, heads=2, mlp_dim=32)
+
+
+def reference(q, k, v):
+    return jax.nn.softmax(jnp.einsum("bqd,bkd->bqk", q, k) * q.shape[-1]**-0.5) @ v
+
+
+def test_attention_and_its_gradient():
+    q, k, v, dy = (3 * jax.random.normal(key, (4, 7, 8)) for key in jax.random.split(jax.random.key(0), 4))
+    ours, pull_back = jax.vjp(attend, q, k, v)
+    theirs, their_pull_back = jax.vjp(reference, q, k, v)
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    for a, b in zip(pull_back(dy), their_pull_back(dy), strict=True):
+        np.testing.assert_allclose(a, b, atol=5e-5)
+
+
+def test_attention_in_bfloat16_keeps_its_type():
+    x = jax.random.normal(jax.random.key(0), (2, 5, 8), jnp.bfloat16)
+    y, pull_back = jax.vjp(attend, x, x, x)
+    assert [a.dtype for a in (y, *pull_back(y))] == [jnp.bfloat16] * 4
+
+
+def loss_of(remat):
+    graphdef, params, _ = flat.split(Transformer(SPEC, remat=remat, rngs=nnx.Rngs(0)))
+    x = jax.random.normal(jax.random.key(1), (2, 9, 16))
+    return (lambda params: jnp.sum(jnp.sin(3 * flat.merge(graphdef, params)(x)))), params
+
+
+@pytest.mark.parametrize("policy", ["nothing_saveable", "everything_saveable", "dots_with_no_batch_dims_saveable"])
+def test_what_is_kept_changes_no_gradient(policy):
+    loss, params = loss_of(None)
+    other, _ = loss_of(getattr(jax.checkpoint_policies, policy))
+    for a, b in zip(*(jax.tree.leaves(jax.grad(f)(params)) for f in (loss, other)), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def residual_bytes(remat) -> int:
+    loss, params = loss_of(remat)
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(jax.vjp(loss, params)[1]))
+
+
+def test_by_default_nothing_elementwise_is_kept():
+    least, default, most = (residual_bytes(remat) for remat in (
+        jax.checkpoint_policies.nothing_saveable, None, jax.checkpoint_policies.everything_saveable))
+    assert least < default < 0.6 * most
+
+
+def test_a_cpu_program_holds_nothing_of_cudnn(monkeypatch):
+    x = jnp.ones((4, 16, 64), jnp.bfloat16)
+    assert "cudnn" not in jax.jit(attend).lower(x, x, x).as_text()
+    # Beside a GPU as well: the choice is made when the program is lowered.
+    monkeypatch.setattr(vit, "_has_cudnn", lambda: True)
+    monkeypatch.setattr(vit, "_flash", lambda q, k, v: jnp.sin(reference(q, k, v)))
+    assert "sine" not in jax.jit(lambda x: attend(x, x, x)).lower(x).as_text()
+    exported = jax.export.export(jax.jit(lambda x: attend(x, x, x)), platforms=["cuda"])(x)
+    assert "sine" in exported.mlir_module()

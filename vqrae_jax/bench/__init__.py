@@ -1,0 +1,1 @@
+"""The `bench` verb, and the same model in PyTorch to measure against."""

@@ -1,0 +1,266 @@
+"""Speed and memory of encode, decode, train steps and the input pipeline, with random weights.
+
+    python -m vqrae_jax.bench --config=configs/bench_medium.py [--batch=N] [--against=torch] [--json=FILE]
+
+Every case runs in a process of its own, so that its peak memory is its own: of the device, where JAX knows it, else of
+the whole process. Times are medians of `--repeats` runs after two that do not count. With --against=torch the same
+model in plain PyTorch takes turns with it, run by run, on the same number of threads; the ratio is PyTorch's time over
+ours. It needs a SimVQ model in float32 and PyTorch installed.
+"""
+
+import dataclasses
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from flax import nnx
+from ml_collections import config_flags
+
+from vqrae_jax import build, cli, cost, sharding
+from vqrae_jax import config as config_lib
+from vqrae_jax import step as step_lib
+from vqrae_jax.config import Config
+from vqrae_jax.convert import huggingface
+from vqrae_jax.data import BadImages, train_batches
+from vqrae_jax.inference import Tokenizer
+from vqrae_jax.models import flat
+from vqrae_jax.models.quantizers import EMAVQ
+
+SEARCH_DIM = 1536  # of the code search alone: the width of so400m's codes
+CASES = ("encode", "decode", "search", "train_stage1", "train_stage2", "train_stage2_gan", "input")
+AGAINST = ("encode", "decode", "search", "train_stage1")  # what bench/pytorch.py has
+
+
+def stage(config: Config, case: str) -> Config:
+    """The config whose training step is a case: stage 1, stage 2, or stage 2 with a PatchGAN that learns and is used.
+
+    Everything else is as given. The schedules' warm-up may end after training: no step here gets that far.
+    """
+    frozen = (("encoder/.*", 0.0),) if case == "train_stage1" else ()
+    gan = config_lib.Gan()
+    if case == "train_stage2_gan":
+        gan = dataclasses.replace(gan, discriminator="patchgan")
+    return dataclasses.replace(
+        config, gan=gan, optim=dataclasses.replace(config.optim, lr_multipliers=frozen, end_lr_multipliers=()),
+        loss=dataclasses.replace(config.loss, distill_weight=0.0 if frozen else 1.0))
+
+
+def flops(config: Config, case: str) -> int | None:
+    """Model FLOPs of one run of a case; None for the input pipeline."""
+    work, batch = cost.flops(stage(config, case), gan=case == "train_stage2_gan"), config.train.batch_size
+    if case == "search":
+        return 2 * batch * build.tokens_per_image(config) * config.model.quantizer.size * SEARCH_DIM
+    if case.startswith("train"):
+        return work.per_step(stage(config, case))
+    return {"encode": batch * work.encode + work.codes, "decode": batch * work.decode}.get(case)
+
+
+def prepare(config: Config, case: str) -> Callable[[], Any]:
+    """A function that does the work of a case once, to the end."""
+    batch, size, rng = config.train.batch_size, config.data.image_size, np.random.default_rng(0)
+    if case == "input":
+        data = config.data
+        batches = train_batches(
+            build.data_source(data.source, training=True), image_size=size, batch_size=batch, seed=config.seed,
+            crop_scale_min=data.crop_scale_min, flip=data.flip, threads=data.threads, workers=data.workers,
+            bad_images=BadImages(None))
+        return lambda: next(batches)
+    images = rng.integers(0, 256, (batch, size, size, 3), np.uint8)
+    if case == "search":
+        return _search(batch * build.tokens_per_image(config), config.model.quantizer.size)
+    if case.startswith("train"):
+        return _train(stage(config, case), images, gan=case == "train_stage2_gan")
+    graphdef, _, _ = build.structure(config)
+    params, codebook = build.initial_arrays(config)
+    tokenizer = Tokenizer(config, graphdef, params | codebook)
+    if case == "encode":
+        images = jnp.asarray(images)
+        return lambda: jax.block_until_ready(tokenizer.encode_to_indices(images))
+    codes = rng.integers(0, tokenizer.num_codes, (batch, build.tokens_per_image(config)))
+    return lambda: jax.block_until_ready(tokenizer.decode_from_indices(codes))
+
+
+def _search(tokens: int, size: int) -> Callable[[], Any]:
+    graphdef, _, state = flat.split(EMAVQ(width=SEARCH_DIM, size=size, dim=SEARCH_DIM, rngs=nnx.Rngs(0)))
+
+    def quantize(state, z):
+        quantizer = flat.merge(graphdef, state)
+        quantized = quantizer(z, train=True)
+        return quantizer.next_state(quantized.stats, rng=jax.random.key(0)), quantized.z_q, quantized.indices
+
+    z = jax.random.normal(jax.random.key(1), (tokens, SEARCH_DIM))
+    return _repeat(jax.jit(quantize, donate_argnums=0), state, z)
+
+
+def _train(config: Config, images: np.ndarray, *, gan: bool) -> Callable[[], Any]:
+    mesh = sharding.make_mesh(config.mesh)
+    sharding.check_batch_size(mesh, config)
+    graphdef, _, _ = build.structure(config)
+    parts = build.parts(config, graphdef)
+    place = lambda tree: sharding.of(mesh, tree)
+    arrays = (*build.initial_arrays(config, place), *build.network_arrays(config, place))
+    init = lambda *arrays: step_lib.init_state(config, parts, *arrays)
+    state, frozen = jax.jit(init, out_shardings=place(jax.eval_shape(init, *arrays)))(*arrays)
+    step = sharding.jit_step(step_lib.make_train_step(config, parts), mesh, state)
+    return _repeat(lambda state: step(state, frozen, sharding.put_batch(mesh, images), gan=gan), state)
+
+
+def _repeat(function: Callable[..., tuple], state: Any, *arguments: Any) -> Callable[[], Any]:
+    """Calls a function with the state that it last returned first, which may be donated."""
+    held = [state]
+
+    def run() -> None:
+        state, *_ = jax.block_until_ready(function(held.pop(), *arguments))
+        held.append(state)
+
+    return run
+
+
+def serve(config: Config, case: str) -> None:
+    """The child: a line in, one run and its seconds out; at the end of input peak memory and the device."""
+    run = prepare(config, case)
+    run()
+    print("ready", flush=True)
+    for _ in sys.stdin:
+        start = time.perf_counter()
+        run()
+        print(time.perf_counter() - start, flush=True)
+    device = jax.local_devices()[0]
+    unit = 1 if sys.platform == "darwin" else 1024
+    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    print((device.memory_stats() or {}).get("peak_bytes_in_use", own), device.device_kind, jax.device_count(), sep="\t")
+
+
+class Child:
+    """A process that runs a case whenever it is told to."""
+
+    def __init__(self, command: list[str], what: str):
+        self._what = what
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._read()
+
+    def run(self) -> float:
+        """Seconds of one run."""
+        assert self._process.stdin
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+        return float(self._read())
+
+    def end(self) -> list[str]:
+        """What the process says at its end: its peak memory in bytes first."""
+        assert self._process.stdin
+        self._process.stdin.close()
+        last = self._read().split("\t")
+        self._process.wait()
+        return last
+
+    def _read(self) -> str:
+        assert self._process.stdout
+        line = self._process.stdout.readline()
+        if not line:
+            raise ValueError(f"{self._what} ended with exit code {self._process.wait()}: its message is above")
+        return line.rstrip("\n")
+
+
+def pytorch_command(config: Config, case: str) -> list[str]:
+    """How the same case is run in PyTorch.
+
+    Raises:
+      ValueError: a model that bench/pytorch.py does not have.
+    """
+    model, spec = config.model, huggingface.read_encoder_spec(build.encoder_path(config))
+    decoder, patch_size = build.decoder_spec(config, spec), spec.vit.patch_size
+    if (model.dtype != "float32" or model.quantizer.kind != "simvq" or model.quantizer.dim != spec.vit.width
+            or spec.vit.prefix_tokens or spec.vit.layer_scale or model.decoder.cls_token
+            or model.decoder.patch_size not in (0, patch_size)
+            or config.loss.perceptual_weight or config.train.accumulate > 1):
+        raise ValueError("--against=torch knows a SigLIP-like encoder, SimVQ of its width and a plain decoder, in "
+                         "float32, without perceptual losses or accumulation: see configs/bench_medium.py")
+    o = config.optim
+    job = {"case": case, "batch": config.train.batch_size, "threads": len(os.sched_getaffinity(0)),
+           "image_size": config.data.image_size, "patch_size": patch_size, "codes": model.quantizer.size,
+           "dim": SEARCH_DIM, "encoder": dataclasses.asdict(spec.vit), "decoder": dataclasses.asdict(decoder),
+           "optimizer": dict(lr=o.lr, b1=o.b1, b2=o.b2, weight_decay=o.weight_decay, clip_norm=o.clip_norm,
+                             ema_decay=o.ema_decay)}
+    return [sys.executable, str(Path(__file__).parent / "pytorch.py"), json.dumps(job)]
+
+
+def measure(config: Config, case: str, *, repeats: int, against: bool) -> dict[str, Any]:
+    """Runs a case, in turns with PyTorch where wanted; returns what is written as JSON."""
+    commands = {"jax": [sys.executable, "-m", "vqrae_jax.bench", *sys.argv[1:], f"--child={case}"]}
+    if against and case in AGAINST:
+        commands["torch"] = pytorch_command(config, case)
+    children = {name: Child(command, f"{name}, {case},") for name, command in commands.items()}
+    for child in children.values():
+        child.run()  # the second run: memory has found its size
+    times = {name: [] for name in children}
+    for _ in range(repeats):
+        for name, child in children.items():
+            times[name].append(child.run())
+    ends = {name: child.end() for name, child in children.items()}
+    seconds = {name: statistics.median(values) for name, values in times.items()}
+    peak, kind, devices = ends["jax"]
+    result = {"seconds": seconds["jax"], "images_per_second": config.train.batch_size / seconds["jax"],
+              "peak_bytes": int(peak), "runs": times["jax"]}
+    if work := flops(config, case):
+        result["flops_per_second"] = work / seconds["jax"]
+        if chip := cost.CHIPS.get(kind):
+            result["share_of_peak"] = result["flops_per_second"] / (chip.flops * int(devices))
+    if "torch" in seconds:
+        result |= {"torch_seconds": seconds["torch"], "torch_peak_bytes": int(ends["torch"][0]),
+                   "torch_runs": times["torch"], "ratio": seconds["torch"] / seconds["jax"]}
+    return result
+
+
+def line(case: str, result: dict[str, Any]) -> str:
+    """A result as one line of text."""
+    text = (f"{case:17s}{result['seconds']:9.3f} s {result['images_per_second']:9.2f} images/s "
+            f"{result['peak_bytes'] / 2**20:7.0f} MiB")
+    if "flops_per_second" in result:
+        text += f" {result['flops_per_second'] / 1e9:9.0f} GFLOP/s"
+    if "share_of_peak" in result:
+        text += f" {result['share_of_peak']:6.1%} of peak"
+    if "ratio" in result:
+        text += (f"   torch {result['torch_seconds']:.3f} s, {result['torch_peak_bytes'] / 2**20:.0f} MiB: "
+                 f"{result['ratio']:.2f}x")
+    return text
+
+
+def main(_) -> None:
+    config = config_lib.parse(_CONFIG.value)
+    config = dataclasses.replace(
+        config, train=dataclasses.replace(config.train, batch_size=_BATCH.value or config.train.batch_size),
+        data=dataclasses.replace(config.data, source=_DATA.value or config.data.source),
+        model=dataclasses.replace(config.model, encoder=dataclasses.replace(config.model.encoder, random_weights=True)))
+    if _CHILD.value:
+        return serve(config, _CHILD.value)
+    results = {}
+    for case in _CASES.value:
+        results[case] = measure(config, case, repeats=_REPEATS.value, against=_AGAINST.value == "torch")
+        print(line(case, results[case]), flush=True)
+    if _JSON.value:
+        Path(_JSON.value).write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    _CONFIG = config_flags.DEFINE_config_file("config", help_string="a file of configs/", lock_config=True)
+    _BATCH = flags.DEFINE_integer("batch", 0, "images at once; 0 is train.batch_size", lower_bound=0)
+    _AGAINST = flags.DEFINE_enum("against", None, ["torch"], "also run the same model in PyTorch")
+    _JSON = flags.DEFINE_string("json", "", "file for the results")
+    _REPEATS = flags.DEFINE_integer("repeats", 5, "runs that count", lower_bound=1)
+    _DATA = flags.DEFINE_string("data", "", "SPEC of the input pipeline's images; empty is data.source")
+    _CASES = flags.DEFINE_multi_enum("case", list(CASES), list(CASES), "only this case; may be repeated")
+    _CHILD = flags.DEFINE_enum("child", None, list(CASES), "internal: serve one case")
+    flags.mark_flag_as_required("config")
+    cli.run(main)

@@ -1,0 +1,201 @@
+"""The same model in plain `torch.nn`, as one would write it in PyTorch 2: what `bench --against=torch` runs.
+
+Images are `[B, 3, H, W]` float32. Attention is `scaled_dot_product_attention` on one fused qkv layer, the quantizer is
+SimVQ as published (arXiv 2411.02038), the optimizer the fused AdamW. Weights are random.
+
+A program of its own, `python pytorch.py JSON`, that imports nothing of ours: JAX must not count as PyTorch's memory.
+The JSON holds `case`, `batch`, `threads`, `image_size`, `patch_size`, `codes`, `dim`, `encoder`, `decoder` (the fields
+of a TransformerSpec each), and `optimizer` (the arguments of `TrainStep`).
+"""
+
+import json
+import resource
+import sys
+import time
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class Attention(nn.Module):
+    def __init__(self, spec: SimpleNamespace):
+        super().__init__()
+        self.heads = spec.heads
+        self.qkv = nn.Linear(spec.width, 3 * spec.width)
+        self.out = nn.Linear(spec.width, spec.width)
+
+    def forward(self, x):
+        batch, tokens, width = x.shape
+        qkv = self.qkv(x).reshape(batch, tokens, 3, self.heads, width // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        y = F.scaled_dot_product_attention(q, k, v)
+        return self.out(y.transpose(1, 2).reshape(batch, tokens, width))
+
+
+class Block(nn.Module):
+    def __init__(self, spec: SimpleNamespace):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(spec.width, eps=spec.norm_eps)
+        self.attention = Attention(spec)
+        self.norm2 = nn.LayerNorm(spec.width, eps=spec.norm_eps)
+        activation = nn.GELU(approximate="tanh" if spec.activation == "gelu_tanh" else "none")
+        self.mlp = nn.Sequential(nn.Linear(spec.width, spec.mlp_dim), activation,
+                                 nn.Linear(spec.mlp_dim, spec.width))
+
+    def forward(self, x):
+        x = x + self.attention(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class Transformer(nn.Sequential):
+    def __init__(self, spec: SimpleNamespace):
+        super().__init__(*(Block(spec) for _ in range(spec.depth)), nn.LayerNorm(spec.width, eps=spec.norm_eps))
+
+
+class Encoder(nn.Module):
+    def __init__(self, spec: SimpleNamespace, *, grid: int, patch_size: int):
+        super().__init__()
+        self.patch_embedding = nn.Conv2d(3, spec.width, patch_size, stride=patch_size)
+        self.position_embedding = nn.Parameter(0.02 * torch.randn(grid**2, spec.width))
+        self.transformer = Transformer(spec)
+
+    def forward(self, images):
+        x = self.patch_embedding((images - 0.5) / 0.5).flatten(2).transpose(1, 2)
+        return self.transformer(x + self.position_embedding)
+
+
+class SimVQ(nn.Module):
+    codebook: torch.Tensor
+
+    def __init__(self, *, size: int, dim: int):
+        super().__init__()
+        self.register_buffer("codebook", dim**-0.5 * torch.randn(size, dim))
+        self.projection = nn.Linear(dim, dim)
+
+    def forward(self, z):
+        codes = self.projection(self.codebook)
+        with torch.no_grad():
+            flat = z.reshape(-1, z.shape[-1])
+            distances = flat.square().sum(1, keepdim=True) + codes.square().sum(1) - 2 * flat @ codes.T
+            indices = distances.argmin(1).view(z.shape[:-1])
+        q = F.embedding(indices, codes)
+        loss = F.mse_loss(q, z.detach()) + 0.25 * F.mse_loss(z, q.detach())
+        return z + (q - z).detach(), indices, loss
+
+    def lookup(self, indices):
+        return self.projection(F.embedding(indices, self.codebook))
+
+
+class Decoder(nn.Module):
+    def __init__(self, spec: SimpleNamespace, *, latent_width: int, grid: int, patch_size: int):
+        super().__init__()
+        self.grid, self.patch_size = grid, patch_size
+        self.embedding = nn.Linear(latent_width, spec.width)
+        self.register_buffer("positions", torch.randn(grid**2, spec.width))
+        self.transformer = Transformer(spec)
+        self.pixels = nn.Linear(spec.width, patch_size**2 * 3)
+
+    def forward(self, z):
+        x = self.pixels(self.transformer(self.embedding(z) + self.positions))
+        return F.pixel_shuffle(x.transpose(1, 2).unflatten(2, (self.grid, self.grid)), self.patch_size) * 0.5 + 0.5
+
+
+class Model(nn.Module):
+    def __init__(self, encoder: SimpleNamespace, decoder: SimpleNamespace, *, grid: int, patch_size: int, codes: int):
+        super().__init__()
+        self.encoder = Encoder(encoder, grid=grid, patch_size=patch_size)
+        self.quantizer = SimVQ(size=codes, dim=encoder.width)
+        self.decoder = Decoder(decoder, latent_width=encoder.width, grid=grid, patch_size=patch_size)
+
+    @torch.inference_mode()
+    def encode_to_indices(self, images):
+        return self.quantizer(self.encoder(images))[1]
+
+    @torch.inference_mode()
+    def decode_from_indices(self, indices):
+        return self.decoder(self.quantizer.lookup(indices)).clamp(0, 1)
+
+
+class TrainStep:
+    """Stage 1: the encoder is frozen; pixel loss and the quantizer's, clipped gradient, AdamW, EMA of the weights."""
+
+    def __init__(self, model: Model, *, lr: float, b1: float, b2: float, weight_decay: float, clip_norm: float,
+                 ema_decay: float):
+        self.model, self.clip_norm, self.ema_decay = model, clip_norm, ema_decay
+        model.encoder.requires_grad_(False)
+        self.learned = [p for p in model.parameters() if p.requires_grad]
+        matrices, rest = [p for p in self.learned if p.ndim > 1], [p for p in self.learned if p.ndim <= 1]
+        groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, lr=lr, betas=(b1, b2), fused=True)
+        self.ema = [p.detach().clone() for p in self.learned] if ema_decay else []
+
+    def __call__(self, images):
+        images = images.float() / 255
+        with torch.no_grad():
+            features = self.model.encoder(images)
+        z_q, _, vq_loss = self.model.quantizer(features)
+        loss = F.mse_loss(self.model.decoder(z_q), images) + vq_loss
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.learned, self.clip_norm)
+        self.optimizer.step()
+        if self.ema:
+            with torch.no_grad():
+                for average, p in zip(self.ema, self.learned, strict=True):
+                    average.lerp_(p, 1 - self.ema_decay)
+        return loss.item()
+
+
+@torch.no_grad()
+def ema_vq_search(z, codes, counts, sums, *, decay: float = 0.99, eps: float = 1e-5):
+    """The usual EMA VQ: distances, argmin, one-hot, lookup and statistics by matmul (van den Oord et al. 2017)."""
+    distances = z.square().sum(1, keepdim=True) + codes.square().sum(1) - 2 * z @ codes.T
+    indices = distances.argmin(1)
+    one_hot = F.one_hot(indices, len(codes)).type(z.dtype)
+    z_q = one_hot @ codes
+    counts.mul_(decay).add_(one_hot.sum(0), alpha=1 - decay)
+    sums.mul_(decay).add_(one_hot.T @ z, alpha=1 - decay)
+    total = counts.sum()
+    codes.copy_(sums / ((counts + eps) / (total + len(codes) * eps) * total).unsqueeze(1))
+    return z_q, indices
+
+
+def _case(job: SimpleNamespace):
+    """A function that does the job once."""
+    grid = job.image_size // job.patch_size
+    if job.case == "search":
+        z, codes = torch.randn(job.batch * grid**2, job.dim), torch.randn(job.codes, job.dim)
+        counts, sums = torch.ones(job.codes), codes.clone()
+        return lambda: ema_vq_search(z, codes, counts, sums)
+    encoder, decoder = SimpleNamespace(**job.encoder), SimpleNamespace(**job.decoder)
+    model = Model(encoder, decoder, grid=grid, patch_size=job.patch_size, codes=job.codes)
+    if job.case == "encode":
+        images = torch.rand(job.batch, 3, job.image_size, job.image_size)
+        return lambda: model.encode_to_indices(images)
+    if job.case == "decode":
+        indices = torch.randint(0, job.codes, (job.batch, grid**2))
+        return lambda: model.decode_from_indices(indices)
+    step = TrainStep(model, **job.optimizer)
+    images = torch.randint(0, 256, (job.batch, 3, job.image_size, job.image_size), dtype=torch.uint8)
+    return lambda: step(images)
+
+
+def main() -> None:
+    """The protocol of `vqrae_jax.bench`: a line in, one run and its seconds out; then peak memory."""
+    job = SimpleNamespace(**json.loads(sys.argv[1]))
+    torch.set_num_threads(job.threads)
+    run = _case(job)
+    run()
+    print("ready", flush=True)
+    for _ in sys.stdin:
+        start = time.perf_counter()
+        run()
+        print(time.perf_counter() - start, flush=True)
+    unit = 1 if sys.platform == "darwin" else 1024
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, flush=True)
+
+
+if __name__ == "__main__":
+    main()
