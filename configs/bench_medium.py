@@ -14,7 +14,7 @@ def get_config() -> ConfigDict:
     config = config_lib.default()
     config.train.update(steps=1000, batch_size=8)
     config.data.image_size = 256
-    config.model.encoder.update(path="configs/encoders/vit_s16_256", random_weights=True)
+    config.model.encoder.update(path="vit_s16_256", random_weights=True)
     config.model.quantizer.update(kind="simvq", size=16384, dim=384)
     config.optim.update(lr=1e-4, end_lr=1e-5, warmup_steps=100)
     config.optim.lr_multipliers = (("encoder/.*", 0.0),)

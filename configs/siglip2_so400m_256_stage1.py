@@ -18,7 +18,8 @@ def get_config() -> ConfigDict:
     config = config_lib.default()
     config.train.update(steps=100_000, batch_size=1024, log_every=100, checkpoint_every=5000, eval_every=5000)
     config.data.update(source="folder:data/images", image_size=256, crop_scale_min=0.8, flip=True)
-    config.model.dtype = "bfloat16"
+    config.mesh.update(data=1, fsdp=-1)  # on more than 64 chips data=-1, fsdp=16
+    config.model.update(dtype="bfloat16", remat="full")
     config.model.encoder.path = "google/siglip2-so400m-patch16-256"
     config.model.quantizer.update(kind="simvq", size=16384, dim=1536, init="kmeans", commitment_weight=0.25)
     config.model.decoder.shape = "symmetric"

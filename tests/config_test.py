@@ -148,6 +148,7 @@ ADAPTERS = (2 * 768 + dense(768, 512) + dense(512, 512) + dense(512, 5) + 5
 # Learned by the encoder, the quantizer and the decoder; numbers of codebook state.
 PARAMETERS = {
     "nano_stage1": (1_829_184, 2 * 192 * 64 + 192 + 64 + 64 * 64 + 64, 1_853_952, 2048 * 64),
+    "bench_medium": (21_687_936, 384 * 384 + 384, 21_737_856, 16384 * 384),
     # SigLIP-L's vision tower at 224 without head: that at 384 (303,688,704 in transformers) less 380 positions, less
     # the LayerNorm's scale and bias. SimVQ's one linear layer; RAE's ViT-L decoder.
     "siglip_l_stage1": (303_688_704 - 380 * 1024 - 2 * 1024, 1024 * 1024 + 1024, 304_149_248, 16384 * 1024),
@@ -222,7 +223,7 @@ def test_the_papers_recipes_to_the_letter(name, says):
 def test_shipped_configs_say_how_to_run_them(name):
     doc = importlib.import_module(f"configs.{name}").__doc__ or ""
     assert f"--config=configs/{name}.py" in doc
-    assert "--workdir=" in doc
+    assert "--workdir=" in doc or "vqrae_jax.bench" in doc
     body = (REPOSITORY / "configs" / f"{name}.py").read_text().split("def get_config")[1]
     assert len(body.splitlines()) <= 30
 

@@ -31,14 +31,14 @@ from vqrae_jax.models.encoders import Encoder
 from vqrae_jax.models.flat import Arrays
 from vqrae_jax.models.perceptual import CONVNEXT_SMALL, LPIPS, ConvNeXt
 from vqrae_jax.models.quantizers import EMAVQ, FSQ, AdapterFSQ, Identity, Quantizer, RankedVQ, SimVQ
-from vqrae_jax.models.vit import TransformerSpec
+from vqrae_jax.models.vit import SAVE_MATMULS, TransformerSpec
 from vqrae_jax.models.vqrae import VQRAE
 
 ASSETS = Path(__file__).parent / "assets"
 Shardings = Callable[[Any], Any]
 REMAT_POLICIES = {
-    "none": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "none": jax.checkpoint_policies.everything_saveable,
+    "minimal": SAVE_MATMULS,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}

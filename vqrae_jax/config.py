@@ -100,7 +100,8 @@ class Decoder:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Model:
     dtype: Literal["float32", "bfloat16"] = "float32"  # of computation; parameters are float32
-    remat: Literal["none", "dots", "full"] = "none"  # what the blocks' backward pass recomputes, to save memory
+    # What of a block the backward pass recomputes: nothing, all but the matmuls, or everything but the block's input.
+    remat: Literal["none", "minimal", "full"] = "minimal"
     noise_tau: float = _key(0.0, low=0.0)  # of the noise on features in training (RAE); codes want none
     latent_statistics: bool = False  # latents are handed out normalised per channel and position
     encoder: Encoder = Encoder()

@@ -52,10 +52,10 @@ class Flops(NamedTuple):
     Attributes:
       search: of the comparison of an image's tokens with all codes.
       encode: of an image to its codes; without `codes`.
-      decode: of codes to an image; without `codes`.
+      decode: of codes to an image; without `codes`, of which only those looked up are needed.
       train: of an image in a training step; without `codes`.
       codes: of making the codes from their codebook (SimVQ), once a call.
-      train_codes: of the same in a training step, once a micro-batch, with its gradient.
+      train_codes: of the same in a training step, once a micro-batch.
     """
 
     search: int
@@ -93,7 +93,11 @@ def flops(config: Config, *, gan: bool) -> Flops:
     if config.loss.distill_weight:
         encoder_train += encoder
 
-    into, search, out, codes = _quantizer(config, features, tokens)
+    into, search, out, row = _quantizer(config, features, tokens)
+    codes = config.model.quantizer.size * row
+    few = config.train.batch_size // config.train.accumulate * tokens < config.model.quantizer.size
+    # Where tokens are few, the gradient is that of the chosen codes, made once more.
+    chosen, train_codes = (2 * tokens * row, codes) if few else (0, 2 * codes)
     decoder_in = _Work(tokens * _dense(features, decoder.width))
     decoder_blocks = _blocks(decoder, tokens + config.model.decoder.cls_token, depth=decoder.depth)
     pixels = _Work(tokens * _dense(decoder.width, patch**2 * 3))
@@ -102,7 +106,7 @@ def flops(config: Config, *, gan: bool) -> Flops:
     decoder_train += decoder_in.backward(inputs=not frozen or into.forward + out.forward > 0)
     if gan and config.gan.adaptive:
         decoder_train += 2 * pixels.forward
-    quantizer_train = (into.backward(inputs=not frozen) + search
+    quantizer_train = (chosen + into.backward(inputs=not frozen) + search
                        + out.backward(inputs=not frozen or into.forward > 0))
 
     losses = 0
@@ -117,7 +121,7 @@ def flops(config: Config, *, gan: bool) -> Flops:
         encode=encoder + into.forward + search,
         decode=out.forward + decoder_in.forward + decoder_blocks.forward + pixels.forward,
         train=encoder_train + quantizer_train + decoder_train + losses,
-        codes=codes.forward, train_codes=codes.backward(inputs=False))
+        codes=codes, train_codes=train_codes)
 
 
 class _Work(NamedTuple):
@@ -150,25 +154,25 @@ def _vit(spec: ViTSpec, tokens: int, *, depth: int) -> tuple[_Work, _Work]:
             _blocks(spec, tokens + spec.prefix_tokens, depth=depth))
 
 
-def _quantizer(config: Config, width: int, tokens: int) -> tuple[_Work, int, _Work, _Work]:
-    """Per image: layers before the search, the search, layers after it; and what makes the codes."""
+def _quantizer(config: Config, width: int, tokens: int) -> tuple[_Work, int, _Work, int]:
+    """Per image: layers before the search, the search, layers after it; and what makes one code."""
     q = config.model.quantizer
     none = _Work(0)
     if q.kind == "none":
-        return none, 0, none, none
+        return none, 0, none, 0
     if q.kind == "adapter_fsq":
         into = _dense(width, 512) + _dense(512, 512) + _dense(512, q.dim)
         out = _dense(2 * 128, width) + 2 * _dense(width, width) + _dense(q.dim, 128)
-        return _Work(tokens * into), 0, _Work(tokens * out), none
+        return _Work(tokens * into), 0, _Work(tokens * out), 0
     projected = q.projection or q.dim != width
     into = _Work(tokens * _dense(width, q.dim)) if projected or q.input_projection else none
     out = _Work(tokens * _dense(q.dim, width)) if projected else none
     if q.kind == "fsq":
-        return into, 0, out, none
+        return into, 0, out, 0
     search = tokens * _dense(q.dim, q.size)
     if q.kind == "ranked":
         search += tokens * _dense(q.dim, q.dim)
-    return into, search, out, _Work(q.size * _dense(q.dim, q.dim)) if q.kind == "simvq" else none
+    return into, search, out, _dense(q.dim, q.dim) if q.kind == "simvq" else 0
 
 
 def _conv(size: int, kernel: int, inputs: int, outputs: int) -> int:

@@ -66,7 +66,7 @@ class Plan:
     collective_seconds: float | None
 
 
-def topology_devices(name: str) -> list[jax.Device]:
+def topology_devices(name: str) -> list[Any]:
     """The devices of a TPU slice, `v5e:4x4`, without the slice.
 
     Raises:
@@ -136,7 +136,8 @@ def plan(config: Config, topology: str) -> Plan:
         hbm_gib_per_chip=used / GIB, hbm_limit_gib=chip.memory / GIB,
         fits=compiled is not None and used <= chip.memory,
         compile_seconds=seconds, model_flops_per_image=work.train, model_flops_per_step=work.per_step(config),
-        collective_gib_per_step=exchanged and {name: count / GIB for name, count in exchanged.items()},
+        collective_gib_per_step=None if exchanged is None else {
+            name: count / GIB for name, count in exchanged.items()},
         compute_seconds=(work.per_step(config) - exact + search) / (chip.flops * len(devices)),
         collective_seconds=None if exchanged is None else sum(exchanged.values()) / chip.interconnect)
 
@@ -165,7 +166,9 @@ def collective_bytes(hlo: str) -> dict[str, int]:
     def trip_count(loop: str) -> int:
         """The constant that a scan's condition compares its counter with."""
         condition = re.search(r"condition=%([\w.\-]+)", loop)
-        return max(int(n) for n in re.findall(r" [su]32\[\]\S* constant\((\d+)\)", "\n".join(computations[condition[1]])))
+        assert condition
+        lines = "\n".join(computations[condition[1]])
+        return max(int(constant) for constant in re.findall(r" [su]32\[\]\S* constant\((\d+)\)", lines))
 
     @functools.cache
     def count(name: str) -> dict[str, int]:
@@ -178,8 +181,8 @@ def collective_bytes(hlo: str) -> dict[str, int]:
             if kind in COLLECTIVES:
                 total[kind] += COLLECTIVES[kind] * _largest(operation[1])
                 continue  # what it calls only adds two numbers
-            called = " ".join(re.findall(r"(?:calls|to_apply|body|branch_computations)=\{?((?:%[\w.\-]+(?:, )?)+)", line))
-            inner = [count(name) for name in re.findall(r"%([\w.\-]+)", called)]
+            called = re.findall(r"(?:calls|to_apply|body|branch_computations)=\{?((?:%[\w.\-]+(?:, )?)+)", line)
+            inner = [count(name) for name in re.findall(r"%([\w.\-]+)", " ".join(called))]
             times = trip_count(line) if operation[2] == "while" else 1
             for kind in COLLECTIVES:
                 values = [counts[kind] for counts in inner]
@@ -205,7 +208,7 @@ def candidates(config: Config, chips: int) -> list[Config]:
     sizes = [size for size in (1, 2, 4, 8, 16, 32, 64) if chips % size == 0]
     found = []
     for accumulate in (1, 2, 4, 8, 16):
-        for remat in ("none", "dots", "full"):
+        for remat in ("minimal", "full"):
             for fsdp in sizes:
                 if config.train.batch_size % (accumulate * chips) == 0:
                     found.append(dataclasses.replace(

@@ -11,7 +11,7 @@ and steps are written for one device. In a run of several processes every proces
 import functools
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -30,7 +30,7 @@ RULES = (
 )
 
 
-def make_mesh(mesh: config_lib.Mesh, devices: list[jax.Device] | None = None) -> Mesh:
+def make_mesh(mesh: config_lib.Mesh, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh of a config, over all devices of all processes, or those given.
 
     Raises:
@@ -88,7 +88,7 @@ def put_batch(mesh: Mesh, tree: Any) -> Any:
     return jax.tree.map(lambda array: jax.make_array_from_process_local_data(sharding, array), tree)
 
 
-def jit_step(train_step: Callable[..., Any], mesh: Mesh, state: Any) -> Callable[..., Any]:
+def jit_step(train_step: Callable[..., Any], mesh: Mesh, state: Any) -> Any:
     """A training step, compiled so that the new state lies where the old one did, in its memory.
 
     Args:

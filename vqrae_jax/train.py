@@ -7,6 +7,7 @@ import threading
 import time
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import jax
 from flax import nnx
@@ -96,7 +97,8 @@ def _loop(config: Config, mesh: Mesh, train_step: step_lib.TrainStep, eval_step:
             gan = config.gan.discriminator != "none" and step > config.gan.discriminator_start_step
             asked = time.perf_counter()
             images = next(batches)["image"]
-            if state.step.is_ready():  # else the devices still had work, and nothing waited for these images
+            last_step: Any = state.step
+            if last_step.is_ready():  # else the devices still had work, and nothing waited for these images
                 reporter.waited_for_data(time.perf_counter() - asked)
             state, metrics = train_step(state, frozen, sharding.put_batch(mesh, images), gan=gan)
             last, psnr, stopping = step == config.train.steps, None, stop.requested(step)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from vqrae_jax.models.vit import Linear, Remat, Transformer, TransformerSpec, unpatchify
+from vqrae_jax.models.vit import SAVE_MATMULS, Linear, Remat, Transformer, TransformerSpec, unpatchify
 
 # RAE's decoders (arXiv 2510.11690), whose checkpoints have these shapes.
 _RAE = {"activation": "gelu", "norm_eps": 1e-12}
@@ -53,7 +53,7 @@ class Decoder(nnx.Module):
 
     def __init__(self, spec: TransformerSpec, *, latent_width: int, grid: int, patch_size: int,
                  mean: tuple[float, float, float], std: tuple[float, float, float], cls_token: bool = False,
-                 learned_positions: bool = False, remat: Remat | None = None, dtype=jnp.float32, rngs: nnx.Rngs):
+                 learned_positions: bool = False, remat: Remat = SAVE_MATMULS, dtype=jnp.float32, rngs: nnx.Rngs):
         self.grid, self.patch_size, self.width = grid, patch_size, spec.width
         self.mean, self.std = tuple(mean), tuple(std)
         self.embedding = Linear(latent_width, spec.width, dtype=dtype, rngs=rngs)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from vqrae_jax.models.vit import FinalNorm, Remat, ViT, ViTSpec
+from vqrae_jax.models.vit import SAVE_MATMULS, FinalNorm, Remat, ViT, ViTSpec
 
 Combine = Literal["sum", "concat"]
 
@@ -43,7 +43,7 @@ class Encoder(nnx.Module):
 
     def __init__(self, spec: ViTSpec, *, image_size: int, mean: tuple[float, float, float],
                  std: tuple[float, float, float], final_norm: FinalNorm = "affine", layers: tuple[int, ...] = (),
-                 combine: Combine = "sum", remat: Remat | None = None, dtype=jnp.float32, rngs: nnx.Rngs):
+                 combine: Combine = "sum", remat: Remat = SAVE_MATMULS, dtype=jnp.float32, rngs: nnx.Rngs):
         if list(layers) != sorted(set(layers) & set(range(1, spec.depth + 1))):
             raise ValueError(f"layers {tuple(layers)} must ascend within 1 and {spec.depth}, the encoder's depth")
         if combine not in get_args(Combine):

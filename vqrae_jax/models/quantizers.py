@@ -248,11 +248,11 @@ class _CodebookQuantizer(Quantizer):
 
     def lookup(self, indices: jax.Array) -> jax.Array:
         """What the decoder sees for given codes: `[...] int32 -> [..., d] float32`. The range is not checked."""
-        return _project(self.project_out, self._codes_at(indices))
+        return _project(self.project_out, self._chosen(self.codes(), indices))
 
-    def _codes_at(self, indices: jax.Array) -> jax.Array:
-        """`codes()[indices]`, `[...] -> [..., e]`, with a gradient."""
-        return self.codes()[indices]
+    def _chosen(self, codes: jax.Array, indices: jax.Array) -> jax.Array:
+        """`codes[indices]` for all codes, `[K, e], [...] -> [..., e]`, with a gradient to what made them."""
+        return codes[indices]
 
     def _to_code_space(self, z: jax.Array) -> jax.Array:
         return _project(self.project_in, z.astype(jnp.float32))
@@ -263,8 +263,9 @@ class _CodebookQuantizer(Quantizer):
     def _quantize(self, z: jax.Array) -> tuple[Quantized, jax.Array, jax.Array]:
         """Returns the result with the commitment loss only, the tokens and the codes chosen, both `[..., e]`."""
         z = self._to_code_space(z)
-        indices = self._nearest(z.reshape(-1, z.shape[-1]), self.codes()).reshape(z.shape[:-1])
-        chosen = self._codes_at(indices)
+        codes = self.codes()
+        indices = self._nearest(z.reshape(-1, z.shape[-1]), codes).reshape(z.shape[:-1])
+        chosen = self._chosen(codes, indices)
         constant = jax.lax.stop_gradient(chosen)
         source = rotate_onto(z, constant) if self.gradient == "rotation" else z
         z_q = _project(self.project_out, with_gradient_of(constant, source))
@@ -326,9 +327,10 @@ class SimVQ(_CodebookQuantizer):
         """The rows of C W + b, `[K, e]` float32, of length 1 with `l2_normalize`."""
         return self._normalized(_project(self.projection, self.codebook[...]))
 
-    def _codes_at(self, indices: jax.Array) -> jax.Array:
-        # Rows of C, then W: the gradient needs no [K, e] array to scatter into, and two matmuls with as many rows as
-        # there are tokens instead of codes.
+    def _chosen(self, codes: jax.Array, indices: jax.Array) -> jax.Array:
+        if indices.size >= self.num_codes:
+            return codes[indices]
+        # Fewer tokens than codes: rows of C, then W, whose gradient needs no [K, e] array to scatter into.
         return self._normalized(_project(self.projection, self.codebook[...][indices]))
 
     def _to_code_space(self, z: jax.Array) -> jax.Array:

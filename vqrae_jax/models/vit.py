@@ -27,7 +27,7 @@ FinalNorm = Literal["affine", "plain"]
 Rope = tuple[np.ndarray, np.ndarray]
 Remat = Callable[..., bool]
 
-# What the backward pass reads again by default: results of matmuls. LayerNorms, GELUs and the attention weights are
+# What is kept for the backward pass by default: results of matmuls. LayerNorms, GELUs and the attention weights are
 # computed anew, which costs less than writing and reading them, on a CPU as on a chip.
 SAVE_MATMULS = jax.checkpoint_policies.save_only_these_names("qkv", "attended", "logsumexp", "out", "fc1")
 
@@ -242,18 +242,16 @@ class Transformer(nnx.Module):
 
     `final_norm="plain"` has no scale and bias: every token leaves with zero mean and unit variance. With None there is
     no final LayerNorm at all. `rope`, where given, turns the queries and keys of every block. `remat`, a policy of
-    `jax.checkpoint_policies`, says what of a block is kept for the backward pass, which recomputes the rest; None is
-    `SAVE_MATMULS`.
+    `jax.checkpoint_policies`, says what of a block is kept for the backward pass, which recomputes the rest.
     """
 
     def __init__(self, spec: TransformerSpec, *, final_norm: FinalNorm | None = "affine", key_bias: bool = True,
-                 remat: Remat | None = None, dtype=jnp.float32, rngs: nnx.Rngs):
+                 remat: Remat = SAVE_MATMULS, dtype=jnp.float32, rngs: nnx.Rngs):
         make_block = lambda rngs: Block(spec, key_bias=key_bias, dtype=dtype, rngs=rngs)
         self.blocks = nnx.vmap(make_block, in_axes=0, out_axes=0)(rngs.split(spec.depth))
         make_norm = lambda: layer_norm(spec.width, eps=spec.norm_eps, affine=final_norm == "affine", rngs=rngs)
         self.norm = make_norm() if final_norm is not None else None
-        self.depth, self.dtype = spec.depth, dtype
-        self.policy = SAVE_MATMULS if remat is None else remat
+        self.depth, self.remat, self.dtype = spec.depth, remat, dtype
 
     def __call__(self, x: jax.Array, rope: Rope | None = None) -> jax.Array:
         (x,) = self.hidden_states(x, [self.depth], rope)
@@ -271,7 +269,7 @@ class Transformer(nnx.Module):
         They must ascend. Blocks after the last of them are not run.
         """
         graphdef, stacked = nnx.split(self.blocks)
-        run_block = jax.checkpoint(lambda x, params: (nnx.merge(graphdef, params)(x, rope), None), policy=self.policy,
+        run_block = jax.checkpoint(lambda x, params: (nnx.merge(graphdef, params)(x, rope), None), policy=self.remat,
                                    prevent_cse=False)
         states, x, done = [], x.astype(self.dtype), 0
         for layer in layers:
@@ -333,7 +331,7 @@ class ViT(nnx.Module):
     """
 
     def __init__(self, spec: ViTSpec, *, image_size: int, final_norm: FinalNorm = "affine",
-                 remat: Remat | None = None, dtype=jnp.float32, rngs: nnx.Rngs):
+                 remat: Remat = SAVE_MATMULS, dtype=jnp.float32, rngs: nnx.Rngs):
         if image_size % spec.patch_size:
             raise ValueError(f"image size {image_size} is not divisible by the encoder's patch size {spec.patch_size}")
         if final_norm == "plain" and not spec.has_final_norm:
