@@ -399,8 +399,10 @@ def _discriminator_loss(config: Config, parts: Parts, params: Arrays, state: Gan
     """The discriminator's loss on real images and on reconstructions, rounded to 8 bits like real ones; metrics."""
     assert parts.gan
     discriminator = _discriminator(parts, params, state, frozen)
-    real = discriminator(parts.gan.augment(images, rngs[0]))
-    fake = discriminator(parts.gan.augment(round_to_8_bits(fakes), rngs[1]))
+    # One pass, a real image beside each reconstruction: every image is normalised by itself.
+    both = jnp.stack([parts.gan.augment(images, rngs[0]), parts.gan.augment(round_to_8_bits(fakes), rngs[1])], axis=1)
+    logits = discriminator(split_batch(both.reshape(-1, *both.shape[2:])))
+    real, fake = jnp.moveaxis(logits.reshape(len(images), 2, *logits.shape[1:]), 1, 0)
     raw, applied = {"discriminator": parts.gan.discriminator_loss(real, fake)}, {"discriminator": jnp.ones(())}
     if config.gan.lecam_weight:
         raw["lecam"] = losses.lecam(jnp.mean(real), jnp.mean(fake), *state.mean_logits)

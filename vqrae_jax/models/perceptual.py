@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from vqrae_jax.models.vit import IMAGENET_MEAN, IMAGENET_STD, Linear, layer_norm, patchify
+from vqrae_jax.models.vit import IMAGENET_MEAN, IMAGENET_STD, Linear, gelu, layer_norm, patchify
 
 # Width and number of convolutions of VGG16's stages (arXiv 1409.1556, configuration D).
 VGG16 = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))
@@ -167,7 +167,7 @@ class _Block(nnx.Module):
         self.scale = nnx.Param(jnp.full(width, 1e-6, jnp.float32))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = self.fc2(jax.nn.gelu(self.fc1(self.norm(self.depthwise(x))), approximate=False))
+        y = self.fc2(gelu(self.fc1(self.norm(self.depthwise(x)))))
         return x + y * self.scale[...].astype(y.dtype)
 
 

@@ -25,7 +25,7 @@ import numpy as np
 from flax import nnx
 
 from vqrae_jax.models.placement import split_batch, whole
-from vqrae_jax.models.vit import Linear, layer_norm
+from vqrae_jax.models.vit import Linear, gelu, layer_norm
 
 Search = Literal["euclidean", "cosine"]
 Gradient = Literal["straight_through", "rotation"]
@@ -636,8 +636,8 @@ class _ToCoordinates(nnx.Module):
         self.gain = nnx.Param(jnp.full(dim, 3.0, jnp.float32))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = jax.nn.gelu(self.fc1(self.norm(x)), approximate=False)
-        x = jax.nn.gelu(self.fc2(x), approximate=False)
+        x = gelu(self.fc1(self.norm(x)))
+        x = gelu(self.fc2(x))
         return jnp.tanh(self.fc3(x)) * self.gain[...]
 
 
@@ -655,8 +655,8 @@ class _FromCoordinates(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         phases = (2 * jnp.pi * x) @ self.frequencies[...]
         x = self.fc1(jnp.concatenate([jnp.sin(phases), jnp.cos(phases)], axis=-1))
-        x = self.fc2(jax.nn.gelu(self.norm1(x), approximate=False))
-        return self.fc3(jax.nn.gelu(self.norm2(x), approximate=False))
+        x = self.fc2(gelu(self.norm1(x)))
+        return self.fc3(gelu(self.norm2(x)))
 
 
 def kmeans(z: jax.Array, k: int, *, iterations: int = KMEANS_ITERATIONS, rng: jax.Array, metric: Search = "euclidean",

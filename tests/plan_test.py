@@ -1,0 +1,88 @@
+"""What the plan verb says, of a tiny model on a real TPU slice's compiler where it is installed."""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import PartitionSpec
+
+from vqrae_jax import config as config_lib
+from vqrae_jax import plan
+
+from .conftest import REFERENCE, REPOSITORY
+
+needs_compiler = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None,
+                                    reason="the TPU compiler is not installed: pip install 'vqrae_jax[tpu]'")
+FLAGS = ["--config=configs/nano_stage2.py", f"--config.model.encoder.path={REFERENCE / 'siglip_vision'}",
+         "--config.data.image_size=32", "--config.model.quantizer.size=64", "--config.mesh.data=2",
+         "--config.mesh.fsdp=2"]
+
+
+def run(*flags: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "vqrae_jax.plan", *flags], cwd=REPOSITORY, text=True,
+                          capture_output=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+
+
+@needs_compiler
+def test_a_step_is_compiled_for_a_slice_that_is_not_there(tmp_path):
+    process = run(*FLAGS, "--topology=v5e:2x2", "--batch=16", f"--json={tmp_path / 'plan.json'}")
+    assert process.returncode == 0, process.stderr
+    result = json.loads((tmp_path / "plan.json").read_text())
+    assert result.keys() >= {"chips", "batch", "hbm_gib_per_chip", "hbm_limit_gib", "fits", "compile_seconds",
+                             "model_flops_per_image", "parameters"}
+    assert (result["chips"], result["batch"], result["fits"]) == (4, 16, True)
+    assert result["mesh"] == {"data": 2, "fsdp": 2}
+    assert 0 < result["hbm_gib_per_chip"] < 1
+    assert result["collective_gib_per_step"]["all-gather"] > 0  # parameters that are split
+    assert result["collective_gib_per_step"]["all-reduce"] > 0  # gradients
+    assert "fits" in process.stdout
+
+
+@needs_compiler
+def test_what_does_not_fit_says_by_how_much_and_search_finds_what_does():
+    config = config_lib.parse(config_lib.default())
+    encoder = dataclasses.replace(config.model.encoder, path="google/siglip-large-patch16-384", random_weights=True)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, encoder=encoder))
+    assert [(c.train.accumulate, c.model.remat, c.mesh.fsdp) for c in plan.candidates(config, 4)][:4] == [
+        (1, "minimal", 1), (1, "minimal", 2), (1, "minimal", 4), (1, "full", 1)]
+    # 65536 images at once do not fit anywhere.
+    process = run(*FLAGS, "--topology=v5e:2x2", "--batch=262144")
+    assert process.returncode == 0, process.stderr
+    assert "does not fit" in process.stdout
+
+
+@pytest.mark.parametrize(("flags", "says"), [
+    (["--topology=v5e:3x3"], "--topology=v5e:3x3: "),
+    (["--topology=nonsense"], "--topology=nonsense: "),
+])
+def test_a_slice_that_does_not_exist_is_named(flags, says):
+    process = run(*FLAGS, *flags)
+    assert process.returncode == 1
+    assert says in process.stderr
+    assert process.stderr.strip().splitlines()[-1].startswith("error: ")
+
+
+def test_bytes_that_chips_send_are_counted_with_the_trips_of_loops():
+    """A loop of 5 trips that gathers 4 KiB, and an addition of 1 KiB over all devices."""
+    script = """
+import jax, jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from vqrae_jax import plan
+mesh = jax.make_mesh((8,), ("fsdp",), (AxisType.Auto,))
+at = lambda shape, *spec: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, P(*spec)))
+whole = lambda w: jax.lax.with_sharding_constraint(w, NamedSharding(mesh, P()))
+def f(x, w):
+    x, _ = jax.lax.scan(lambda x, w: (jnp.tanh(x @ whole(w)), None), x, w)
+    return x.sum(0)
+compiled = jax.jit(f, out_shardings=NamedSharding(mesh, P())).lower(at((64, 32), "fsdp"), at((5, 32, 32), None, "fsdp")).compile()
+print(plan.collective_bytes(compiled.as_text()))
+"""
+    process = subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, text=True, capture_output=True, check=True,
+                             env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"})
+    assert process.stdout.strip() == str({"all-gather": 5 * 32 * 32 * 4, "all-reduce": 2 * 32 * 4})
