@@ -29,7 +29,7 @@ Remat = Callable[..., bool]
 
 # What is kept for the backward pass by default: results of matmuls. LayerNorms, GELUs and the attention weights are
 # computed anew, which costs less than writing and reading them, on a CPU as on a chip.
-SAVE_MATMULS = jax.checkpoint_policies.save_only_these_names("qkv", "attended", "logsumexp", "out", "fc1")
+SAVE_MATMULS = jax.checkpoint_policies.save_only_these_names("qkv", "attended", "out", "fc1")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -108,45 +108,42 @@ def rotate(x: jax.Array, rope: Rope) -> jax.Array:
 def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     """softmax(q k^T / sqrt(d)) v with the softmax in float32, `[G, N, d] -> [G, N, d]` three times.
 
-    The backward pass computes the weights anew from their logsumexp (FlashAttention, arXiv 2205.14135, section 3.1),
-    so nothing of size N x N outlives the layer. On NVIDIA GPUs both passes are cuDNN's flash attention where it takes
-    the shapes: 16-bit floats, and d a multiple of 8 up to 128.
+    The backward pass computes the weights anew, as FlashAttention does (arXiv 2205.14135), so that nothing of size
+    N x N outlives the layer. On NVIDIA GPUs both passes are cuDNN's flash attention where it takes the shapes: 16-bit
+    floats, and d a multiple of 8 up to 128.
     """
     return _attend_forward(q, k, v)[0]
 
 
 def _attend_forward(q: jax.Array, k: jax.Array, v: jax.Array):
 
-    def plain(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def plain(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         logits = _matmul("bqd,bkd->bqk", q * q.shape[-1]**-0.5, k)
-        largest = jnp.max(logits, axis=-1, keepdims=True)
-        weights = jnp.exp(logits - largest)
-        total = jnp.sum(weights, axis=-1, keepdims=True)
-        y = jnp.einsum("bqk,bkd->bqd", (weights / total).astype(v.dtype), v)
-        return y, (largest + jnp.log(total))[..., 0]
+        weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
+        # Divided by their sum only afterwards, on d instead of N columns.
+        y = _matmul("bqk,bkd->bqd", weights.astype(v.dtype), v) / jnp.sum(weights, axis=-1, keepdims=True)
+        return y.astype(v.dtype)
 
-    def flash(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return _flash(q, k, v), jnp.zeros(q.shape[:-1], jnp.float32)
-
-    y, logsumexp = _on_nvidia(flash, plain, q, k, v)
-    y, logsumexp = checkpoint_name(y, "attended"), checkpoint_name(logsumexp, "logsumexp")
-    return y, (q, k, v, y, logsumexp)
+    y = checkpoint_name(_on_nvidia(_flash, plain, q, k, v), "attended")
+    return y, (q, k, v, y)
 
 
 def _attend_backward(residuals, dy: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
 
-    def plain(q, k, v, y, logsumexp, dy):
+    def plain(q, k, v, y, dy):
         q = q * q.shape[-1]**-0.5
         # Keys before queries throughout: so the large matrices are never read transposed, but for dq.
-        weights = jnp.exp(_matmul("bkd,bqd->bkq", k, q) - logsumexp[:, None])
+        logits = _matmul("bkd,bqd->bkq", k, q)
+        weights = jnp.exp(logits - jnp.max(logits, axis=1, keepdims=True))
+        weights = weights / jnp.sum(weights, axis=1, keepdims=True)
         dv = jnp.einsum("bkq,bqd->bkd", weights.astype(v.dtype), dy)
         mean = jnp.sum(dy.astype(jnp.float32) * y.astype(jnp.float32), axis=-1)
         dlogits = (weights * (_matmul("bkd,bqd->bkq", v, dy) - mean[:, None])).astype(q.dtype)
         dq = jnp.einsum("bkq,bkd->bqd", dlogits, k) * q.shape[-1]**-0.5
         return dq, jnp.einsum("bkq,bqd->bkd", dlogits, q), dv
 
-    def flash(q, k, v, y, logsumexp, dy):
-        del y, logsumexp
+    def flash(q, k, v, y, dy):
+        del y
         return jax.vjp(_flash, q, k, v)[1](dy)
 
     return _on_nvidia(flash, plain, *residuals, dy)
