@@ -1,16 +1,13 @@
 """What the plan verb says, of a tiny model on a real TPU slice's compiler where it is installed."""
 
-import dataclasses
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 
-import jax
-import jax.numpy as jnp
 import pytest
-from jax.sharding import PartitionSpec
 
 from vqrae_jax import config as config_lib
 from vqrae_jax import plan
@@ -45,16 +42,17 @@ def test_a_step_is_compiled_for_a_slice_that_is_not_there(tmp_path):
 
 
 @needs_compiler
-def test_what_does_not_fit_says_by_how_much_and_search_finds_what_does():
-    config = config_lib.parse(config_lib.default())
-    encoder = dataclasses.replace(config.model.encoder, path="google/siglip-large-patch16-384", random_weights=True)
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, encoder=encoder))
-    assert [(c.train.accumulate, c.model.remat, c.mesh.fsdp) for c in plan.candidates(config, 4)][:4] == [
-        (1, "minimal", 1), (1, "minimal", 2), (1, "minimal", 4), (1, "full", 1)]
-    # 65536 images at once do not fit anywhere.
+def test_what_does_not_fit_says_by_how_much():
     process = run(*FLAGS, "--topology=v5e:2x2", "--batch=262144")
     assert process.returncode == 0, process.stderr
-    assert "does not fit" in process.stdout
+    needed = float(re.search(r"([\d.]+) of 16 GiB, does not fit", process.stdout)[1])
+    assert needed > 16
+
+
+def test_search_goes_from_the_fastest_to_the_most_frugal():
+    assert [(c.train.accumulate, c.model.remat, c.mesh.fsdp) for c in plan.candidates(config_lib.Config(), 4)][:7] == [
+        (1, "minimal", 1), (1, "minimal", 2), (1, "minimal", 4), (1, "full", 1), (1, "full", 2), (1, "full", 4),
+        (2, "minimal", 1)]
 
 
 @pytest.mark.parametrize(("flags", "says"), [
@@ -80,7 +78,8 @@ whole = lambda w: jax.lax.with_sharding_constraint(w, NamedSharding(mesh, P()))
 def f(x, w):
     x, _ = jax.lax.scan(lambda x, w: (jnp.tanh(x @ whole(w)), None), x, w)
     return x.sum(0)
-compiled = jax.jit(f, out_shardings=NamedSharding(mesh, P())).lower(at((64, 32), "fsdp"), at((5, 32, 32), None, "fsdp")).compile()
+step = jax.jit(f, out_shardings=NamedSharding(mesh, P()))
+compiled = step.lower(at((64, 32), "fsdp"), at((5, 32, 32), None, "fsdp")).compile()
 print(plan.collective_bytes(compiled.as_text()))
 """
     process = subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, text=True, capture_output=True, check=True,

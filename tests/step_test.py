@@ -22,7 +22,8 @@ from .conftest import REFERENCE
 pytestmark = pytest.mark.usefixtures("tiny_networks")
 
 TINY_ENCODERS = {
-    "nano": "siglip_vision", "google/siglip-large-patch16-384": "siglip", "google/siglip-base-patch16-224": "siglip",
+    "nano": "siglip_vision", "vit_s16_256": "siglip_vision",
+    "google/siglip-large-patch16-384": "siglip", "google/siglip-base-patch16-224": "siglip",
     "google/siglip2-so400m-patch16-256": "siglip", "google/siglip2-so400m-patch16-512": "siglip",
     "facebook/dinov2-with-registers-base": "dinov2_with_registers",
     "facebook/dinov3-vitl16-pretrain-lvd1689m": "dinov3_vit", "OpenGVLab/InternViT-300M-448px": "intern_vit",

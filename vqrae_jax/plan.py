@@ -114,11 +114,13 @@ def plan(config: Config, topology: str) -> Plan:
                 + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes)
         exchanged = collective_bytes(compiled.as_text())
     except jax.errors.JaxRuntimeError as error:
-        found = re.search(r"Used ([\d.]+)([MG]) of [\d.]+[MG] hbm", str(error))
+        # The compiler names everything it would have used, or temporaries only.
+        found = re.search(r"Used ([\d.]+)([MG]) of [\d.]+[MG] hbm|temporaries \(([\d.]+)([MG])\)", str(error))
         if "RESOURCE_EXHAUSTED" not in str(error) or not found:
             raise
         compiled, exchanged = None, None
-        used = float(found[1]) * {"M": 2**20, "G": GIB}[found[2]]
+        size, unit = found[1] or found[3], found[2] or found[4]
+        used = float(size) * {"M": 2**20, "G": GIB}[unit] + (arguments if found[3] else 0)
     seconds = time.perf_counter() - started
     work = cost.flops(config, gan=gan)
     search = HIGHEST_PASSES * (config.train.batch_size * work.search + config.train.accumulate * work.train_codes)
