@@ -38,6 +38,7 @@ from vqrae_jax.models import flat
 from vqrae_jax.models.quantizers import EMAVQ
 
 SEARCH_DIM = 1536  # of the code search alone: the width of so400m's codes
+INPUT_BATCHES = 50  # a run of the input pipeline, or it would show what was read ahead
 CASES = ("encode", "decode", "search", "train_stage1", "train_stage2", "train_stage2_gan", "input")
 AGAINST = ("encode", "decode", "search", "train_stage1")  # what bench/pytorch.py has
 
@@ -75,7 +76,7 @@ def prepare(config: Config, case: str) -> Callable[[], Any]:
             build.data_source(data.source, training=True), image_size=size, batch_size=batch, seed=config.seed,
             crop_scale_min=data.crop_scale_min, flip=data.flip, threads=data.threads, workers=data.workers,
             bad_images=BadImages(None))
-        return lambda: next(batches)
+        return lambda: [next(batches) for _ in range(INPUT_BATCHES)]
     images = rng.integers(0, 256, (batch, size, size, 3), np.uint8)
     if case == "search":
         return _search(batch * build.tokens_per_image(config), config.model.quantizer.size)
@@ -211,7 +212,8 @@ def measure(config: Config, case: str, *, repeats: int, against: bool) -> dict[s
     ends = {name: child.end() for name, child in children.items()}
     seconds = {name: statistics.median(values) for name, values in times.items()}
     peak, kind, devices = ends["jax"]
-    result = {"seconds": seconds["jax"], "images_per_second": config.train.batch_size / seconds["jax"],
+    images = config.train.batch_size * (INPUT_BATCHES if case == "input" else 1)
+    result = {"seconds": seconds["jax"], "images_per_second": images / seconds["jax"],
               "peak_bytes": int(peak), "runs": times["jax"]}
     if work := flops(config, case):
         result["flops_per_second"] = work / seconds["jax"]
@@ -238,11 +240,11 @@ def line(case: str, result: dict[str, Any]) -> str:
 
 
 def main(_) -> None:
-    config = config_lib.parse(_CONFIG.value)
-    config = dataclasses.replace(
-        config, train=dataclasses.replace(config.train, batch_size=_BATCH.value or config.train.batch_size),
-        data=dataclasses.replace(config.data, source=_DATA.value or config.data.source),
-        model=dataclasses.replace(config.model, encoder=dataclasses.replace(config.model.encoder, random_weights=True)))
+    values = _CONFIG.value
+    values.model.encoder.random_weights = values.loss.perceptual.random_weights = True
+    values.train.batch_size = _BATCH.value or values.train.batch_size
+    values.data.source = _DATA.value or values.data.source
+    config = config_lib.parse(values)
     if _CHILD.value:
         return serve(config, _CHILD.value)
     results = {}
