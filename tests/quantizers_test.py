@@ -647,3 +647,20 @@ def test_ranked_vq_refuses_codes_of_another_width():
 def test_impossible_levels_are_errors(cls, levels):
     with pytest.raises(ValueError, match="levels"):
         cls(width=4, levels=levels, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+@pytest.mark.parametrize("size", [511, 513, 1300])
+def test_codes_beyond_the_last_whole_block_are_found_too(size, metric):
+    rng = np.random.default_rng(size)
+    z, codes = rng.standard_normal((200, 8)), rng.standard_normal((size, 8))
+    z[:2] = 2 * codes[[0, size - 1]]  # the first and the last one
+    scores = z @ codes.T / np.linalg.norm(codes, axis=1) if metric == "cosine" else z @ codes.T - (codes**2).sum(1) / 2
+    best = np.sort(scores, axis=1)[:, -2:]
+    clear = best[:, 1] - best[:, 0] > 1e-4  # by more than float32 rounds
+    found = np.asarray(quantizers.nearest_code(jnp.asarray(z, jnp.float32), jnp.asarray(codes, jnp.float32),
+                                               metric=metric))
+    assert clear.mean() > 0.9
+    np.testing.assert_array_equal(found[clear], scores.argmax(1)[clear])
+    if metric == "cosine":
+        assert found[0] == 0 and found[1] == size - 1

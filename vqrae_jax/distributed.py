@@ -42,7 +42,8 @@ def start() -> None:
             raise
         return
     except RuntimeError as error:
-        raise ValueError(f"the processes did not find each other: {' '.join(str(error).split())}") from error
+        raise ValueError(f"the processes did not find each other: {' '.join(str(error).split())}; a run of one process "
+                         "needs --coordinator_address=localhost:12345 --num_processes=1 --process_id=0") from error
     # JAX ends this process by itself, with a message, when process 0 is gone: stacks of Python would only hide that.
     faulthandler.disable()
     if not is_first():
