@@ -101,6 +101,7 @@ LEARNS = {
     "internvit_300m_448_stage1": SIMVQ,
     "internvit_300m_448_stage2": (*SIMVQ, "encoder/.*"),
     "ablation": SIMVQ,
+    "bench_medium": SIMVQ,
     "dinov3_l": SIMVQ,
     "dinov2_b": ("quantizer/(codebook|counts|sums)", "decoder/.*"),
     "dinov2_b_decxl": ("quantizer/(codebook|counts|sums)", "decoder/.*"),
