@@ -9,6 +9,7 @@ not grow with depth and one path pattern names a parameter of every layer.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -202,10 +203,12 @@ class Attention(nnx.Module):
         return checkpoint_name(self.out(y.reshape(batch, tokens, width)), "out")
 
 
+@functools.partial(jax.checkpoint, prevent_cse=False)
 def gelu(x: jax.Array) -> jax.Array:
     """GELU by erf, as PyTorch computes it: x/2 (1 + erf(x / sqrt 2)) in float32, `[...]` in the type of `x`.
 
-    `jax.nn.gelu` has erfc in its place, which runs half as fast on a CPU and takes long to compile for a TPU.
+    `jax.nn.gelu` has erfc in its place, which runs half as fast on a CPU and takes long to compile for a TPU. Of a
+    scanned layer the backward pass keeps `x` only, and not what is float32 in between.
     """
     y = x.astype(jnp.float32)
     return (0.5 * y * (1 + jax.lax.erf(y * 0.5**0.5))).astype(x.dtype)
