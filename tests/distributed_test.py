@@ -1,12 +1,14 @@
 """Several real processes on this machine, joined over loopback, are one run."""
 
 import json
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,36 +16,25 @@ import pytest
 from vqrae_jax import config as config_lib
 from vqrae_jax import train
 
-from .conftest import REFERENCE, REPOSITORY
+from .conftest import REPOSITORY
 
 STEPS = 16
-CONFIG = f"""
-from vqrae_jax import config as config_lib
-def get_config():
-    config = config_lib.default()
-    config.train.update(steps={STEPS}, batch_size=8, log_every=1, checkpoint_every=4, eval_every=8)
-    config.data.update(image_size=32, threads=1)
-    config.eval.update(batch_size=8, limit=27, samples=2)
-    config.model.encoder.path = {str(REFERENCE / "siglip_vision")!r}
-    config.model.quantizer.update(size=32, dim=32, init="kmeans")
-    config.optim.update(lr=1e-3, end_lr=1e-4, warmup_steps=2, ema_decay=0.9)
-    config.optim.lr_multipliers = (("encoder/.*", 0.0),)
-    config.log.tensorboard = False
-    return config
-"""
 
 
 @pytest.fixture
-def config_file(tmp_path) -> Path:
+def config_file(tiny_config, tmp_path) -> Path:
+    tiny_config.train.update(steps=STEPS, batch_size=8, checkpoint_every=4, eval_every=8)
+    tiny_config.eval.limit = 27  # the last batch is not full
+    tiny_config.model.quantizer.init = "kmeans"
     file = tmp_path / "tiny.py"
-    file.write_text(CONFIG)
+    values = tiny_config.to_dict()
+    file.write_text(f"from ml_collections import ConfigDict\n\nget_config = lambda: ConfigDict({values!r})\n")
     return file
 
 
-def parsed(config_file: Path) -> config_lib.Config:
-    namespace = {}
-    exec(config_file.read_text(), namespace)
-    return config_lib.parse(namespace["get_config"]())
+@pytest.fixture
+def config(config_file, tiny_config) -> config_lib.Config:
+    return config_lib.parse(tiny_config)
 
 
 def start(config_file: Path, workdir: Path, processes: int, *flags: str) -> list[subprocess.Popen]:
@@ -67,12 +58,16 @@ def metrics(workdir: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-def wait_for_step(workdir: Path, step: int, processes: list[subprocess.Popen]) -> None:
+def wait_for(condition: Callable[[], bool], processes: list[subprocess.Popen]) -> None:
     end = time.monotonic() + 300
-    while not any(line["step"] >= step for line in metrics(workdir)):
+    while not condition():
         assert time.monotonic() < end and all(process.poll() is None for process in processes), [
             process.communicate()[0] for process in processes if process.poll() is not None]
         time.sleep(0.02)
+
+
+def saved(workdir: Path) -> Callable[[], bool]:
+    return (workdir / "checkpoints" / "4").exists
 
 
 def check_equal(ours: list[dict], theirs: list[dict]) -> None:
@@ -84,12 +79,12 @@ def check_equal(ours: list[dict], theirs: list[dict]) -> None:
             assert mine[name] == pytest.approx(value, **tolerance), (mine["step"], name)
 
 
-def test_two_processes_equal_one_and_survive_the_loss_of_one(config_file, tmp_path):
+def test_two_processes_equal_one_and_survive_the_loss_of_one(config_file, config, tmp_path):
     alone, together, moved = (tmp_path / name for name in ("alone", "together", "moved"))
-    train.run(parsed(config_file), alone)
+    train.run(config, alone)
 
     processes = start(config_file, together, 2)
-    wait_for_step(together, 6, processes)
+    wait_for(saved(together), processes)
     processes[1].kill()
     killed = time.monotonic()
     output, _ = processes[0].communicate(timeout=60)
@@ -100,25 +95,26 @@ def test_two_processes_equal_one_and_survive_the_loss_of_one(config_file, tmp_pa
     shutil.copytree(together, moved)
 
     first, second = finish(start(config_file, together, 2))
-    assert "continuing at step 4" in first and f"step {STEPS}/{STEPS}" in first
+    # Whether the next checkpoint was whole when the process died is a matter of milliseconds.
+    assert re.search("continuing at step (4|8|12)", first) and f"step {STEPS}/{STEPS}" in first
     assert "step" not in second  # only the first process speaks
     check_equal(metrics(together), metrics(alone))
     # What two processes saved, one continues.
-    train.run(parsed(config_file), moved)
+    train.run(config, moved)
     check_equal(metrics(moved), metrics(alone))
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("count", [2, 4])
-def test_any_number_of_processes_continues_what_any_other_began(count, config_file, tmp_path):
+def test_any_number_of_processes_continues_what_any_other_began(count, config_file, config, tmp_path):
     alone, whole, broken = (tmp_path / name for name in ("alone", "whole", "broken"))
-    train.run(parsed(config_file), alone)
+    train.run(config, alone)
     finish(start(config_file, whole, count))
     check_equal(metrics(whole), metrics(alone))
 
     # Killed and started again as it was: not a bit differs.
     processes = start(config_file, broken, count)
-    wait_for_step(broken, 6, processes)
+    wait_for(saved(broken), processes)
     processes[0].kill()
     for process in processes:
         process.communicate(timeout=60)
@@ -128,12 +124,12 @@ def test_any_number_of_processes_continues_what_any_other_began(count, config_fi
     # SIGTERM to one of them stops all at the same step; one process, with its parameters split, goes on.
     stopped = tmp_path / "stopped"
     processes = start(config_file, stopped, count, "--config.train.checkpoint_every=1000")
-    wait_for_step(stopped, 3, processes)
+    wait_for(lambda: len(metrics(stopped)) >= 3, processes)
     processes[-1].send_signal(signal.SIGTERM)
     outputs = [process.communicate(timeout=60)[0] for process in processes]
     assert [process.returncode for process in processes] == [75] * count, outputs
     assert "stopped by a signal after step" in outputs[0]
-    train.run(parsed(config_file), stopped)
+    train.run(config, stopped)
     check_equal(metrics(stopped), metrics(alone))
 
 

@@ -1,5 +1,6 @@
 """One program on every mesh: eight simulated devices, in a process of their own."""
 
+import functools
 import json
 import os
 import re
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from vqrae_jax import build, checkpoint, sharding
+from vqrae_jax import build, sharding
 from vqrae_jax import config as config_lib
 from vqrae_jax import step as step_lib
 from vqrae_jax.models import flat
@@ -40,13 +41,12 @@ def make_config(values: dict, *, kind: str, mesh: tuple[int, int]) -> config_lib
 def train(config: config_lib.Config) -> dict:
     """Losses and uses of codes of each step, indices at the end, and the compiled step."""
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:config.mesh.data * config.mesh.fsdp])
-    graphdef, param_shapes, codebook_shapes = build.structure(config)
+    graphdef, _, _ = build.structure(config)
     parts = build.parts(config, graphdef)
     place = lambda tree: sharding.of(mesh, tree)
     params, codebook = build.initial_arrays(config, place)
-    abstract = checkpoint.abstract_state(config, parts, param_shapes, codebook_shapes, mesh)
-    state, frozen = jax.jit(lambda *arrays: step_lib.init_state(config, parts, *arrays),
-                            out_shardings=place(abstract))(params, codebook, {}, {})
+    init = functools.partial(step_lib.init_state, config, parts)
+    state, frozen = build.initialised(init, place, params, codebook, {}, {})
     images = np.random.default_rng(0).integers(0, 256, (BATCH, 32, 32, 3), np.uint8)
     images = sharding.put_batch(mesh, images)
     compiled = sharding.jit_step(step_lib.make_train_step(config, parts), mesh, state).trace(

@@ -102,13 +102,13 @@ def initial_arrays(config: Config, shardings: Shardings | None = None) -> tuple[
         _, params, codebook = flat.split(_model(config, spec, nnx.Rngs(config.seed)))
         return {path: value for path, value in params.items() if path not in pretrained}, codebook
 
-    params, codebook = _initialised(init, shardings)
+    params, codebook = initialised(init, shardings)
     return {**params, **_placed(pretrained, shardings)}, codebook
 
 
-def _initialised(init: Callable[[], Any], shardings: Shardings | None) -> Any:
-    """What `init` makes, every device making its own part."""
-    return jax.jit(init, out_shardings=shardings(jax.eval_shape(init)) if shardings else None)()
+def initialised(init: Callable[..., Any], shardings: Shardings | None, *arrays: Any) -> Any:
+    """What `init(*arrays)` makes, every device making its own part; `shardings` as in `initial_arrays`."""
+    return jax.jit(init, out_shardings=shardings(jax.eval_shape(init, *arrays)) if shardings else None)(*arrays)
 
 
 def _placed(arrays: Mapping[str, Any], shardings: Shardings | None) -> Arrays:
@@ -208,7 +208,7 @@ def network_arrays(config: Config, shardings: Shardings | None = None) -> tuple[
       OSError: weights that are not there; the message says how to get them.
       ValueError: weights of another network.
     """
-    params, state = _initialised(lambda: _split(_networks(config, nnx.Rngs(config.seed)))[1:], shardings)
+    params, state = initialised(lambda: _split(_networks(config, nnx.Rngs(config.seed)))[1:], shardings)
     perceptual, gan = config.loss.perceptual, config.gan
     pretrained, pretrained_state = {}, {}
     if perceptual.lpips and not perceptual.random_weights:

@@ -10,6 +10,7 @@ counted in the compiled program, loops multiplied out. The step's time is a lowe
 import dataclasses
 import functools
 import json
+import math
 import os
 import re
 import time
@@ -123,8 +124,7 @@ def plan(config: Config, topology: str) -> Plan:
         used = float(size) * {"M": 2**20, "G": GIB}[unit] + (arguments if found[3] else 0)
     seconds = time.perf_counter() - started
     work = cost.flops(config, gan=gan)
-    search = HIGHEST_PASSES * (config.train.batch_size * work.search + config.train.accumulate * work.train_codes)
-    exact = config.train.batch_size * work.search + config.train.accumulate * work.train_codes
+    at_highest = config.train.batch_size * work.search + config.train.accumulate * work.train_codes
     sizes = {part: sum(value.size for path, value in {**params, **codebook}.items() if path.startswith(f"{part}/"))
              for part in ("encoder", "quantizer", "decoder")}
     sizes["discriminator"] = sum(value.size for value in state.gan.params.values())
@@ -140,13 +140,12 @@ def plan(config: Config, topology: str) -> Plan:
         compile_seconds=seconds, model_flops_per_image=work.train, model_flops_per_step=work.per_step(config),
         collective_gib_per_step=None if exchanged is None else {
             name: count / GIB for name, count in exchanged.items()},
-        compute_seconds=(work.per_step(config) - exact + search) / (chip.flops * len(devices)),
+        compute_seconds=(work.per_step(config) + (HIGHEST_PASSES - 1) * at_highest) / (chip.flops * len(devices)),
         collective_seconds=None if exchanged is None else sum(exchanged.values()) / chip.interconnect)
 
 
 def _bytes_per_chip(tree: Any) -> int:
-    return sum(jnp.dtype(leaf.dtype).itemsize * int(jnp.prod(jnp.asarray(leaf.sharding.shard_shape(leaf.shape))))
-               for leaf in jax.tree.leaves(tree))
+    return sum(leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(tree))
 
 
 def collective_bytes(hlo: str) -> dict[str, int]:

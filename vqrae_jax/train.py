@@ -1,5 +1,6 @@
 """The training loop: data, step, report, evaluate, save."""
 
+import functools
 import logging
 import math
 import signal
@@ -56,8 +57,8 @@ def run(config: Config, workdir: Path) -> dict[str, float]:
     _describe(config, param_shapes, codebook_shapes)
     # Whatever ends this block, saving in the background is waited for.
     with closing(checkpoint.Checkpoints(workdir)) as checkpoints, closing(batches):
-        abstract, abstract_frozen = checkpoint.abstract_state(config, parts, param_shapes, codebook_shapes, mesh)
         if steps := checkpoints.steps():
+            abstract, abstract_frozen = checkpoint.abstract_state(config, parts, param_shapes, codebook_shapes, mesh)
             frozen = checkpoint.load_frozen(workdir, abstract_frozen)
             state, data_state = checkpoints.restore(steps[-1], abstract)
             batches.set_state(data_state)
@@ -66,12 +67,11 @@ def run(config: Config, workdir: Path) -> dict[str, float]:
             networks = build.network_arrays(config, place)
             params, codebook = _initial_arrays(config, graphdef, param_shapes, codebook_shapes, source, bad_images,
                                                mesh)
-            init = jax.jit(lambda *arrays: step_lib.init_state(config, parts, *arrays),
-                           out_shardings=place((abstract, abstract_frozen)))
-            state, frozen = init(params, codebook, *networks)
+            init = functools.partial(step_lib.init_state, config, parts)
+            state, frozen = build.initialised(init, place, params, codebook, *networks)
             del params, codebook, networks
             checkpoint.save_frozen(workdir, frozen)
-        train_step = sharding.jit_step(step_lib.make_train_step(config, parts), mesh, abstract)
+        train_step = sharding.jit_step(step_lib.make_train_step(config, parts), mesh, state)
         eval_step = jax.jit(sharding.on(mesh, step_lib.make_eval_step(graphdef)))
         with (closing(reporting.Reporter(workdir, config, first_step=int(state.step))) as reporter,
               distributed.ends_with_the_others()):

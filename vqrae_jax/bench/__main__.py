@@ -9,6 +9,7 @@ ours. It needs a SimVQ model in float32 and PyTorch installed.
 """
 
 import dataclasses
+import functools
 import json
 import os
 import resource
@@ -111,8 +112,7 @@ def _train(config: Config, images: np.ndarray, *, gan: bool) -> Callable[[], Any
     parts = build.parts(config, graphdef)
     place = lambda tree: sharding.of(mesh, tree)
     arrays = (*build.initial_arrays(config, place), *build.network_arrays(config, place))
-    init = lambda *arrays: step_lib.init_state(config, parts, *arrays)
-    state, frozen = jax.jit(init, out_shardings=place(jax.eval_shape(init, *arrays)))(*arrays)
+    state, frozen = build.initialised(functools.partial(step_lib.init_state, config, parts), place, *arrays)
     step = sharding.jit_step(step_lib.make_train_step(config, parts), mesh, state)
     return _repeat(lambda state: step(state, frozen, sharding.put_batch(mesh, images), gan=gan), state)
 
