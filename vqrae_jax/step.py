@@ -222,34 +222,37 @@ def make_train_step(config: Config, parts: Parts) -> TrainStep:
     def train_step(state: TrainState, frozen: Frozen, images: jax.Array, *, gan: bool) -> tuple[TrainState, Metrics]:
         rng, restart_rng = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), state.step))
         grads, gan_grads, scalars, stats = _gradients(config, parts, state, frozen, images, rng=rng, gan=gan)
-        updates, opt_state = parts.optimizer.update(grads, state.opt_state, state.params)
-        params: Any = optax.apply_updates(state.params, updates)
-        quantizer = flat.merge(parts.graphdef, params, frozen.params, state.codebook).quantizer
-        codebook = state.codebook | flat.prefixed("quantizer/", quantizer.next_state(stats, rng=restart_rng))
-        ema = optim.moving_average(state.ema, {**params, **codebook}, config.optim.ema_decay)
-        new, gan_metrics = {"params": params, "codebook": codebook, "opt_state": opt_state, "ema": ema}, {}
-        if gan:
-            new["gan"], gan_metrics = _update_discriminator(config, parts, state, frozen, gan_grads, scalars)
-
-        norms = [optax.tree.norm(tree) for tree in (grads, updates, gan_grads)]
+        norms = [optax.tree.norm(tree) for tree in (grads, gan_grads)]
         finite = jnp.all(jnp.isfinite(jnp.stack([*scalars.values(), *norms])))
-        old = {name: getattr(state, name) for name in new}
-        new = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+
+        def update() -> TrainState:
+            updates, opt_state = parts.optimizer.update(grads, state.opt_state, state.params)
+            params: Any = optax.apply_updates(state.params, updates)
+            quantizer = flat.merge(parts.graphdef, params, frozen.params, state.codebook).quantizer
+            codebook = state.codebook | flat.prefixed("quantizer/", quantizer.next_state(stats, rng=restart_rng))
+            ema = optim.moving_average(state.ema, {**params, **codebook}, config.optim.ema_decay)
+            new_gan = _update_discriminator(config, parts, state, frozen, gan_grads, scalars) if gan else state.gan
+            return state._replace(params=params, codebook=codebook, opt_state=opt_state, ema=ema, gan=new_gan)
+
+        # One pass over the state: choosing afterwards, array by array, would be a second one.
+        new = jax.lax.cond(finite, update, lambda: state)
         skipped = state.skipped + ~finite
         in_a_row = jnp.where(finite, 0, state.skipped_in_a_row + 1)
         code_counts = jnp.where(state.step % config.train.log_every == 0, 0, state.code_counts) + stats["counts"]
-        counters = {"step": state.step + 1, "code_counts": code_counts, "skipped": skipped,
-                    "skipped_in_a_row": in_a_row}
-        return state._replace(**new, **counters), {
+        both, rates = grads | gan_grads, _rates(parts.learning_rate, grads, state.opt_state)
+        if parts.gan and gan:
+            schedule = parts.gan.schedule
+            rates |= _rates(lambda path: schedule, gan_grads, state.gan.opt_state)
+        return new._replace(step=state.step + 1, code_counts=code_counts, skipped=skipped,
+                            skipped_in_a_row=in_a_row), {
             **scalars,
             "code_usage_batch": code_usage(stats["counts"]),
             "code_perplexity_batch": perplexity(stats["counts"]),
             "code_usage_window": code_usage(code_counts),
             "code_perplexity_window": perplexity(code_counts),
             "grad_norm": norms[0],
-            **{f"grad_norm/{part}": optax.tree.norm(flat.under(f"{part}/", grads)) for part in _parts(grads)},
-            **{f"lr/{part}": rate for part, rate in _rates(parts.learning_rate, grads, state.opt_state).items()},
-            **gan_metrics,
+            **{f"grad_norm/{part}": optax.tree.norm(flat.under(f"{part}/", both)) for part in _parts(both)},
+            **{f"lr/{part}": rate for part, rate in rates.items()},
             "skipped_steps": skipped,
             "skipped_in_a_row": in_a_row,
         }
@@ -414,19 +417,17 @@ def _discriminator_loss(config: Config, parts: Parts, params: Arrays, state: Gan
 
 
 def _update_discriminator(config: Config, parts: Parts, state: TrainState, frozen: Frozen, grads: Arrays,
-                          scalars: Metrics) -> tuple[GanState, Metrics]:
-    """The discriminator's state after the step, and metrics."""
+                          scalars: Metrics) -> GanState:
+    """The discriminator's state after the step."""
     assert parts.gan
-    old, schedule = state.gan, parts.gan.schedule
+    old = state.gan
     updates, opt_state = parts.gan.optimizer.update(grads, old.opt_state, old.params)
     params: Any = optax.apply_updates(old.params, updates)
     discriminator = _discriminator(parts, params, old, frozen)
     mean_logits = jnp.stack([scalars["gan/logits_real"], scalars["gan/logits_fake"]])
     decay = config.gan.lecam_decay
-    new = GanState(params=params, state=old.state | flat.prefixed("discriminator/", discriminator.next_state()),
-                   opt_state=opt_state, mean_logits=decay * old.mean_logits + (1 - decay) * mean_logits)
-    rates = _rates(lambda path: schedule, grads, old.opt_state)
-    return new, {"grad_norm/discriminator": optax.tree.norm(grads), "lr/discriminator": rates["discriminator"]}
+    return GanState(params=params, state=old.state | flat.prefixed("discriminator/", discriminator.next_state()),
+                    opt_state=opt_state, mean_logits=decay * old.mean_logits + (1 - decay) * mean_logits)
 
 
 def _named(prefix: str, values: Mapping[str, jax.Array]) -> Metrics:
