@@ -6,15 +6,17 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from vqrae_jax import build, sharding
+from vqrae_jax import build, checkpoint, sharding
 from vqrae_jax import config as config_lib
 from vqrae_jax import step as step_lib
 from vqrae_jax.models import flat
@@ -26,6 +28,7 @@ KINDS = {
     "ema": {"meshes": ((1, 1), (2, 4)), "accumulate": 2,
             "quantizer": {"kind": "ema", "dim": 32, "restart_threshold": 0.5}},
 }
+MOVES = ((1, 1), (1, 8), (2, 1), (2, 4), (8, 1), (1, 2), (1, 1))
 
 
 def make_config(values: dict, *, kind: str, mesh: tuple[int, int]) -> config_lib.Config:
@@ -38,9 +41,13 @@ def make_config(values: dict, *, kind: str, mesh: tuple[int, int]) -> config_lib
     return config_lib.parse(values)
 
 
-def train(config: config_lib.Config) -> dict:
-    """Losses and uses of codes of each step, indices at the end, and the compiled step."""
-    mesh = sharding.make_mesh(config.mesh, jax.devices()[:config.mesh.data * config.mesh.fsdp])
+def make_mesh(config: config_lib.Config) -> jax.sharding.Mesh:
+    return sharding.make_mesh(config.mesh, jax.devices()[:config.mesh.data * config.mesh.fsdp])
+
+
+def start(config: config_lib.Config):
+    """The step, compiled, and what it is called with."""
+    mesh = make_mesh(config)
     graphdef, _, _ = build.structure(config)
     parts = build.parts(config, graphdef)
     place = lambda tree: sharding.of(mesh, tree)
@@ -51,6 +58,13 @@ def train(config: config_lib.Config) -> dict:
     images = sharding.put_batch(mesh, images)
     compiled = sharding.jit_step(step_lib.make_train_step(config, parts), mesh, state).trace(
         state, frozen, images, gan=False).lower().compile()
+    return compiled, state, frozen, images
+
+
+def train(config: config_lib.Config) -> dict:
+    """Losses and uses of codes of each step, indices at the end, and the compiled step."""
+    compiled, state, frozen, images = start(config)
+    mesh, (graphdef, _, _) = make_mesh(config), build.structure(config)
     losses, counts = [], []
     for _ in range(STEPS):
         state, metrics = compiled(state, frozen, images)
@@ -64,13 +78,37 @@ def train(config: config_lib.Config) -> dict:
             "shard_shapes": [leaf.sharding.shard_shape(leaf.shape) for leaf in moments]}
 
 
+def move(configs: list[config_lib.Config], folder: Path) -> None:
+    """Saves a state and what is frozen from each mesh and restores both on the next: not a bit may change."""
+    compiled, state, frozen, images = start(configs[0])
+    state, _ = compiled(state, frozen, images)
+    expected = jax.device_get((state, frozen))
+    for i, config in enumerate(configs[1:]):
+        checkpoint.save_frozen(folder / str(i), frozen)
+        with closing(checkpoint.Checkpoints(folder / str(i))) as checkpoints:
+            checkpoints.save(state, {"next_batch": 1}, psnr=None)
+        graphdef, params, codebook = build.structure(config)
+        mesh = make_mesh(config)
+        abstract, abstract_frozen = checkpoint.abstract_state(config, build.parts(config, graphdef), params, codebook,
+                                                              mesh)
+        with closing(checkpoint.Checkpoints(folder / str(i))) as checkpoints:
+            state, _ = checkpoints.restore(1, abstract)
+        frozen = checkpoint.load_frozen(folder / str(i), abstract_frozen)
+        chex.assert_trees_all_equal(jax.device_get((state, frozen)), expected)
+        assert all(leaf.sharding.mesh == mesh for leaf in jax.tree.leaves((state, frozen)))
+
+
+def in_a_process_with_eight_devices(kind: str, out: Path) -> None:
+    subprocess.run([sys.executable, "-m", "tests.sharding_test", kind, str(out)], check=True,
+                   env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
+                   cwd=Path(__file__).parents[1])
+
+
 @pytest.fixture(scope="module", params=sorted(KINDS))
 def runs(request, tmp_path_factory):
     """What `train` returns on each mesh."""
     out = tmp_path_factory.mktemp("sharding") / "runs.json"
-    subprocess.run([sys.executable, "-m", "tests.sharding_test", request.param, str(out)], check=True,
-                   env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
-                   cwd=Path(__file__).parents[1])
+    in_a_process_with_eight_devices(request.param, out)
     return {tuple(mesh): run for mesh, run in json.loads(out.read_text())}
 
 
@@ -93,6 +131,11 @@ def test_no_device_ever_holds_all_of_what_is_split(runs):
         scores = set(re.findall(rf"f32\[(\d+),{CODES}\]", run["hlo"]))
         assert scores, "the search left no matrix of scores in the program: this test looks in the wrong place"
         assert max(map(int, scores)) <= TOKENS // (data * fsdp)
+
+
+def test_a_checkpoint_moves_between_meshes_bit_by_bit(tmp_path):
+    in_a_process_with_eight_devices("move", tmp_path)
+    assert len(list(tmp_path.glob("*/checkpoints/1"))) == len(MOVES) - 1
 
 
 def test_every_axis_and_rule_says_what_it_means():
@@ -127,5 +170,8 @@ if __name__ == "__main__":
     values["data"]["image_size"] = 32
     values["model"]["encoder"]["path"] = str(REFERENCE / "siglip_vision")
     values["optim"].update(lr=1e-3, warmup_steps=2, ema_decay=0.9)
-    results = [(mesh, train(make_config(values, kind=kind, mesh=mesh))) for mesh in KINDS[kind]["meshes"]]
-    Path(out).write_text(json.dumps(results))
+    if kind == "move":
+        move([make_config(values, kind="simvq", mesh=mesh) for mesh in MOVES], Path(out))
+    else:
+        results = [(mesh, train(make_config(values, kind=kind, mesh=mesh))) for mesh in KINDS[kind]["meshes"]]
+        Path(out).write_text(json.dumps(results))
