@@ -9,6 +9,11 @@ cd "$(dirname "$0")/.."
 [ -x .venv/bin/python ] || "${PYTHON:-python3}" -m venv .venv
 .venv/bin/python -c "import vqrae_jax, jax_cuda12_plugin" 2>/dev/null ||
   .venv/bin/pip install --quiet --editable '.[cuda]'
-export JAX_PLATFORMS=cuda,cpu  # without a GPU: an error at once, not a slow run on the CPU
+# JAX itself would train on the CPU, slowly and without a word.
+.venv/bin/python -c 'import jax; jax.devices("cuda")' >/dev/null 2>&1 || {
+  echo "error: JAX finds no NVIDIA GPU: see nvidia-smi, and whether the driver is one for CUDA 12" >&2
+  exit 1
+}
+export JAX_PLATFORMS=cuda,cpu
 unset SLURM_JOB_ID  # in a shell inside a SLURM job, JAX would take one GPU only
 exec .venv/bin/python -m vqrae_jax.main "$@"

@@ -20,10 +20,16 @@ if [ "${SLURM_NTASKS_PER_NODE:-1}" != "${SLURM_GPUS_ON_NODE:-0}" ]; then
     "--gpus-per-node=N --ntasks-per-node=N" >&2
   exit 1
 fi
-export JAX_PLATFORMS=cuda,cpu  # without a GPU: an error at once, not a slow run on the CPU
+# JAX itself would train on the CPU, slowly and without a word.
+.venv/bin/python -c 'import jax; jax.devices("cuda")' >/dev/null 2>&1 || {
+  echo "error: JAX finds no NVIDIA GPU on $(hostname): see nvidia-smi, and whether the driver is one for CUDA 12" >&2
+  exit 1
+}
+export JAX_PLATFORMS=cuda,cpu
 status=0
-# srun does not take --cpus-per-task from sbatch by itself.
-srun --kill-on-bad-exit=1 --gpu-bind=none ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} \
+# srun does not take --cpus-per-task from sbatch by itself. JAX ends the tasks that outlive another one; were srun to kill
+# them, its exit code would not be the 75 of a task that was stopped.
+srun --kill-on-bad-exit=0 --gpu-bind=none ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} \
   .venv/bin/python -m vqrae_jax.main "$@" || status=$?
 if [ "$status" = 75 ]; then
   exec scontrol requeue "$SLURM_JOB_ID"

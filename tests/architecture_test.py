@@ -22,7 +22,7 @@ ALLOWED = {
     "plan": {"cli", "build", "config", "cost", "sharding", "step", "checkpoint"},
     "bench.__main__": {"cli", "build", "config", "cost", "sharding", "step", "data", "models", "inference", "convert"},
     "bench": set(),
-    "cost": {"build", "config", "convert", "models"},
+    "cost": {"build", "config", "convert", "models", "optim"},
     "build": {"models", "losses", "optim", "step", "config", "convert", "data"},
     "step": {"losses", "optim", "metrics", "config", "models"},
     "convert": {"models"},

@@ -49,6 +49,7 @@ NANO = ("vqrae_jax.main", "--config=configs/nano_stage1.py",
     (["--workdir={tmp}", "--config.init_from={tmp}/none"], "is not the folder of a run"),
     (["--workdir={tmp}", "--config=configs/typo.py"], "configs/typo.py"),
     (["--workdir={tmp}", "--config.optim.lr_multipliers=(('encodr/.*',0.0),)"], "'encodr/.*' matches no parameter"),
+    (["--workdir={tmp}", "--config.data.flip", "false"], "error: unexpected argument 'false': flags are given as"),
 ])
 def test_main_fails_in_one_line_and_leaves_nothing(arguments, says, tmp_path):
     before = sorted(tmp_path.rglob("*"))
@@ -129,6 +130,7 @@ def test_reconstruct_shows_originals_over_reconstructions(run, tmp_path):
     (["vqrae_jax.evaluate", "--workdir={tmp}/typo"], "is not the folder of a run"),
     (["vqrae_jax.evaluate", "--workdir={run}", "--out={tmp}", "--data=folder:{tmp}"], "error: no image under"),
     (["vqrae_jax.evaluate", "--workdir={run}", "--step=7"], "holds the checkpoints"),
+    (["vqrae_jax.evaluate", "--workdir={run}", "{run}"], "error: unexpected argument"),
     (["vqrae_jax.reconstruct", "--workdir={run}", "--out={tmp}/r.png"], "error: no images given"),
     (["vqrae_jax.reconstruct", "--workdir={run}", "--out={tmp}/r.png", "{tmp}/text.jpg"], "text.jpg"),
     (["vqrae_jax.reconstruct", "--workdir={run}", "--out={tmp}/r.png", "{tmp}/gone.jpg"], "gone.jpg"),

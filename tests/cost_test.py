@@ -51,6 +51,8 @@ PERCEPTUAL = {"loss.perceptual_weight": 1.0, "loss.perceptual.lpips": 1.0, "loss
     ({}, 1, 0),
     ({**LEARNING, "loss.distill_weight": 1.0, "train.accumulate": 2}, 2, 0),
     ({"model.quantizer.size": 512, "model.quantizer.dim": 32, "model.encoder.layers": (1, 3)}, 1, 0),
+    ({"optim.lr_multipliers": (("encoder/.*", 1.0), ("encoder.*", 0.0))}, 2, 0),
+    ({"optim.lr_multipliers": (("enc.*/kernel", 0.0), ("encoder.*", 0.0))}, 1, 0),
     ({**LEARNING, "model.quantizer.kind": "ema", **PATCHGAN}, 2, 1e-3),
     ({**LEARNING, **PERCEPTUAL}, 2, 1e-2),
     ({**LEARNING, **DINO}, 2, 2e-2),

@@ -8,13 +8,14 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from vqrae_jax import checkpoint, train
 from vqrae_jax import config as config_lib
-from vqrae_jax import train
 
 from .conftest import REPOSITORY
 
@@ -37,14 +38,20 @@ def config(config_file, tiny_config) -> config_lib.Config:
     return config_lib.parse(tiny_config)
 
 
-def start(config_file: Path, workdir: Path, processes: int, *flags: str) -> list[subprocess.Popen]:
+def run_together(module: str, processes: int, *flags: str, of_the_last: Sequence[str] = ()) -> list[subprocess.Popen]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     return [subprocess.Popen(
-        [sys.executable, "-m", "vqrae_jax.main", f"--config={config_file}", f"--workdir={workdir}",
-         f"--coordinator_address=127.0.0.1:{port}", f"--num_processes={processes}", f"--process_id={i}", *flags],
+        [sys.executable, "-m", module, f"--coordinator_address=127.0.0.1:{port}", f"--num_processes={processes}",
+         f"--process_id={i}", *flags, *(of_the_last if i == processes - 1 else ())],
         cwd=REPOSITORY, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for i in range(processes)]
+
+
+def start(config_file: Path, workdir: Path, processes: int, *flags: str,
+          of_the_last: Sequence[str] = ()) -> list[subprocess.Popen]:
+    return run_together("vqrae_jax.main", processes, f"--config={config_file}", f"--workdir={workdir}", *flags,
+                        of_the_last=of_the_last)
 
 
 def finish(processes: list[subprocess.Popen]) -> list[str]:
@@ -66,10 +73,6 @@ def wait_for(condition: Callable[[], bool], processes: list[subprocess.Popen]) -
         time.sleep(0.02)
 
 
-def saved(workdir: Path) -> Callable[[], bool]:
-    return (workdir / "checkpoints" / "4").exists
-
-
 def check_equal(ours: list[dict], theirs: list[dict]) -> None:
     assert [line["step"] for line in ours] == [line["step"] for line in theirs]
     for mine, other in zip(ours, theirs, strict=True):
@@ -84,7 +87,7 @@ def test_two_processes_equal_one_and_survive_the_loss_of_one(config_file, config
     train.run(config, alone)
 
     processes = start(config_file, together, 2)
-    wait_for(saved(together), processes)
+    wait_for(lambda: checkpoint.has_checkpoint(together), processes)
     processes[1].kill()
     killed = time.monotonic()
     output, _ = processes[0].communicate(timeout=60)
@@ -114,7 +117,7 @@ def test_any_number_of_processes_continues_what_any_other_began(count, config_fi
 
     # Killed and started again as it was: not a bit differs.
     processes = start(config_file, broken, count)
-    wait_for(saved(broken), processes)
+    wait_for(lambda: checkpoint.has_checkpoint(broken), processes)
     processes[0].kill()
     for process in processes:
         process.communicate(timeout=60)
@@ -131,6 +134,28 @@ def test_any_number_of_processes_continues_what_any_other_began(count, config_fi
     assert "stopped by a signal after step" in outputs[0]
     train.run(config, stopped)
     check_equal(metrics(stopped), metrics(alone))
+
+
+def test_a_process_that_fails_says_why_and_ends_the_others(config_file, tmp_path):
+    processes = start(config_file, tmp_path / "run", 2, of_the_last=["--config.data.source=folder:/nowhere"])
+    outputs = [process.communicate(timeout=60)[0] for process in processes]
+    assert processes[1].returncode == 1 and processes[0].returncode not in (0, None)
+    assert outputs[1].strip().splitlines()[-1].startswith("error: no folder /nowhere")
+
+
+def test_evaluation_by_two_processes_names_every_image_it_left_out(config, tmp_path):
+    train.run(config, tmp_path / "run")
+    (tmp_path / "images").mkdir()
+    for i in range(16):
+        file = tmp_path / "images" / f"{i:02d}.png"
+        Image.new("RGB", (32, 32), (i, 0, 0)).save(file)
+        if i in (1, 5):
+            file.write_text("this is no picture")
+    finish(run_together("vqrae_jax.evaluate", 2, f"--workdir={tmp_path / 'run'}", f"--out={tmp_path}",
+                        f"--data=folder:{tmp_path / 'images'}"))
+    result = json.loads((tmp_path / "metrics.json").read_text())
+    assert result["num_images"] == 14
+    assert sorted(Path(name).name for name in result["left_out"]) == ["01.png", "05.png"]
 
 
 @pytest.mark.parametrize(("flags", "says"), [

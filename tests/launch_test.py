@@ -81,28 +81,49 @@ def test_gpu_installs_once_and_hands_on_its_arguments(commands, tmp_path):
     commands.add("python3", 'mkdir -p .venv/bin && cp "$COMMANDS"/{python,pip} .venv/bin')
     ran = commands.run("bash", script, *ARGUMENTS, cwd=tmp_path, SLURM_JOB_ID="7")
     assert (ran.returncode, ran.stdout) == (0, "on cuda,cpu\n"), ran.stderr
-    probe = ["python", "-c", "import vqrae_jax, jax_cuda12_plugin"]
+    probe, gpu = (["python", "-c", code] for code in ("import vqrae_jax, jax_cuda12_plugin", GPU_CHECK))
     train = ["python", "-m", "vqrae_jax.main", *ARGUMENTS]
-    first = [["python3", "-m", "venv", ".venv"], probe, ["pip", "install", "--quiet", "--editable", ".[cuda]"], train]
+    first = [["python3", "-m", "venv", ".venv"], probe, ["pip", "install", "--quiet", "--editable", ".[cuda]"], gpu,
+             train]
     assert commands.calls() == first
     commands.run("bash", script, *ARGUMENTS, cwd=tmp_path)
-    assert commands.calls() == [*first, probe, train]
+    assert commands.calls() == [*first, probe, gpu, train]
+    (clone / "installed").unlink()
+    shutil.copy("/bin/true", clone / ".venv/bin/pip")
+    ran = commands.run("bash", script, *ARGUMENTS, cwd=tmp_path)
+    assert (ran.returncode, ran.stderr[:36]) == (1, "error: JAX finds no NVIDIA GPU: see ")
 
 
+GPU_CHECK = 'import jax; jax.devices("cuda")'
 SLURM = {"SLURM_JOB_ID": "7", "SLURM_NTASKS_PER_NODE": "8", "SLURM_GPUS_ON_NODE": "8", "SLURM_CPUS_PER_TASK": "12"}
+
+
+def has_gpu(commands, folder, found: bool) -> None:
+    (folder / ".venv/bin").mkdir(parents=True)
+    shutil.copy(commands.add("python", "exit 0" if found else "exit 1"), folder / ".venv/bin")
 
 
 @pytest.mark.parametrize(("status", "requeued"), [(0, False), (1, False), (75, True), (137, False)])
 def test_slurm_runs_a_task_per_gpu_and_requeues_only_what_was_stopped(commands, tmp_path, status, requeued):
     commands.add("srun", f'echo "on $JAX_PLATFORMS"; exit {status}')
     commands.add("scontrol")
+    has_gpu(commands, tmp_path, True)
     ran = commands.run("bash", LAUNCH / "slurm.sh", *ARGUMENTS, cwd=tmp_path, **SLURM)
     assert ran.stdout == "on cuda,cpu\n", ran.stderr
     assert ran.returncode == (0 if requeued else status)
-    srun, *others = commands.calls()
-    assert srun == ["srun", "--kill-on-bad-exit=1", "--gpu-bind=none", "--cpus-per-task=12", ".venv/bin/python", "-m",
+    check, srun, *others = commands.calls()
+    assert check == ["python", "-c", GPU_CHECK]
+    assert srun == ["srun", "--kill-on-bad-exit=0", "--gpu-bind=none", "--cpus-per-task=12", ".venv/bin/python", "-m",
                     "vqrae_jax.main", *ARGUMENTS]
     assert others == ([["scontrol", "requeue", "7"]] if requeued else [])
+
+
+def test_slurm_does_not_train_on_the_cpu(commands, tmp_path):
+    commands.add("srun")
+    has_gpu(commands, tmp_path, False)
+    ran = commands.run("bash", LAUNCH / "slurm.sh", *ARGUMENTS, cwd=tmp_path, **SLURM)
+    assert ran.returncode == 1 and ran.stderr.startswith("error: JAX finds no NVIDIA GPU on ")
+    assert commands.calls() == [["python", "-c", GPU_CHECK]]
 
 
 def test_slurm_refuses_other_than_a_task_per_gpu(commands, tmp_path):

@@ -58,6 +58,8 @@ def test_search_goes_from_the_fastest_to_the_most_frugal():
 @pytest.mark.parametrize(("flags", "says"), [
     (["--topology=v5e:3x3"], "--topology=v5e:3x3: "),
     (["--topology=nonsense"], "--topology=nonsense: "),
+    pytest.param(["--topology=v3:2x2"], "--topology=v3:2x2: 'TPU v3' cannot be planned", marks=needs_compiler),
+    pytest.param(["--topology=v4:2x2x1"], "--topology=v4:2x2x1: 'TPU v4' cannot be planned", marks=needs_compiler),
 ])
 def test_a_slice_that_does_not_exist_is_named(flags, says):
     process = run(*FLAGS, *flags)
@@ -84,4 +86,41 @@ print(plan.collective_bytes(compiled.as_text()))
 """
     process = subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, text=True, capture_output=True, check=True,
                              env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"})
-    assert process.stdout.strip() == str({"all-gather": 5 * 32 * 32 * 4, "all-reduce": 2 * 32 * 4})
+    assert process.stdout.strip() == str({"all-gather": 5 * 7 * 32 * 4 * 4, "all-reduce": 2 * 32 * 4})
+
+
+def test_each_transfer_is_counted_once_and_with_all_its_arrays():
+    """As compilers write them: several arrays in one, a result cut inside a fusion, one transfer in two fusions."""
+    hlo = """HloModule step
+
+%start (p: f32[4,32]) -> (f32[4,32], f32[16,32]) {
+  %p = f32[4,32]{1,0:T(8,128)} parameter(0)
+  %gathered = f32[16,32]{1,0:T(8,128)} all-gather(%p), channel_id=1, dimensions={0}
+  ROOT %sent = (f32[4,32]{1,0}, f32[16,32]{1,0}) custom-call(%gathered), custom_call_target="AsyncCollectiveStart"
+}
+
+%done (p.1: f32[4,32]) -> f32[16,32] {
+  %p.1 = f32[4,32]{1,0:T(8,128)} parameter(0)
+  ROOT %gathered.1 = f32[16,32]{1,0:T(8,128)} all-gather(%p.1), channel_id=1, dimensions={0}
+}
+
+%all-reduce-scatter.1 (p.2: f32[16,32]) -> f32[4,32] {
+  %p.2 = f32[16,32]{1,0} parameter(0)
+  %summed = f32[16,32]{1,0} all-reduce(%p.2), channel_id=2, to_apply=%add
+  ROOT %cut = f32[4,32]{1,0} dynamic-slice(%summed), dynamic_slice_sizes={4,32}
+}
+
+ENTRY %main (x: f32[4,32], y: bf16[8]) -> f32[] {
+  %x = f32[4,32]{1,0} parameter(0)
+  %y = bf16[8]{0} parameter(1)
+  %first = (f32[4,32]{1,0}, f32[16,32]{1,0}) fusion(%x), kind=kCustom, calls=%start
+  %second = f32[16,32]{1,0} fusion(%x), kind=kCustom, calls=%done
+  %scattered = f32[4,32]{1,0} fusion(%second), kind=kCustom, calls=%all-reduce-scatter.1
+  %part = f32[1,32]{1,0} reduce-scatter(%scattered), channel_id=3, dimensions={0}, to_apply=%add
+  %both = (f32[4,32]{1,0}, bf16[8]{0}) all-reduce(%x, %y), channel_id=4, to_apply=%add
+  %again = (f32[4,32]{1,0}, f32[16,32]{1,0}) all-gather-start(%x), channel_id=5, dimensions={0}
+}
+"""
+    gathered, cut, scattered = 3 * 4 * 32 * 4, 16 * 32 * 4, 3 * 32 * 4
+    assert plan.collective_bytes(hlo) == {
+        "all-gather": 2 * gathered, "all-reduce": 2 * (4 * 32 * 4 + 8 * 2), "reduce-scatter": cut + scattered}

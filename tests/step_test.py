@@ -391,6 +391,7 @@ def test_a_discriminator_that_is_not_finite_skips_the_step(tiny_config):
         params=run.state.gan.params | {path: run.state.gan.params[path] * jnp.nan}))
     state, metrics = run.jitted(broken, run.frozen, run.images())
     chex.assert_trees_all_equal(state.params, run.state.params)
+    chex.assert_trees_all_equal(state.gan, broken.gan)
     assert float(metrics["skipped_steps"]) == 1
 
 

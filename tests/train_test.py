@@ -118,12 +118,12 @@ def test_a_killed_process_continues_exactly(tiny_config, tmp_path, caplog):
     process = subprocess.Popen([sys.executable, "-c", code], cwd=REPOSITORY, stdout=subprocess.DEVNULL,
                                stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
-    while not (parts / "checkpoints" / "3").exists() and time.monotonic() < deadline and process.poll() is None:
+    while not checkpoint.has_checkpoint(parts) and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert process.returncode == -signal.SIGKILL
-    assert (parts / "checkpoints" / "3").exists()
+    assert checkpoint.has_checkpoint(parts)
     train.run(config, parts)
     assert "continuing at step" in caplog.text
     assert lines(parts) == lines(whole)
@@ -324,6 +324,11 @@ def test_losses_that_stay_infinite_stop_the_run_at_the_last_good_state(tiny_conf
         train.run(config_lib.parse(tiny_config), tmp_path)
     assert all(np.all(np.isfinite(value)) for value in arrays(tmp_path).values())
     assert json.loads(lines(tmp_path)[-1])["skipped_steps"] == 3
+
+    tiny_config.train.steps = 3  # then no step is left when it is started again
+    for _ in range(2):
+        with pytest.raises(FloatingPointError, match="3 steps in a row up to step 3"):
+            train.run(config_lib.parse(tiny_config), tmp_path / "to the end")
 
 
 def noisy(seed: int, mode: str, size=(40, 36)) -> Image.Image:

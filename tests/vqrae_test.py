@@ -5,6 +5,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import PartitionSpec
 
 from vqrae_jax import build, inference
 from vqrae_jax import config as config_lib
@@ -35,6 +36,18 @@ def tokenizer(config) -> inference.Tokenizer:
 @pytest.fixture
 def images():
     return np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), np.uint8)
+
+
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_a_model_works_inside_a_mesh_of_the_users(kind, tiny_config, images):
+    model = tokenizer(tiny_config)
+    expected = np.asarray(model.reconstruct(images))
+    mesh = jax.make_mesh((1,), ("users",), (getattr(jax.sharding.AxisType, kind),))
+    with jax.set_mesh(mesh):
+        np.testing.assert_array_equal(model.reconstruct(images), expected)
+    split = PartitionSpec("users")
+    mapped = jax.shard_map(model.features, mesh=mesh, in_specs=split, out_specs=split)
+    chex.assert_trees_all_close(mapped(images), model.features(images), atol=1e-6)
 
 
 @pytest.mark.parametrize("quantizer", QUANTIZERS)

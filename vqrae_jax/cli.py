@@ -1,25 +1,39 @@
 """How every command starts and fails: one line that says what is wrong, and a non-zero exit code."""
 
 import logging
+import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+import jax
 from absl import app, flags
 from absl import logging as absl_logging
 
+# Without process 0 the others are aborted by JAX, with its stacks: those that fail for the same reason say so before.
+FIRST_LEAVES_LAST_SECONDS = 2
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: the same command continues
 _TRACEBACK = flags.DEFINE_bool("traceback", False, "show where an error was raised, for reports of bugs")
 
 
-def run(main: Callable[[Sequence[str]], Any]) -> None:
+def run(main: Callable[[Sequence[str]], Any], *, arguments: bool = False) -> None:
     """Runs `main(argv)` with parsed flags; turns expected errors into one line on stderr and exit code 1.
+
+    Without `arguments` whatever is no flag is an error: `--config.data.flip false` would else set nothing.
 
     Expected are bad values (ValueError), files (OSError), and a training run that stops itself (FloatingPointError).
     Anything else is a bug and shows its traceback; `--traceback` shows it for all. A run that a signal stopped has the
     exit code `STOPPED`, so that a scheduler can tell it from one that failed.
     """
-    app.run(lambda argv: _guarded(main, argv), flags_parser=_parse_flags)
+
+
+    def checked(argv: Sequence[str]) -> Any:
+        if argv[1:] and not arguments:
+            raise ValueError(f"unexpected argument {argv[1]!r}: flags are given as --name=value")
+        return main(argv)
+
+    app.run(lambda argv: _guarded(checked, argv), flags_parser=_parse_flags)
 
 
 def _parse_flags(argv: Sequence[str]) -> Sequence[str]:
@@ -48,10 +62,16 @@ def _guarded(main: Callable[[Sequence[str]], Any], argv: Sequence[str]) -> None:
             raise
         _fail(error)
     except KeyboardInterrupt as stop:
-        print(str(stop) or "interrupted", file=sys.stderr)
+        if not str(stop):
+            _leave("interrupted", STOPPED)
+        print(stop, file=sys.stderr)  # all processes stop here
         sys.exit(STOPPED)
     except RuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error) or _TRACEBACK.value:
+        if _TRACEBACK.value:
+            raise
+        if "Unable to initialize backend" in str(error):
+            _fail(error)
+        if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         _fail(MemoryError("the accelerator's memory is full: lower train.batch_size or eval.batch_size, or raise "
                           "train.accumulate"))
@@ -64,4 +84,15 @@ def _fail(error: BaseException, *context: str) -> NoReturn:
     lines = message.strip().splitlines() or [type(error).__name__]
     # absl hands on the traceback of a config file as part of a message.
     text = lines[-1] if "Traceback" in message else " ".join(lines)
-    sys.exit("error: " + ": ".join([*context, " ".join(text.split())]))
+    _leave("error: " + ": ".join([*context, " ".join(text.split())]), 1)
+
+
+def _leave(message: str, code: int) -> NoReturn:
+    """Says why and ends this process, without waiting for others of the same run, which may be waiting for it."""
+    print(message, file=sys.stderr, flush=True)
+    if not jax.distributed.is_initialized():
+        sys.exit(code)
+    sys.stdout.flush()
+    if jax.process_index() == 0:
+        time.sleep(FIRST_LEAVES_LAST_SECONDS)
+    os._exit(code)

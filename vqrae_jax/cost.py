@@ -8,7 +8,7 @@ more where its input needs one.
 
 from typing import NamedTuple
 
-from vqrae_jax import build
+from vqrae_jax import build, optim
 from vqrae_jax.config import Config
 from vqrae_jax.convert import huggingface
 from vqrae_jax.models import perceptual
@@ -86,7 +86,8 @@ def flops(config: Config, *, gan: bool) -> Flops:
     tokens, size = grid**2, grid * patch
     layers = config.model.encoder.layers or (spec.depth,)
     features = spec.width * (len(layers) if config.model.encoder.combine == "concat" else 1)
-    frozen = any(pattern == "encoder/.*" and factor == 0.0 for pattern, factor in config.optim.lr_multipliers)
+    _, params, _ = build.structure(config)
+    frozen = all(optim.is_frozen(path, config.optim.lr_multipliers) for path in params if path.startswith("encoder/"))
     embed, blocks = _vit(spec, tokens, depth=max(layers))
     encoder = embed.forward + blocks.forward
     encoder_train = encoder if frozen else embed.backward(inputs=False) + blocks.backward()

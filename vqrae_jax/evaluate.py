@@ -130,9 +130,13 @@ def main(_) -> None:
     if len(sizes := {config.data.image_size for config in configs}) > 1:
         raise ValueError(f"runs for images of different sizes, {sorted(sizes)}, cannot be compared: one at a time")
     data = _DATA.value or spec(configs[0])
-    source, bad_images = build.data_source(data, training=False), BadImages(None)
+    source, bad_file = build.data_source(data, training=False), out / "bad_images.jsonl"
     with checkpoint.disk_errors(out):
         out.mkdir(parents=True, exist_ok=True)  # before the work, and after what may be misspelt
+        if distributed.is_first():
+            bad_file.unlink(missing_ok=True)
+    distributed.wait_for_all("start of evaluation")
+    bad_images = BadImages(bad_file)
     columns, rows = {}, {}
     for name, workdir in zip(names, workdirs, strict=True):
         config, graphdef, arrays = checkpoint.load_run(workdir, mesh, step=_STEP.value)
@@ -142,6 +146,7 @@ def main(_) -> None:
         rows.setdefault("original", pictures["original"])
         rows[f"{name}  {columns[name]['psnr']:.2f} dB"] = pictures["reconstruction"]
 
+    distributed.wait_for_all("end of evaluation")  # and what every process could not read is in the file
     if not distributed.is_first():
         return
     print(f"data: {data}")

@@ -33,8 +33,7 @@ GIB = 2**30
 HIGHEST_PASSES = 6
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8,
          "s64": 8, "u64": 8}
-# Bytes that a chip sends, as multiples of those of the operation's result (where n chips share, times (n - 1) / n).
-COLLECTIVES = {"all-gather": 1, "all-reduce": 2, "reduce-scatter": 1, "all-to-all": 1, "collective-permute": 1}
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,11 +77,17 @@ def topology_devices(name: str) -> list[Any]:
                    "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
                    "TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3"}
     try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
+        devices = list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
     except (RuntimeError, NotImplementedError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"--topology={name}: {reason[:300]}; names look like v5e:4x4, and the compiler comes with "
                          "pip install 'vqrae_jax[tpu]'") from None
+    known = [kind for kind in cost.CHIPS if kind.startswith("TPU")]
+    kind, chips = devices[0].device_kind, {tuple(device.coords) for device in devices}
+    if kind not in known or len(chips) < len(devices):
+        raise ValueError(f"--topology={name}: {kind!r} cannot be planned, only chips that are one device each, of the "
+                         f"kinds {', '.join(known)}")
+    return devices
 
 
 def plan(config: Config, topology: str) -> Plan:
@@ -151,6 +156,9 @@ def _bytes_per_chip(tree: Any) -> int:
 def collective_bytes(hlo: str) -> dict[str, int]:
     """Bytes that a chip sends in one run of a compiled program, by operation; bodies of loops times their trip count.
 
+    A ring is assumed: of n chips, each sends n - 1 parts of what is gathered or reduced and scattered. An all-reduce is
+    counted as twice its operands, an all-to-all as its operands, as if n were large.
+
     Args:
       hlo: `compiled.as_text()`.
     """
@@ -172,36 +180,49 @@ def collective_bytes(hlo: str) -> dict[str, int]:
         return max(int(constant) for constant in re.findall(r" [su]32\[\]\S* constant\((\d+)\)", lines))
 
     @functools.cache
-    def count(name: str) -> dict[str, int]:
-        total = dict.fromkeys(COLLECTIVES, 0)
-        for line in computations[name]:
-            operation = re.search(r"= (.*?) ([\w\-]+)\(", line)
+    def sent(computation: str) -> dict[str, tuple[str, int]]:
+        """Each transfer's kind and bytes. A TPU's transfer spans several fusions, which name the same channel."""
+        types, found = {}, {}
+        for line in computations[computation]:
+            operation = re.search(r"%([\w.\-]+) = (.*?) ([\w\-]+)\(([^)]*)\)", line)
             if not operation:
                 continue
-            kind = operation[2].removesuffix("-start")
+            name, types[name], operator, operands = operation[1], *operation.group(2, 3, 4)
+            kind = operator.removesuffix("-start")
             if kind in COLLECTIVES:
-                total[kind] += COLLECTIVES[kind] * _largest(operation[1])
+                channel = re.search(r"channel_id=(\d+)", line)
+                size = sum(_bytes(types[operand]) for operand in re.findall(r"%([\w.\-]+)", operands))
+                result = _bytes(types[name]) - (size if operator.endswith("-start") else 0)  # it lists both
+                if computation.startswith("all-reduce-scatter"):
+                    kind = "reduce-scatter"  # the result is cut inside
+                elif kind in ("all-gather", "reduce-scatter"):
+                    size = abs(result - size)
+                elif kind == "all-reduce":
+                    size *= 2
+                found[channel[1] if channel else name] = kind, size
                 continue  # what it calls only adds two numbers
             called = re.findall(r"(?:calls|to_apply|body|branch_computations)=\{?((?:%[\w.\-]+(?:, )?)+)", line)
-            inner = [count(name) for name in re.findall(r"%([\w.\-]+)", " ".join(called))]
-            times = trip_count(line) if operation[2] == "while" else 1
-            for kind in COLLECTIVES:
-                values = [counts[kind] for counts in inner]
-                total[kind] += times * (max(values, default=0) if operation[2] == "conditional" else sum(values))
-        return total
+            inner = [sent(name) for name in re.findall(r"%([\w.\-]+)", " ".join(called))]
+            if operator == "conditional":
+                inner = [max(inner, key=lambda branch: sum(size for _, size in branch.values()))]
+            for transfers in inner:
+                if operator == "while":
+                    times = trip_count(line)
+                    transfers = {f"{name}/{channel}": (kind, times * size)
+                                 for channel, (kind, size) in transfers.items()}
+                found |= transfers
+        return found
 
-    return {kind: value for kind, value in count(entry).items() if value}
+    total: dict[str, int] = dict.fromkeys(COLLECTIVES, 0)
+    for kind, size in sent(entry).values():
+        total[kind] += size
+    return {kind: size for kind, size in total.items() if size}
 
 
-def _largest(shapes: str) -> int:
-    """Bytes of the largest array of an HLO type; an asynchronous operation's type lists its operand too."""
-    sizes = [0]
-    for dtype, dimensions in re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", shapes):
-        count = BYTES[dtype]
-        for dimension in filter(None, dimensions.split(",")):
-            count *= int(dimension)
-        sizes.append(count)
-    return max(sizes)
+def _bytes(shapes: str) -> int:
+    """Bytes of all arrays of an HLO type."""
+    return sum(BYTES[dtype] * math.prod(map(int, filter(None, dimensions.split(","))))
+               for dtype, dimensions in re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", shapes))
 
 
 def candidates(config: Config, chips: int) -> list[Config]:
@@ -222,23 +243,28 @@ def candidates(config: Config, chips: int) -> list[Config]:
 def search(config: Config, topology: str) -> Plan | None:
     """The first of `candidates` that fits, trying only those whose state alone leaves room; None if none does."""
     devices = topology_devices(topology)
+    once = dataclasses.replace(config, train=dataclasses.replace(config.train, accumulate=1))
+    sharding.check_batch_size(sharding.make_mesh(config_lib.Mesh(), devices), once)
     limit = cost.CHIPS[devices[0].device_kind].memory
     graphdef, params, codebook = build.structure(config)
     parts = build.parts(config, graphdef)
-    needed: dict[tuple[int, str, int], float] = {}
+    needed: dict[tuple[int, str], float] = {}
     for candidate in candidates(config, len(devices)):
         mesh: Mesh = sharding.make_mesh(candidate.mesh, devices)
-        state = _bytes_per_chip(checkpoint.abstract_state(candidate, parts, params, codebook, mesh))
-        accumulate, remat, fsdp = candidate.train.accumulate, candidate.model.remat, candidate.mesh.fsdp
-        # Temporaries shrink with the micro-batch at best in proportion: what then is still too much is not tried.
-        expected = [used * before / accumulate for (before, kind, _), used in needed.items() if kind == remat]
-        if state + min(expected, default=0) > limit:
+        abstract, frozen = checkpoint.abstract_state(candidate, parts, params, codebook, mesh)
+        state = _bytes_per_chip((abstract, frozen))
+        accumulate, remat = candidate.train.accumulate, candidate.model.remat
+        # Gradients shrink with the mesh as parameters do, activations with the micro-batch at best in proportion: what
+        # then is still too much is not tried.
+        gradients = _bytes_per_chip(abstract.params)
+        activations = [used * before / accumulate for (before, kind), used in needed.items() if kind == remat]
+        if state + gradients + min(activations, default=0) > limit:
             continue
         result = plan(candidate, topology)
         print(_row(result), flush=True)
         if result.fits:
             return result
-        needed[accumulate, remat, fsdp] = result.hbm_gib_per_chip * GIB - state
+        needed[accumulate, remat] = result.hbm_gib_per_chip * GIB - state - gradients
     return None
 
 

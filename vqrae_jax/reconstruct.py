@@ -39,4 +39,4 @@ def _read(file: Path, size: int) -> np.ndarray:
 if __name__ == "__main__":
     _WORKDIR = flags.DEFINE_string("workdir", None, "folder of a run", required=True)
     _OUT = flags.DEFINE_string("out", None, "the picture to write", required=True)
-    cli.run(main)
+    cli.run(main, arguments=True)

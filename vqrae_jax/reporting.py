@@ -1,5 +1,6 @@
 """What a run tells: a progress line, metrics.jsonl, TensorBoard, pictures, and Weights & Biases on request."""
 
+import hashlib
 import json
 import logging
 import math
@@ -131,8 +132,10 @@ def _start_wandb(workdir: Path, config: Config):
         raise ValueError("config key log.wandb is set, but wandb is not installed: pip install wandb") from None
     import dataclasses
 
-    # One id per run folder: a continued run continues its curves.
-    return wandb.init(dir=str(workdir), id=workdir.absolute().name, resume="allow", config=dataclasses.asdict(config))
+    # One id per run folder: a continued run continues its curves, and another folder of the same name does not.
+    path = workdir.absolute()
+    return wandb.init(dir=str(workdir), id=f"{path.name}-{hashlib.sha256(str(path).encode()).hexdigest()[:8]}",
+                      name=path.name, resume="allow", config=dataclasses.asdict(config))
 
 
 def _duration(seconds: float) -> str:

@@ -210,8 +210,8 @@ def make_train_step(config: Config, parts: Parts) -> TrainStep:
     Returns:
       `train_step(state, frozen, images, gan=...) -> (state, metrics)`, to be jitted with `state` donated and `gan`
       static. `images` is uint8 `[B, H, W, 3]`, the global batch; `gan` says whether the discriminator learns in this
-      step, and without it the step holds nothing of the discriminator. A step whose loss, gradient or update is not
-      finite changes nothing but the counters.
+      step, and without it the step holds nothing of the discriminator. A step whose loss or gradient is not finite
+      changes nothing but the counters.
 
       Metrics are float32 scalars: `loss/x` the raw losses, `weight/x` their weights, `weighted/x` the products, whose
       sum is `loss/total` (without `discriminator` and `lecam`, which are the discriminator's own), all of them means

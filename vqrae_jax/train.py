@@ -77,6 +77,8 @@ def run(config: Config, workdir: Path) -> dict[str, float]:
               distributed.ends_with_the_others()):
             result = _loop(config, mesh, train_step, eval_step, state, frozen, batches, eval_source, checkpoints,
                            reporter, bad_images)
+    # The first process may have pictures and curves to write: JAX ends those that wait for it too long at their exit.
+    distributed.wait_for_all("end of training")
     if bad := bad_images.names():
         names = ", ".join(list(bad)[:5]) + (", ..." if len(bad) > 5 else "")
         log.warning("%d images could not be read and were left out: %s; see %s", len(bad), names, bad_images.path)
@@ -89,6 +91,8 @@ def _loop(config: Config, mesh: Mesh, train_step: step_lib.TrainStep, eval_step:
     """Steps from `state` to the end; returns the metrics of the last evaluation, empty if no step was left."""
     result = {}
     if int(state.step) >= config.train.steps:
+        if state.skipped_in_a_row >= config.train.max_skipped:
+            raise _not_finite(state, checkpoints.workdir)
         log.info("step %d of %d is reached: nothing left to do", state.step, config.train.steps)
     else:
         log.info("training to step %d; the first step takes longer, for it is compiled", config.train.steps)
@@ -109,10 +113,7 @@ def _loop(config: Config, mesh: Mesh, train_step: step_lib.TrainStep, eval_step:
                 reporter.train(step, metrics)
                 if metrics["skipped_in_a_row"] >= config.train.max_skipped:
                     checkpoints.save(state, batches.get_state(), psnr=None)
-                    raise FloatingPointError(
-                        f"{metrics['skipped_in_a_row']:.0f} steps in a row up to step {step} had a loss or gradient "
-                        f"that was not finite; {checkpoints.workdir} keeps the last good state: lower optim.lr and "
-                        "start a new run with init_from that folder")
+                    raise _not_finite(state, checkpoints.workdir)
             if evaluating or saving:
                 jax.block_until_ready(state)  # or the steps under way would count as time of the evaluation
             reporter.pause()
@@ -130,6 +131,12 @@ def _loop(config: Config, mesh: Mesh, train_step: step_lib.TrainStep, eval_step:
             if stopping and not last:
                 raise KeyboardInterrupt(f"stopped by a signal after step {step}; the same command continues")
     return result
+
+
+def _not_finite(state: TrainState, workdir: Path) -> FloatingPointError:
+    return FloatingPointError(
+        f"{state.skipped_in_a_row} steps in a row up to step {state.step} had a loss or gradient that was not finite; "
+        f"{workdir} keeps the last good state: lower optim.lr and start a new run with init_from that folder")
 
 
 def _open_batches(config: Config, source: Source, bad_images: BadImages) -> TrainIterator:

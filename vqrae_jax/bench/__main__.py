@@ -16,6 +16,7 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -76,7 +77,7 @@ def prepare(config: Config, case: str) -> Callable[[], Any]:
         batches = train_batches(
             build.data_source(data.source, training=True), image_size=size, batch_size=batch, seed=config.seed,
             crop_scale_min=data.crop_scale_min, flip=data.flip, threads=data.threads, workers=data.workers,
-            bad_images=BadImages(None))
+            bad_images=BadImages(Path(tempfile.mkdtemp()) / "bad_images.jsonl"))  # a file, for there may be workers
         return lambda: [next(batches) for _ in range(INPUT_BATCHES)]
     images = rng.integers(0, 256, (batch, size, size, 3), np.uint8)
     if case == "search":
@@ -189,7 +190,8 @@ def pytorch_command(config: Config, case: str) -> list[str]:
         raise ValueError("--against=torch knows a SigLIP-like encoder, SimVQ of its width and a plain decoder, in "
                          "float32, without perceptual losses or accumulation: see configs/bench_medium.py")
     o = config.optim
-    job = {"case": case, "batch": config.train.batch_size, "threads": len(os.sched_getaffinity(0)),
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    job = {"case": case, "batch": config.train.batch_size, "threads": cores,
            "image_size": config.data.image_size, "patch_size": patch_size, "codes": model.quantizer.size,
            "dim": SEARCH_DIM, "encoder": dataclasses.asdict(spec.vit), "decoder": dataclasses.asdict(decoder),
            "optimizer": dict(lr=o.lr, b1=o.b1, b2=o.b2, weight_decay=o.weight_decay, clip_norm=o.clip_norm,
@@ -218,7 +220,8 @@ def measure(config: Config, case: str, *, repeats: int, against: bool) -> dict[s
     if work := flops(config, case):
         result["flops_per_second"] = work / seconds["jax"]
         if chip := cost.CHIPS.get(kind):
-            result["share_of_peak"] = result["flops_per_second"] / (chip.flops * int(devices))
+            used = int(devices) if case.startswith("train") else 1  # the others know no mesh
+            result["share_of_peak"] = result["flops_per_second"] / (chip.flops * used)
     if "torch" in seconds:
         result |= {"torch_seconds": seconds["torch"], "torch_peak_bytes": int(ends["torch"][0]),
                    "torch_runs": times["torch"], "ratio": seconds["torch"] / seconds["jax"]}
@@ -247,12 +250,14 @@ def main(_) -> None:
     config = config_lib.parse(values)
     if _CHILD.value:
         return serve(config, _CHILD.value)
-    results = {}
+    results, file = {}, Path(_JSON.value) if _JSON.value else None
     for case in _CASES.value:
+        if file:  # before the work, and again after each case: what is measured is not lost
+            file.write_text(json.dumps(results, indent=2) + "\n")
         results[case] = measure(config, case, repeats=_REPEATS.value, against=_AGAINST.value == "torch")
         print(line(case, results[case]), flush=True)
-    if _JSON.value:
-        Path(_JSON.value).write_text(json.dumps(results, indent=2) + "\n")
+    if file:
+        file.write_text(json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":

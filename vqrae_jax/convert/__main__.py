@@ -197,4 +197,4 @@ if __name__ == "__main__":
     # Names are documented with hyphens; underscores, as in other flags, do as well.
     sys.argv[1:] = [name.replace("_", "-") + sign + value if name.startswith("--") else name + sign + value
                     for name, sign, value in (argument.partition("=") for argument in sys.argv[1:])]
-    cli.run(main)
+    cli.run(main, arguments=True)

@@ -1,20 +1,30 @@
-"""Hints to XLA where arrays are while a step runs on many devices; without a mesh around them they do nothing.
+"""Hints to XLA where arrays are while a step runs on many devices.
+
+Without a mesh around them they do nothing, nor in one of a user's own whose axes are not left to XLA.
 
 A model does not know the axes of a mesh. It knows that the batch is split over all devices, whatever their arrangement,
 and that a parameter, wherever it is kept, is whole where it is used. Said at every dense layer and at the code search,
 this is all that keeps XLA from splitting tokens by their width, or codes among the devices.
 """
 
+from collections.abc import Callable
+
 import jax
-from jax.sharding import PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 
 def split_batch(x: jax.Array) -> jax.Array:
     """`x` with its first dimension, images or tokens, split over all devices."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return x if mesh.empty else jax.lax.with_sharding_constraint(x, PartitionSpec(mesh.axis_names))
+    return _hint(x, lambda mesh: PartitionSpec(mesh.axis_names))
 
 
 def whole(x: jax.Array) -> jax.Array:
     """`x` with a copy on every device."""
-    return x if jax.sharding.get_abstract_mesh().empty else jax.lax.with_sharding_constraint(x, PartitionSpec())
+    return _hint(x, lambda mesh: PartitionSpec())
+
+
+def _hint(x: jax.Array, spec: Callable[[AbstractMesh], PartitionSpec]) -> jax.Array:
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or any(kind != AxisType.Auto for kind in mesh.axis_types):
+        return x
+    return jax.lax.with_sharding_constraint(x, spec(mesh))

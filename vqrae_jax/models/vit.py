@@ -172,7 +172,9 @@ def _on_nvidia(flash: Callable, plain: Callable, q: jax.Array, *arrays: jax.Arra
 
 
 def _has_cudnn() -> bool:
-    return jax.default_backend() == "gpu" and "cuda" in jax.devices()[0].client.platform_version
+    if jax.default_backend() != "gpu" or "cuda" not in jax.devices()[0].client.platform_version:
+        return False
+    return float(jax.local_devices()[0].compute_capability) >= 8  # Ampere: earlier ones lack its flash attention
 
 
 class Attention(nnx.Module):
