@@ -25,7 +25,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
 
 def test_it_measures_every_kind_of_case_and_writes_json(tmp_path):
     file = tmp_path / "out.json"
-    done = run("--case=encode", "--case=train_stage1", "--case=input", f"--json={file}")
+    done = run("--case=encode", "--case=train_stage1", "--case=input", "--config.data.workers=1", f"--json={file}")
     assert done.returncode == 0, done.stderr
     results = json.loads(file.read_text())
     printed = [line.split()[0] for line in done.stdout.splitlines()]
@@ -35,6 +35,16 @@ def test_it_measures_every_kind_of_case_and_writes_json(tmp_path):
         assert result["images_per_second"] == pytest.approx(images / result["seconds"])
         assert result["peak_bytes"] > 2**20
         assert ("flops_per_second" in result) == (case != "input")
+
+
+def test_what_is_measured_is_not_lost_when_a_later_case_fails(tmp_path):
+    file = tmp_path / "out.json"
+    done = run("--case=decode", "--case=input", "--data=folder:/nowhere", f"--json={file}")
+    assert done.returncode == 1
+    assert list(json.loads(file.read_text())) == ["decode"]
+    done = run("--case=decode", f"--json={tmp_path}/nowhere/out.json")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "nowhere/out.json" in done.stderr.splitlines()[-1]
 
 
 def test_pytorch_takes_turns(tmp_path):

@@ -5,7 +5,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 
 from vqrae_jax import build, inference
 from vqrae_jax import config as config_lib
@@ -42,10 +42,13 @@ def images():
 def test_a_model_works_inside_a_mesh_of_the_users(kind, tiny_config, images):
     model = tokenizer(tiny_config)
     expected = np.asarray(model.reconstruct(images))
-    mesh = jax.make_mesh((1,), ("users",), (getattr(jax.sharding.AxisType, kind),))
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(jax.make_mesh((1,), ("users",), (getattr(AxisType, kind),))):
         np.testing.assert_array_equal(model.reconstruct(images), expected)
-    split = PartitionSpec("users")
+
+
+def test_a_model_works_inside_shard_map(tiny_config, images):
+    model = tokenizer(tiny_config)
+    mesh, split = jax.make_mesh((1,), ("users",), (AxisType.Auto,)), PartitionSpec("users")
     mapped = jax.shard_map(model.features, mesh=mesh, in_specs=split, out_specs=split)
     chex.assert_trees_all_close(mapped(images), model.features(images), atol=1e-6)
 
