@@ -58,6 +58,7 @@ def test_search_goes_from_the_fastest_to_the_most_frugal():
 @pytest.mark.parametrize(("flags", "says"), [
     (["--topology=v5e:3x3"], "--topology=v5e:3x3: "),
     (["--topology=nonsense"], "--topology=nonsense: "),
+    (["--topology=v5e:2x2", "--json=/no/where.json"], "--json=/no/where.json: there is no folder /no"),
     pytest.param(["--topology=v3:2x2"], "--topology=v3:2x2: 'TPU v3' cannot be planned", marks=needs_compiler),
     pytest.param(["--topology=v4:2x2x1"], "--topology=v4:2x2x1: 'TPU v4' cannot be planned", marks=needs_compiler),
 ])

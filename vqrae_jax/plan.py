@@ -306,6 +306,8 @@ def main(_) -> None:
     if _BATCH.value:
         values.train.batch_size = _BATCH.value
     config = config_lib.parse(values)
+    if not (folder := Path(_JSON.value).parent).is_dir():  # before the work
+        raise FileNotFoundError(f"--json={_JSON.value}: there is no folder {folder}")
     result = search(config, _TOPOLOGY.value) if _SEARCH.value else plan(config, _TOPOLOGY.value)
     if result is None:
         raise ValueError(f"nothing fits {_TOPOLOGY.value} with a batch of {config.train.batch_size}")

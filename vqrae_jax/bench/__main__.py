@@ -16,7 +16,6 @@ import resource
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -77,7 +76,7 @@ def prepare(config: Config, case: str) -> Callable[[], Any]:
         batches = train_batches(
             build.data_source(data.source, training=True), image_size=size, batch_size=batch, seed=config.seed,
             crop_scale_min=data.crop_scale_min, flip=data.flip, threads=data.threads, workers=data.workers,
-            bad_images=BadImages(Path(tempfile.mkdtemp()) / "bad_images.jsonl"))  # a file, for there may be workers
+            bad_images=BadImages(os.devnull))  # a file, for there may be workers
         return lambda: [next(batches) for _ in range(INPUT_BATCHES)]
     images = rng.integers(0, 256, (batch, size, size, 3), np.uint8)
     if case == "search":
