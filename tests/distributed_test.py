@@ -1,7 +1,6 @@
 """Several real processes on this machine, joined over loopback, are one run."""
 
 import json
-import re
 import shutil
 import signal
 import socket
@@ -98,8 +97,9 @@ def test_two_processes_equal_one_and_survive_the_loss_of_one(config_file, config
     shutil.copytree(together, moved)
 
     first, second = finish(start(config_file, together, 2))
-    # Whether the next checkpoint was whole when the process died is a matter of milliseconds.
-    assert re.search("continuing at step (4|8|12)", first) and f"step {STEPS}/{STEPS}" in first
+    # Whether a later one than that of step 4 was whole when the process died is a matter of milliseconds.
+    last = max(int(path.name) for path in (moved / "checkpoints").iterdir() if path.name.isdigit())
+    assert f"continuing at step {last}\n" in first and f"step {STEPS}/{STEPS}" in first
     assert "step" not in second  # only the first process speaks
     check_equal(metrics(together), metrics(alone))
     # What two processes saved, one continues.
@@ -140,6 +140,8 @@ def test_a_process_that_fails_says_why_and_ends_the_others(config_file, tmp_path
     processes = start(config_file, tmp_path / "run", 2, of_the_last=["--config.data.source=folder:/nowhere"])
     outputs = [process.communicate(timeout=60)[0] for process in processes]
     assert processes[1].returncode == 1 and processes[0].returncode not in (0, None)
+    # Ours, or JAX's own where it misses the heartbeat before Gloo gives up.
+    assert "another process of this run is gone" in outputs[0] or "another task died" in outputs[0]
     assert outputs[1].strip().splitlines()[-1].startswith("error: no folder /nowhere")
 
 

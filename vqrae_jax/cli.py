@@ -27,7 +27,6 @@ def run(main: Callable[[Sequence[str]], Any], *, arguments: bool = False) -> Non
     exit code `STOPPED`, so that a scheduler can tell it from one that failed.
     """
 
-
     def checked(argv: Sequence[str]) -> Any:
         if argv[1:] and not arguments:
             raise ValueError(f"unexpected argument {argv[1]!r}: flags are given as --name=value")

@@ -56,8 +56,9 @@ def is_first() -> bool:
 
 
 def wait_for_all(what: str) -> None:
-    """Returns when every process is here."""
-    multihost_utils.sync_global_devices(what)
+    """Returns when every process is here; ends this one where another is gone."""
+    with ends_with_the_others():
+        multihost_utils.sync_global_devices(what)
 
 
 def gather(tree: Any) -> Any:

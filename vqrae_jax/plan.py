@@ -201,16 +201,14 @@ def collective_bytes(hlo: str) -> dict[str, int]:
                     size *= 2
                 found[channel[1] if channel else name] = kind, size
                 continue  # what it calls only adds two numbers
-            called = re.findall(r"(?:calls|to_apply|body|branch_computations)=\{?((?:%[\w.\-]+(?:, )?)+)", line)
+            attributes = "calls|to_apply|body|branch_computations|true_computation|false_computation"
+            called = re.findall(rf"(?:{attributes})=\{{?((?:%[\w.\-]+(?:, )?)+)", line)
             inner = [sent(name) for name in re.findall(r"%([\w.\-]+)", " ".join(called))]
             if operator == "conditional":
                 inner = [max(inner, key=lambda branch: sum(size for _, size in branch.values()))]
-            for transfers in inner:
-                if operator == "while":
-                    times = trip_count(line)
-                    transfers = {f"{name}/{channel}": (kind, times * size)
-                                 for channel, (kind, size) in transfers.items()}
-                found |= transfers
+            scope, times = (f"{name}/", trip_count(line)) if operator == "while" else ("", 1)
+            found |= {scope + channel: (kind, times * size)
+                      for transfers in inner for channel, (kind, size) in transfers.items()}
         return found
 
     total: dict[str, int] = dict.fromkeys(COLLECTIVES, 0)

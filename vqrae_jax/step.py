@@ -239,7 +239,7 @@ def make_train_step(config: Config, parts: Parts) -> TrainStep:
         skipped = state.skipped + ~finite
         in_a_row = jnp.where(finite, 0, state.skipped_in_a_row + 1)
         code_counts = jnp.where(state.step % config.train.log_every == 0, 0, state.code_counts) + stats["counts"]
-        both, rates = grads | gan_grads, _rates(parts.learning_rate, grads, state.opt_state)
+        all_grads, rates = grads | gan_grads, _rates(parts.learning_rate, grads, state.opt_state)
         if parts.gan and gan:
             schedule = parts.gan.schedule
             rates |= _rates(lambda path: schedule, gan_grads, state.gan.opt_state)
@@ -251,7 +251,7 @@ def make_train_step(config: Config, parts: Parts) -> TrainStep:
             "code_usage_window": code_usage(code_counts),
             "code_perplexity_window": perplexity(code_counts),
             "grad_norm": norms[0],
-            **{f"grad_norm/{part}": optax.tree.norm(flat.under(f"{part}/", both)) for part in _parts(both)},
+            **{f"grad_norm/{part}": optax.tree.norm(flat.under(f"{part}/", all_grads)) for part in _parts(all_grads)},
             **{f"lr/{part}": rate for part, rate in rates.items()},
             "skipped_steps": skipped,
             "skipped_in_a_row": in_a_row,

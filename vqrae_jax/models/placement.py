@@ -7,24 +7,22 @@ and that a parameter, wherever it is kept, is whole where it is used. Said at ev
 this is all that keeps XLA from splitting tokens by their width, or codes among the devices.
 """
 
-from collections.abc import Callable
-
 import jax
-from jax.sharding import AbstractMesh, AxisType, PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 
 
 def split_batch(x: jax.Array) -> jax.Array:
     """`x` with its first dimension, images or tokens, split over all devices."""
-    return _hint(x, lambda mesh: PartitionSpec(mesh.axis_names))
+    return _hint(x, PartitionSpec(jax.sharding.get_abstract_mesh().axis_names))
 
 
 def whole(x: jax.Array) -> jax.Array:
     """`x` with a copy on every device."""
-    return _hint(x, lambda mesh: PartitionSpec())
+    return _hint(x, PartitionSpec())
 
 
-def _hint(x: jax.Array, spec: Callable[[AbstractMesh], PartitionSpec]) -> jax.Array:
+def _hint(x: jax.Array, spec: PartitionSpec) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or any(kind != AxisType.Auto for kind in mesh.axis_types):
         return x
-    return jax.lax.with_sharding_constraint(x, spec(mesh))
+    return jax.lax.with_sharding_constraint(x, spec)
