@@ -20,9 +20,9 @@ from flax import nnx
 from optax.contrib import MuonDimensionNumbers, muon
 
 from vqrae_jax import metrics
-from vqrae_jax.convert import huggingface
 from vqrae_jax.data import sources, transforms
 from vqrae_jax.models.vit import Linear, ViT, ViTSpec
+from vqrae_jax.weights import huggingface
 
 _DATA_DIR = flags.DEFINE_string("data_dir", "~/tensorflow_datasets", "where TFDS keeps CIFAR-10")
 _OUT = flags.DEFINE_string("out", "vqrae_jax/assets/nano", "the Hugging Face folder to write")

@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.conftest import REFERENCE, REPOSITORY
 from vqrae_jax import config as config_lib
-from vqrae_jax import train
-
-from .conftest import REFERENCE, REPOSITORY
+from vqrae_jax.tokenizer import task
 
 
 def command(*arguments) -> subprocess.CompletedProcess:
@@ -90,7 +89,7 @@ def run(tmp_path_factory) -> Path:
     config.optim.update(warmup_steps=1)
     config.log.tensorboard = False
     folder = tmp_path_factory.mktemp("runs") / "tiny"
-    train.run(config_lib.parse(config), folder)
+    task.train(config_lib.parse(config), folder)
     return folder
 
 

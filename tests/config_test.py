@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from vqrae_jax import build
 from vqrae_jax import config as config_lib
+from vqrae_jax.models.perceptual import NETWORKS
+from vqrae_jax.models.quantizers import QUANTIZERS
+from vqrae_jax.tokenizer import build
 
 REPOSITORY = Path(__file__).parents[1]
 SHIPPED = sorted(file.stem for file in (REPOSITORY / "configs").glob("*.py"))
@@ -104,8 +106,10 @@ def test_differences_are_named():
 
 
 def test_every_key_is_read_by_something():
-    aliases = {"q": "quantizer", "o": "optim", "weights": "loss", "d": "decoder", "g": "gan"}
-    read = set()
+    aliases = {"d": "decoder"}
+    # Handed to their builders by name.
+    read = {("quantizer", name) for kind in QUANTIZERS.values() for name in ("size", "dim", *kind.keys)}
+    read |= {("perceptual", name) for name in NETWORKS}
     for file in (REPOSITORY / "vqrae_jax").rglob("*.py"):
         if file.name == "config.py":
             continue
@@ -145,7 +149,7 @@ DINOV2_B = dense(14 * 14 * 3, 768) + (256 + 5) * 768 + blocks(768, 12, 3072, lay
 ADAPTERS = (2 * 768 + dense(768, 512) + dense(512, 512) + dense(512, 5) + 5
             + dense(256, 768) + 2 * dense(768, 768) + 4 * 768)
 
-# Learned by the encoder, the quantizer and the decoder; numbers of codebook state.
+# Learned by the encoder, the quantizer and the decoder; numbers in buffers.
 PARAMETERS = {
     "nano_stage1": (1_829_184, 2 * 192 * 64 + 192 + 64 + 64 * 64 + 64, 1_853_952, 2048 * 64),
     "bench_medium": (21_687_936, 384 * 384 + 384, 21_737_856, 16384 * 384),
@@ -174,10 +178,10 @@ def shipped(name: str) -> config_lib.Config:
 @pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_configs_build_at_full_size(name):
     config = shipped(name)
-    _, params, codebook = build.structure(config)
-    counts = [sum(value.size for path, value in params.items() if path.startswith(part))
+    structure = build.structure(config)
+    counts = [sum(value.size for path, value in structure.params.items() if path.startswith(part))
               for part in ("encoder/", "quantizer/", "decoder/")]
-    counts.append(sum(value.size for value in codebook.values()))
+    counts.append(sum(value.size for value in structure.buffers.values()))
     name = name.replace("stage2", "stage1")
     assert tuple(counts) == PARAMETERS[SAME[name] if name in SAME else name]
 

@@ -1,6 +1,5 @@
 """What tests share: tiny encoders in the layout of real checkpoints, and the folder of real images."""
 
-import functools
 import os
 import shutil
 import tempfile
@@ -13,10 +12,9 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import pytest  # noqa: E402
 
-from vqrae_jax import build  # noqa: E402
 from vqrae_jax import config as config_lib  # noqa: E402
 from vqrae_jax.models import perceptual  # noqa: E402
-from vqrae_jax.models.discriminators import DinoDiscriminator, PatchGAN  # noqa: E402
+from vqrae_jax.models.discriminators import DISCRIMINATORS, PatchGAN, dino  # noqa: E402
 from vqrae_jax.models.perceptual import ConvNeXtSpec  # noqa: E402
 from vqrae_jax.models.vit import ViTSpec  # noqa: E402
 
@@ -60,9 +58,9 @@ def tiny_networks():
     spec = ViTSpec(width=16, depth=2, heads=2, mlp_dim=32, activation="gelu_tanh", patch_size=8, prefix_tokens=1)
     with pytest.MonkeyPatch.context() as patch:  # of its own: a test's `undo` leaves it alone
         patch.setattr(perceptual, "VGG16", ((4, 1), (4, 1)))
-        patch.setattr(build, "CONVNEXT_SMALL", ConvNeXtSpec(depths=(1, 1), widths=(8, 8), image_size=16))
-        patch.setattr(build, "DINO_SPECS", {"dino_s8": spec, "dino_s16": spec})
-        patch.setattr(build, "DINO_IMAGE_SIZE", 32)
-        patch.setattr(build, "DinoDiscriminator", functools.partial(DinoDiscriminator, layers=(1,), kernel_size=3))
-        patch.setattr(build, "PatchGAN", functools.partial(PatchGAN, stages=1))
+        patch.setattr(perceptual, "CONVNEXT_SMALL", ConvNeXtSpec(depths=(1, 1), widths=(8, 8), image_size=16))
+        for name in ("dino_s8", "dino_s16"):
+            patch.setitem(DISCRIMINATORS, name, dino(spec, image_size=32, layers=(1,), kernel_size=3))
+        small = lambda gan, **options: PatchGAN(channels=gan.channels, stages=1, **options)
+        patch.setitem(DISCRIMINATORS, "patchgan", DISCRIMINATORS["patchgan"]._replace(build=small))
         yield

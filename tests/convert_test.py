@@ -22,13 +22,13 @@ from safetensors.numpy import load_file, save_file
 from scipy.special import erf
 
 import vqrae_jax
-from vqrae_jax import build, checkpoint, sharding
+from tests.conftest import REFERENCE, REPOSITORY
 from vqrae_jax import config as config_lib
-from vqrae_jax.convert import __main__ as convert
-from vqrae_jax.convert import huggingface, pytorch
+from vqrae_jax import convert
 from vqrae_jax.models import flat
-
-from .conftest import REFERENCE, REPOSITORY
+from vqrae_jax.tokenizer import build, runs
+from vqrae_jax.training import sharding
+from vqrae_jax.weights import huggingface, pytorch
 
 SIGLIP = REFERENCE / "siglip_vision"
 MEAN, STD = np.array([0.4, 0.5, 0.6]), np.array([0.3, 0.2, 0.25])  # of the reference folders
@@ -294,14 +294,14 @@ def test_latent_statistics_are_applied(tmp_path):
 
     inside = save(model.tensors | {"latent_mean": statistics["mean"], "latent_var": statistics["var"]},
                   tmp_path / "inside.safetensors")
-    both = read(inside).codebook
+    both = read(inside).buffers
     np.testing.assert_array_equal(both["latent_mean"], statistics["mean"].reshape(WIDTH, -1).T)
     np.testing.assert_array_equal(both["latent_var"], statistics["var"].reshape(WIDTH, -1).T)
     with pytest.raises(ValueError, match="latent statistics of its own"):
         read(inside, latent_statistics=tmp_path / "stats.safetensors")
 
     per_channel = save({"var": statistics["var"][None, :, :1, :1]}, tmp_path / "channel.safetensors")
-    only_var = read(file, latent_statistics=per_channel).codebook
+    only_var = read(file, latent_statistics=per_channel).buffers
     np.testing.assert_array_equal(only_var["latent_mean"], np.zeros((GRID**2, WIDTH)))
     np.testing.assert_array_equal(only_var["latent_var"], np.tile(statistics["var"][:, 0, 0], (GRID**2, 1)))
 
@@ -423,7 +423,7 @@ def test_transformers_encoders_by_the_systems_own_names(name, tmp_path):
     torch = pytest.importorskip("torch", reason="needs torch: pip install torch")
     import transformers
 
-    from .make_encoder_references import randomize
+    from tests.make_encoder_references import randomize
 
     folder = REFERENCE / name
     wrapper = torch.nn.Module()
@@ -476,8 +476,8 @@ def test_names_of_wrappers_and_training_checkpoints(ema_file, tmp_path):
         imported = read(save(case, tmp_path / "case.safetensors"))
         for path, value in expected.params.items():
             np.testing.assert_array_equal(imported.params[path], value)
-        for path, value in expected.codebook.items():
-            np.testing.assert_array_equal(imported.codebook[path], value)
+        for path, value in expected.buffers.items():
+            np.testing.assert_array_equal(imported.buffers[path], value)
     with pytest.raises(ValueError, match="tensor other.x is unexpected in the checkpoint of a training run"):
         read(save(nested | {"other.x": np.zeros(1, np.float32)}, tmp_path / "case.safetensors"))
     with pytest.raises(ValueError, match="tensor quantizer.embedding is there twice"):
@@ -493,7 +493,7 @@ def test_an_average_that_left_out_the_codebook_gets_the_trained_one(ema_file, tm
     case = {f"ema.{name}": value for name, value in (tensors | never).items()}
     case |= {f"model.{name}": value + (0 if name.startswith("quantizer") else 1) for name, value in tensors.items()}
     imported = read(save(case, tmp_path / "case.safetensors"))
-    np.testing.assert_array_equal(imported.codebook["quantizer/codebook"], tensors["quantizer.embedding"])
+    np.testing.assert_array_equal(imported.buffers["quantizer/codebook"], tensors["quantizer.embedding"])
     np.testing.assert_array_equal(imported.params["decoder/pixels/bias"], tensors["decoder.decoder_pred.bias"])
     assert any("never updated" in note for note in imported.notes)
 
@@ -506,12 +506,12 @@ def test_an_ema_codebook_survives_its_next_update(untrained, ema_file, tmp_path)
         tensors["quantizer.ema_cluster_size"] = np.zeros(CODES, np.float32)
         tensors["quantizer.ema_w"] = tensors["quantizer.embedding"]
     model = from_torch(save(tensors, tmp_path / "case.safetensors"), tmp_path / "run")
-    _, graphdef, arrays = checkpoint.load_run(tmp_path / "run", sharding.one_device())
+    _, graphdef, arrays = runs.load_run(tmp_path / "run", sharding.one_device())
     quantizer = flat.merge(graphdef, arrays).quantizer
     codes = np.asarray(quantizer.codes())
     np.testing.assert_array_equal(codes, tensors["quantizer.embedding"])
     z = np.repeat(codes[:1], 50, axis=0)
-    state = quantizer.next_state(quantizer(z, train=True).stats, rng=jax.random.key(0))
+    state = quantizer.next_buffers(quantizer(z, train=True).stats, rng=jax.random.key(0))
     np.testing.assert_allclose(state["codebook"], codes, rtol=0.02)
     assert model.num_codes == CODES
 
@@ -533,8 +533,8 @@ def test_pytorch_files(wrap, ema_file, tmp_path):
     imported, expected = read(tmp_path / "model.pt", latent_statistics=tmp_path / "stat.pt"), read(ema_file)
     for path, value in expected.params.items():
         np.testing.assert_array_equal(imported.params[path], value)
-    np.testing.assert_array_equal(imported.codebook["latent_mean"], np.zeros((GRID**2, WIDTH)))
-    np.testing.assert_array_equal(imported.codebook["latent_var"], np.full((GRID**2, WIDTH), 4))
+    np.testing.assert_array_equal(imported.buffers["latent_mean"], np.zeros((GRID**2, WIDTH)))
+    np.testing.assert_array_equal(imported.buffers["latent_var"], np.full((GRID**2, WIDTH), 4))
 
 
 class Malicious:
@@ -693,12 +693,12 @@ def test_a_run_leads_back_to_hugging_face(name, final_norm, tmp_path):
     config.model.quantizer.update(size=8, dim=huggingface.read_encoder_spec(REFERENCE / name).vit.width)
     config.optim.lr_multipliers = (("encoder/.*", 0.0),)
     config = config_lib.parse(config)
-    _, params, codebook = build.structure(config)
+    structure = build.structure(config)
     zeros = lambda shapes: {path: np.zeros(value.shape, np.float32) for path, value in shapes.items()}
     loaded = huggingface.load_encoder_params(REFERENCE / name, image_size=side, final_norm=final_norm)
     learned = {f"encoder/{path}": value + np.float32(0.01) for path, value in loaded.items()}
-    arrays = jax.tree.map(jnp.asarray, (zeros(params) | learned, zeros(codebook)))
-    checkpoint.write_run(tmp_path / "run", config, *arrays)
+    arrays = jax.tree.map(jnp.asarray, (zeros(structure.params) | learned, zeros(structure.buffers)))
+    runs.write_run(tmp_path / "run", config, *arrays)
 
     convert.to_hf(tmp_path / "run", tmp_path / "hf")
     again = huggingface.load_encoder_params(tmp_path / "hf", final_norm=final_norm)
@@ -711,7 +711,7 @@ def test_a_run_leads_back_to_hugging_face(name, final_norm, tmp_path):
         convert.to_hf(tmp_path / "run", tmp_path / "hf")
 
     pytest.importorskip("torch", reason="tokens in transformers need torch: pip install torch")
-    from .make_encoder_references import load_model, torch_tokens
+    from tests.make_encoder_references import load_model, torch_tokens
     x = images(side)
     tokens = torch_tokens(load_model(tmp_path / "hf"), x, side)
     np.testing.assert_allclose(vqrae_jax.load(tmp_path / "run").features(x), tokens, atol=1e-4)

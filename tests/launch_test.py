@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import REPOSITORY
+from tests.conftest import REPOSITORY
 
 LAUNCH = REPOSITORY / "launch"
 SCRIPTS = sorted(LAUNCH.glob("*.sh"))

@@ -13,12 +13,12 @@ import jax
 import numpy as np
 import pytest
 
-from vqrae_jax import build
+from tests.conftest import REPOSITORY
 from vqrae_jax import config as config_lib
-from vqrae_jax import step as step_lib
-from vqrae_jax.data import BadImages, train_batches
-
-from .conftest import REPOSITORY
+from vqrae_jax.data import BadImages, open_source, train_batches
+from vqrae_jax.tokenizer import build, init, train_state
+from vqrae_jax.tokenizer.loss import make_train_step
+from vqrae_jax.training import sharding
 
 pytestmark = pytest.mark.long
 
@@ -97,25 +97,23 @@ def test_twenty_seeds_with_a_gan_in_bfloat16_meet_no_nan(shared_data):
     config.optim.warmup_steps = 20
     config.gan.update(discriminator_start_step=60, start_step=80, ramp_steps=20)
     first = config_lib.parse(config)
-    graphdef, _, _ = build.structure(first)
-    parts = build.parts(first, graphdef)
+    structure, mesh = build.structure(first), sharding.one_device()
     # Compiled once: what differs between the seeds are the initial values and the data.
-    step = jax.jit(step_lib.make_train_step(first, parts), static_argnames="gan", donate_argnums=0)
-    source = build.data_source(first.data.source, training=True)
+    before, learning = (jax.jit(make_train_step(first, structure, phase), donate_argnums=0) for phase in ("", "gan"))
+    source = open_source(first.data.source, training=True)
     for seed in range(20):
         config.seed = seed
         parsed = config_lib.parse(config)
-        params, codebook = build.initial_arrays(parsed)
+        params, buffers = init.model_arrays(parsed, structure, mesh)
         batches = train_batches(source, image_size=64, batch_size=8, seed=seed, crop_scale_min=0.6, flip=True,
                                 threads=1, workers=0, bad_images=BadImages(None))
         tokens = [np.concatenate([next(batches)["image"] for _ in range(32)])]
-        values = step_lib.codebook_from_data(parsed, graphdef, {**params, **codebook}, tokens)
-        params = {path: values.get(path, value) for path, value in params.items()}
-        codebook = {path: values.get(path, value) for path, value in codebook.items()}
-        state, frozen = step_lib.init_state(parsed, parts, params, codebook, *build.network_arrays(parsed))
+        arrays = {**params, **buffers} | init.codebook_from_data(parsed, structure, {**params, **buffers}, tokens)
+        state, frozen = train_state.init(parsed, structure, {path: arrays[path] for path in params},
+                                         {path: arrays[path] for path in buffers}, *init.network_arrays(parsed, mesh))
         seen = []
         for i in range(200):
-            state, metrics = step(state, frozen, next(batches)["image"], gan=i >= 60)
+            state, metrics = (learning if i >= 60 else before)(state, frozen, {"image": next(batches)["image"]})
             seen.append(metrics)
         batches.close()
         seen = jax.device_get(seen)

@@ -11,10 +11,22 @@ import jax
 from absl import app, flags
 from absl import logging as absl_logging
 
+from vqrae_jax.training import distributed
+
 # Without process 0 the others are aborted by JAX, with its stacks: those that fail for the same reason say so before.
 FIRST_LEAVES_LAST_SECONDS = 2
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: the same command continues
 _TRACEBACK = flags.DEFINE_bool("traceback", False, "show where an error was raised, for reports of bugs")
+
+
+def join_processes() -> Callable[[], None]:
+    """Defines the flags of a verb that several processes may run together; the result makes them find each other."""
+    address = flags.DEFINE_string(
+        "coordinator_address", None, "HOST:PORT of process 0, for runs of several processes; found by itself on Cloud "
+        "TPU, SLURM, Open MPI and Kubernetes (with pip install 'jax[k8s]')")
+    processes = flags.DEFINE_integer("num_processes", None, "how many processes the run has", lower_bound=1)
+    process = flags.DEFINE_integer("process_id", None, "which one this is, from 0", lower_bound=0)
+    return lambda: distributed.start(address.value, processes.value, process.value)
 
 
 def run(main: Callable[[Sequence[str]], Any], *, arguments: bool = False) -> None:

@@ -2,6 +2,9 @@
 
 Config files are `ml_collections.ConfigDict`s that start from `default()` and change a few values; `parse` turns one
 into the frozen dataclasses below, which the rest of the package reads. Nothing else in the package has defaults.
+
+`Run` is what training any task reads; `Config`, the tokenizer's, adds its own sections. Where a key chooses from a
+table, such as that of the quantizers, the table says what there is.
 """
 
 import dataclasses
@@ -9,24 +12,37 @@ import json
 import math
 import re
 import typing
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import ml_collections
+
+from vqrae_jax.models.decoder import DECODER_SHAPES
+from vqrae_jax.models.discriminators import DISCRIMINATORS
+from vqrae_jax.models.losses import DISCRIMINATOR_LOSSES, GENERATOR_LOSSES, PIXEL_LOSSES
+from vqrae_jax.models.perceptual import NETWORKS
+from vqrae_jax.models.quantizers import QUANTIZERS
 
 BELOW_ONE = 1 - 1e-6  # a moving average of decay 1 would never move
 
 
-def _key(default: Any, *, low: float | None = None, high: float | None = None) -> Any:
-    return dataclasses.field(default=default, metadata={"low": low, "high": high})
+def _key(default: Any, *, low: float | None = None, high: float | None = None, among: tuple[Any, ...] = (),
+         free: bool = False) -> Any:
+    """A key: its range; tables (or tuples of names), one of which must have its value; and whether it is free to change
+    when a run continues, for it alters neither the parameters nor the metrics of a step."""
+    return dataclasses.field(default=default, metadata={"low": low, "high": high, "among": among, "free": free})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mesh:
-    """How devices are arranged; the product is their number, and -1 stands for the rest of them."""
+    """How devices are arranged; the product is their number, and -1 stands for the rest of them.
 
-    data: int = _key(-1, low=-1)  # copies of the model
-    fsdp: int = _key(1, low=-1)  # devices over which a copy is split
+    Another mesh makes sums in another order: a run that continues on one agrees but for rounding.
+    """
+
+    data: int = _key(-1, low=-1, free=True)  # copies of the model
+    fsdp: int = _key(1, low=-1, free=True)  # devices over which a copy is split
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,10 +50,10 @@ class Train:
     steps: int = _key(100_000, low=1)
     batch_size: int = _key(256, low=1)  # global: over all devices and accumulation steps
     accumulate: int = _key(1, low=1)  # micro-batches per optimizer step
-    log_every: int = _key(50, low=1)
-    checkpoint_every: int = _key(1000, low=1)
-    eval_every: int = _key(5000, low=1)
-    max_skipped: int = _key(20, low=1)  # non-finite steps in a row, seen when logging, that stop the run
+    log_every: int = _key(50, low=1, free=True)
+    checkpoint_every: int = _key(1000, low=1, free=True)
+    eval_every: int = _key(5000, low=1, free=True)
+    max_skipped: int = _key(20, low=1, free=True)  # non-finite steps in a row, seen when logging, that stop the run
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,16 +62,16 @@ class Data:
     image_size: int = _key(256, low=8)
     crop_scale_min: float = _key(0.8, low=1e-3, high=1.0)  # least share of the area that a random crop keeps
     flip: bool = True
-    threads: int = _key(4, low=0)
-    workers: int = _key(0, low=0)  # processes; 0 decodes in the training process's threads
+    threads: int = _key(4, low=0, free=True)
+    workers: int = _key(0, low=0, free=True)  # processes; 0 decodes in the training process's threads
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Eval:
-    source: str = ""  # empty: the held-out part of data.source where it has one, else data.source
-    batch_size: int = _key(64, low=1)
-    limit: int = _key(0, low=0)  # images per evaluation during training; 0 is all
-    samples: int = _key(8, low=1)  # images in the picture
+    source: str = _key("", free=True)  # empty: the held-out part of data.source where it has one, else data.source
+    batch_size: int = _key(64, low=1, free=True)
+    limit: int = _key(0, low=0, free=True)  # images per evaluation during training; 0 is all
+    samples: int = _key(8, low=1, free=True)  # images in the picture
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,7 +86,7 @@ class Encoder:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Quantizer:
-    kind: Literal["simvq", "ema", "fsq", "adapter_fsq", "ranked", "none"] = "simvq"  # none: an autoencoder, no codes
+    kind: str = _key("simvq", among=(QUANTIZERS,))  # none: an autoencoder, no codes
     size: int = _key(16384, low=2)  # number of codes; FSQ: the product of its levels
     dim: int = _key(1536, low=1)  # width of a code; FSQ: the number of its levels
     levels: tuple[int, ...] = ()  # FSQ only
@@ -87,7 +103,7 @@ class Quantizer:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Decoder:
-    shape: Literal["symmetric", "vit_b", "vit_l", "vit_xl", "custom"] = "symmetric"
+    shape: str = _key("symmetric", among=(("symmetric",), DECODER_SHAPES, ("custom",)))
     width: int = _key(0, low=0)  # custom only, as are the next three
     depth: int = _key(0, low=0)
     heads: int = _key(0, low=0)
@@ -124,7 +140,7 @@ class Perceptual:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Loss:
-    pixel: Literal["l1", "l2"] = "l2"
+    pixel: str = _key("l2", among=(PIXEL_LOSSES,))
     pixel_weight: float = _key(1.0, low=0.0)
     perceptual_weight: float = _key(0.0, low=0.0)
     perceptual: Perceptual = Perceptual()
@@ -134,15 +150,15 @@ class Loss:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Gan:
-    discriminator: Literal["none", "patchgan", "dino_s8", "dino_s16"] = "none"
+    discriminator: str = _key("none", among=(("none",), DISCRIMINATORS))
     weight: float = _key(0.1, low=0.0)  # of the generator's loss
     adaptive: bool = False  # times the ratio of the two losses' gradients at the decoder's last layer
     max_adaptive_weight: float = _key(1e4, low=0.0)
     discriminator_start_step: int = _key(0, low=0)  # when the discriminator begins to learn
     start_step: int = _key(0, low=0)  # when the decoder begins to learn from it
     ramp_steps: int = _key(0, low=0)  # over which the weight then rises from 0
-    discriminator_loss: Literal["hinge", "vanilla"] = "hinge"
-    generator_loss: Literal["linear", "non_saturating"] = "linear"
+    discriminator_loss: str = _key("hinge", among=(DISCRIMINATOR_LOSSES,))
+    generator_loss: str = _key("linear", among=(GENERATOR_LOSSES,))
     lecam_weight: float = _key(0.0, low=0.0)
     lecam_decay: float = _key(0.999, low=0.0, high=BELOW_ONE)
     augment: bool = False  # DiffAug
@@ -178,23 +194,34 @@ class Optim:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Log:
-    tensorboard: bool = True
-    wandb: bool = False
+    tensorboard: bool = _key(True, free=True)
+    wandb: bool = _key(False, free=True)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
+class Run:
+    """What training any task reads."""
+
     seed: int = _key(0, low=0)
-    init_from: str = ""  # a run folder whose weights to start from
     mesh: Mesh = Mesh()
     train: Train = Train()
+    optim: Optim = Optim()
+    log: Log = Log()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(Run):
+    """A tokenizer's."""
+
+    init_from: str = ""  # a run folder whose weights to start from
     data: Data = Data()
     eval: Eval = Eval()
     model: Model = Model()
     loss: Loss = Loss()
     gan: Gan = Gan()
-    optim: Optim = Optim()
-    log: Log = Log()
+
+
+Kind = TypeVar("Kind", bound=Run)
 
 
 def default() -> ml_collections.ConfigDict:
@@ -202,28 +229,38 @@ def default() -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict(dataclasses.asdict(Config()))
 
 
-def parse(values: ml_collections.ConfigDict | dict[str, Any]) -> Config:
+def parse(values: ml_collections.ConfigDict | dict[str, Any], kind: type[Kind] = Config) -> Kind:
     """Checks a complete set of values and returns it typed.
+
+    Args:
+      values: of all keys.
+      kind: which task's config they are.
 
     Raises:
       ValueError: a key is unknown, missing, of the wrong type or out of range, or two keys contradict each other.
     """
     if not isinstance(values, dict):
         values = values.to_dict()
-    config = _parse_section(Config, values, prefix="")
-    _check_consistency(config)
+    config = _parse_section(kind, values, prefix="")
+    _check_run(config)
+    if issubclass(kind, Config):
+        _check_tokenizer(config)
     return config
 
 
-def save(config: Config, file: Path) -> None:
+def save(config: Run, file: Path) -> None:
     """Writes the resolved config as JSON; a full disk leaves an existing file as it is."""
     new = file.with_suffix(".tmp")
     new.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
     new.replace(file)
 
 
-def load(file: Path) -> Config:
+def load(file: Path, kind: type[Kind] = Config) -> Kind:
     """Reads what `save` wrote; keys that came later than the file have their defaults.
+
+    Args:
+      file: `config.json` in the folder of a run.
+      kind: which task's config it is.
 
     Raises:
       OSError, ValueError: the file, or the key, that cannot be read.
@@ -235,7 +272,7 @@ def load(file: Path) -> Config:
     except json.JSONDecodeError as error:
         raise ValueError(f"{file} is damaged: {error}") from None
     try:
-        return parse(_with_defaults(dataclasses.asdict(Config()), values))
+        return parse(_with_defaults(dataclasses.asdict(kind()), values), kind)
     except ValueError as error:
         raise ValueError(f"{file} is not the config of a run of this version: {error}") from None
 
@@ -247,17 +284,20 @@ def _with_defaults(defaults: Any, values: Any) -> Any:
                            for key, value in values.items()}}
 
 
-def differences(old: Config, new: Config) -> list[str]:
-    """`key: old -> new` for every key in which two configs differ."""
-    olds, news = _flat(dataclasses.asdict(old)), _flat(dataclasses.asdict(new))
-    return [f"{key}: {olds[key]!r} -> {news[key]!r}" for key in olds if olds[key] != news[key]]
+def differences(old: Run, new: Run) -> list[str]:
+    """`key: old -> new` for every key in which two configs of a kind differ and which is not free to change."""
+    return _differences(old, new, prefix="")
 
 
-def _flat(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for name, value in section.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
+def _differences(old: Any, new: Any, *, prefix: str) -> list[str]:
+    found = []
+    for field in dataclasses.fields(old):
+        ours, theirs = getattr(old, field.name), getattr(new, field.name)
+        if dataclasses.is_dataclass(ours):
+            found += _differences(ours, theirs, prefix=f"{prefix}{field.name}.")
+        elif ours != theirs and not (field.metadata and field.metadata["free"]):
+            found.append(f"{prefix}{field.name}: {ours!r} -> {theirs!r}")
+    return found
 
 
 def _parse_section(kind: type, values: Any, *, prefix: str) -> Any:
@@ -273,11 +313,16 @@ def _parse_section(kind: type, values: Any, *, prefix: str) -> Any:
                    for name, field in fields.items()})
 
 
-def _parse_value(kind: Any, value: Any, limits: typing.Mapping[str, Any], *, name: str) -> Any:
+def _parse_value(kind: Any, value: Any, limits: Mapping[str, Any], *, name: str) -> Any:
     if dataclasses.is_dataclass(kind):
         return _parse_section(typing.cast(type, kind), value, prefix=name + ".")
     value = _convert(kind, value, name=name)
-    low, high = limits.get("low"), limits.get("high")
+    if not limits:
+        return value
+    if limits["among"] and not any(value in names for names in limits["among"]):
+        names = [name for names in limits["among"] for name in names]
+        raise ValueError(f"config key {name} must be one of {', '.join(names)}, not {value!r}")
+    low, high = limits["low"], limits["high"]
     if (low is not None and value < low) or (high is not None and value > high):
         bounds = f"at least {low}" if high is None else f"between {low} and {high}"
         raise ValueError(f"config key {name} must be {bounds}, not {value!r}")
@@ -305,21 +350,8 @@ def _convert(kind: Any, value: Any, *, name: str) -> Any:
     return value
 
 
-# Keys that mean something for some kinds only; for the others they must keep their default.
-_QUANTIZER_KINDS = {
-    "levels": ("fsq", "adapter_fsq"), "projection": ("simvq", "ema"), "input_projection": ("simvq",),
-    "l2_normalize": ("simvq",), "search": ("simvq", "ema"), "gradient": ("simvq", "ema", "ranked"),
-    "init": ("simvq", "ema"), "commitment_weight": ("simvq", "ema", "ranked"), "decay": ("ema",),
-    "restart_threshold": ("ema",),
-}
-_DECODER_SHAPES = {name: ("custom",) for name in ("width", "depth", "heads", "mlp_dim")}
-_DINO = ("dino_s8", "dino_s16")
-_DISCRIMINATORS = {"channels": ("patchgan",), "backbone": _DINO, "heads": _DINO, "random_weights": _DINO}
-
-
-def _check_consistency(config: Config) -> None:
-    train, quantizer, decoder, perceptual, gan = (config.train, config.model.quantizer, config.model.decoder,
-                                                  config.loss.perceptual, config.gan)
+def _check_run(config: Run) -> None:
+    train = config.train
     if train.batch_size % train.accumulate:
         raise ValueError(f"config key train.batch_size {train.batch_size} is not divisible by "
                          f"train.accumulate {train.accumulate}")
@@ -329,22 +361,31 @@ def _check_consistency(config: Config) -> None:
     _check_optimizer("optim", config.optim, steps=train.steps)
     for key in ("lr_multipliers", "end_lr_multipliers"):
         _check_multipliers(f"optim.{key}", getattr(config.optim, key))
-    _check_kinds("model.quantizer", quantizer, quantizer.kind, _QUANTIZER_KINDS)
-    _check_kinds("model.decoder", decoder, decoder.shape, _DECODER_SHAPES)
-    _check_kinds("gan", gan, gan.discriminator, _DISCRIMINATORS)
+
+
+_CUSTOM_SHAPE = {"custom": ("width", "depth", "heads", "mlp_dim")}
+
+
+def _check_tokenizer(config: Config) -> None:
+    train, quantizer, decoder, gan = config.train, config.model.quantizer, config.model.decoder, config.gan
+    _check_kinds("model.quantizer", quantizer, quantizer.kind, {
+        name: (*kind.keys, *(("init",) if kind.from_data else ())) for name, kind in QUANTIZERS.items()})
+    _check_kinds("model.decoder", decoder, decoder.shape, _CUSTOM_SHAPE)
+    _check_kinds("gan", gan, gan.discriminator, {name: kind.keys for name, kind in DISCRIMINATORS.items()})
     if "fsq" in quantizer.kind and not quantizer.levels:
         raise ValueError("config key model.quantizer.levels is empty, but FSQ needs levels")
-    for name in _DECODER_SHAPES:
+    for name in _CUSTOM_SHAPE["custom"]:
         if decoder.shape == "custom" and not getattr(decoder, name):
             raise ValueError(f"config key model.decoder.{name} is 0, but a custom shape needs it")
     if gan.cutout and not gan.augment:
         raise ValueError(f"config key gan.cutout {gan.cutout} has no effect without gan.augment")
     if config.model.encoder.combine != "sum" and not config.model.encoder.layers:
         raise ValueError("config key model.encoder.combine has no effect without model.encoder.layers")
-    if config.loss.perceptual_weight and not perceptual.lpips + perceptual.convnext_s:
+    shares = sum(getattr(config.loss.perceptual, name) for name in NETWORKS)
+    if config.loss.perceptual_weight and not shares:
         raise ValueError(f"config key loss.perceptual_weight {config.loss.perceptual_weight} needs a network: set "
-                         "loss.perceptual.lpips or loss.perceptual.convnext_s above 0")
-    if perceptual.lpips + perceptual.convnext_s and not config.loss.perceptual_weight:
+                         f"{' or '.join(f'loss.perceptual.{name}' for name in NETWORKS)} above 0")
+    if shares and not config.loss.perceptual_weight:
         raise ValueError("config key loss.perceptual_weight is 0, but loss.perceptual names a network")
     if gan.discriminator != "none":
         if gan.start_step < gan.discriminator_start_step:
@@ -358,8 +399,10 @@ def _check_consistency(config: Config) -> None:
         _check_optimizer("gan", gan, steps=train.steps - gan.discriminator_start_step)
 
 
-def _check_kinds(section: str, values: Any, kind: str, kinds_that_read: dict[str, tuple[str, ...]]) -> None:
-    for name, kinds in kinds_that_read.items():
+def _check_kinds(section: str, values: Any, kind: str, keys_by_kind: dict[str, tuple[str, ...]]) -> None:
+    """Keys that mean something to some kinds only must keep their defaults for the others."""
+    for name in dict.fromkeys(name for keys in keys_by_kind.values() for name in keys):
+        kinds = [other for other, keys in keys_by_kind.items() if name in keys]
         value = getattr(values, name)
         if kind not in kinds and value != getattr(type(values)(), name):
             raise ValueError(f"config key {section}.{name} {value!r} has no meaning for {kind}, "

@@ -8,15 +8,17 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from vqrae_jax import cli, config, distributed, evaluate, train
+from vqrae_jax import cli, config
+from vqrae_jax.tokenizer import evaluate, task
+from vqrae_jax.training import distributed
 
 
 def main(_) -> None:
     if "://" in _WORKDIR.value:
         raise ValueError(f"--workdir={_WORKDIR.value} is no folder: mount the bucket, or choose a file system that all "
                          "processes share")
-    distributed.start()
-    result = train.run(config.parse(_CONFIG.value), Path(_WORKDIR.value))
+    _JOIN_PROCESSES()
+    result = task.train(config.parse(_CONFIG.value), Path(_WORKDIR.value))
     if result and distributed.is_first():
         print(evaluate.table({Path(_WORKDIR.value).resolve().name: result}))
 
@@ -24,5 +26,6 @@ def main(_) -> None:
 if __name__ == "__main__":
     _CONFIG = config_flags.DEFINE_config_file("config", help_string="a file of configs/", lock_config=True)
     _WORKDIR = flags.DEFINE_string("workdir", None, "the run's folder", required=True)
+    _JOIN_PROCESSES = cli.join_processes()
     flags.mark_flag_as_required("config")
     cli.run(main)

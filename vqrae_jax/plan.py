@@ -2,296 +2,21 @@
 
     python -m vqrae_jax.plan --config=configs/x.py --topology=v5e:4x4 [--batch=N] [--search] [--json=FILE]
 
-Needs the TPU compiler (`pip install 'vqrae_jax[tpu]'`), which runs on any Linux machine; no weights are read. Memory is
-what the compiler assigns on each chip; operations come from the formula in cost.py; the bytes that chips exchange are
-counted in the compiled program, loops multiplied out. The step's time is a lower bound, not a measurement.
+Needs the TPU compiler (`pip install 'vqrae_jax[tpu]'`), which runs on any Linux machine; no weights are read.
+`cost/plan.py` says where the figures come from.
 """
 
 import dataclasses
-import functools
 import json
-import math
-import os
-import re
-import time
 from pathlib import Path
-from typing import Any
 
-import jax
-import jax.numpy as jnp
 from absl import flags
-from jax.experimental import topologies
-from jax.sharding import Mesh
 from ml_collections import config_flags
 
-from vqrae_jax import build, checkpoint, cli, cost, sharding, step
+from vqrae_jax import cli
 from vqrae_jax import config as config_lib
-from vqrae_jax.config import Config
-
-GIB = 2**30
-# A float32 matmul at highest precision takes so many bfloat16 passes on a TPU.
-HIGHEST_PASSES = 6
-BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8,
-         "s64": 8, "u64": 8}
-COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Plan:
-    """One compiled step. Sizes are GiB a chip; `temporaries_gib` are activations and what else comes and goes.
-
-    `fits` is the compiler's verdict; where the step does not fit, `hbm_gib_per_chip` is what it would have needed, and
-    what only a compiled program tells is None.
-    """
-
-    topology: str
-    chip: str
-    chips: int
-    batch: int
-    accumulate: int
-    remat: str
-    mesh: dict[str, int]
-    parameters: dict[str, int]
-    parameters_gib: float
-    optimizer_gib: float
-    temporaries_gib: float | None
-    hbm_gib_per_chip: float
-    hbm_limit_gib: float
-    fits: bool
-    compile_seconds: float
-    model_flops_per_image: int
-    model_flops_per_step: int
-    collective_gib_per_step: dict[str, float] | None
-    compute_seconds: float
-    collective_seconds: float | None
-
-
-def topology_devices(name: str) -> list[Any]:
-    """The devices of a TPU slice, `v5e:4x4`, without the slice.
-
-    Raises:
-      ValueError: no TPU compiler, or no such slice.
-    """
-    # Or the compiler would ask what this machine is, complain that it is no TPU, and lock the chips of one that is.
-    os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-1", "TPU_WORKER_ID": "0",
-                   "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-                   "TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3"}
-    try:
-        devices = list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
-    except (RuntimeError, NotImplementedError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"--topology={name}: {reason[:300]}; names look like v5e:4x4, and the compiler comes with "
-                         "pip install 'vqrae_jax[tpu]'") from None
-    known = [kind for kind in cost.CHIPS if kind.startswith("TPU")]
-    kind, chips = devices[0].device_kind, {tuple(device.coords) for device in devices}
-    if kind not in known or len(chips) < len(devices):
-        raise ValueError(f"--topology={name}: {kind!r} cannot be planned, only chips that are one device each, of the "
-                         f"kinds {', '.join(known)}")
-    return devices
-
-
-def plan(config: Config, topology: str) -> Plan:
-    """Compiles the training step of a config for a slice; with a discriminator, the step in which it learns.
-
-    Raises:
-      ValueError: a slice that is not there, or a mesh or batch that does not fit it.
-    """
-    devices = topology_devices(topology)
-    chip = cost.CHIPS[devices[0].device_kind]
-    mesh = sharding.make_mesh(config.mesh, devices)
-    sharding.check_batch_size(mesh, config)
-    gan = config.gan.discriminator != "none"
-    graphdef, params, codebook = build.structure(config)
-    parts = build.parts(config, graphdef)
-    state, frozen = checkpoint.abstract_state(config, parts, params, codebook, mesh)
-    size = config.data.image_size
-    images = jax.ShapeDtypeStruct((config.train.batch_size, size, size, 3), jnp.uint8,
-                                  sharding=sharding.batch_sharding(mesh))
-    started = time.perf_counter()
-    train_step = sharding.jit_step(step.make_train_step(config, parts), mesh, state)
-    lowered = train_step.trace(state, frozen, images, gan=gan).lower()
-    optimizer = _bytes_per_chip((state.opt_state, state.gan.opt_state, state.ema))
-    arguments = _bytes_per_chip((state, frozen))
-    try:
-        compiled: Any = lowered.compile()
-        memory = compiled.memory_analysis()
-        # Arguments that the step gives back changed are counted once.
-        used = (memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-                + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes)
-        exchanged = collective_bytes(compiled.as_text())
-    except jax.errors.JaxRuntimeError as error:
-        # The compiler names everything it would have used, or temporaries only.
-        found = re.search(r"Used ([\d.]+)([MG]) of [\d.]+[MG] hbm|temporaries \(([\d.]+)([MG])\)", str(error))
-        if "RESOURCE_EXHAUSTED" not in str(error) or not found:
-            raise
-        compiled, exchanged = None, None
-        size, unit = found[1] or found[3], found[2] or found[4]
-        used = float(size) * {"M": 2**20, "G": GIB}[unit] + (arguments if found[3] else 0)
-    seconds = time.perf_counter() - started
-    work = cost.flops(config, gan=gan)
-    at_highest = config.train.batch_size * work.search + config.train.accumulate * work.train_codes
-    sizes = {part: sum(value.size for path, value in {**params, **codebook}.items() if path.startswith(f"{part}/"))
-             for part in ("encoder", "quantizer", "decoder")}
-    sizes["discriminator"] = sum(value.size for value in state.gan.params.values())
-    sizes["frozen networks"] = sum(value.size for value in frozen.networks.values())
-    sizes["teacher"] = sum(value.size for value in frozen.teacher.values())
-    return Plan(
-        topology=topology, chip=devices[0].device_kind, chips=len(devices), batch=config.train.batch_size,
-        accumulate=config.train.accumulate, remat=config.model.remat, mesh=dict(mesh.shape), parameters=sizes,
-        parameters_gib=(arguments - optimizer) / GIB, optimizer_gib=optimizer / GIB,
-        temporaries_gib=(used - arguments) / GIB if compiled else None,
-        hbm_gib_per_chip=used / GIB, hbm_limit_gib=chip.memory / GIB,
-        fits=compiled is not None and used <= chip.memory,
-        compile_seconds=seconds, model_flops_per_image=work.train, model_flops_per_step=work.per_step(config),
-        collective_gib_per_step=None if exchanged is None else {
-            name: count / GIB for name, count in exchanged.items()},
-        compute_seconds=(work.per_step(config) + (HIGHEST_PASSES - 1) * at_highest) / (chip.flops * len(devices)),
-        collective_seconds=None if exchanged is None else sum(exchanged.values()) / chip.interconnect)
-
-
-def _bytes_per_chip(tree: Any) -> int:
-    return sum(leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(tree))
-
-
-def collective_bytes(hlo: str) -> dict[str, int]:
-    """Bytes that a chip sends in one run of a compiled program, by operation; bodies of loops times their trip count.
-
-    A ring is assumed: of n chips, each sends n - 1 parts of what is gathered or reduced and scattered. An all-reduce is
-    counted as twice its operands, an all-to-all as its operands, as if n were large.
-
-    Args:
-      hlo: `compiled.as_text()`.
-    """
-    computations: dict[str, list[str]] = {}
-    entry = name = ""
-    for line in hlo.splitlines():
-        if header := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line):
-            name = header[2]
-            entry = name if header[1] else entry
-            computations[name] = []
-        elif name and line.startswith(" "):
-            computations[name].append(line)
-
-    def trip_count(loop: str) -> int:
-        """The constant that a scan's condition compares its counter with."""
-        condition = re.search(r"condition=%([\w.\-]+)", loop)
-        assert condition
-        lines = "\n".join(computations[condition[1]])
-        return max(int(constant) for constant in re.findall(r" [su]32\[\]\S* constant\((\d+)\)", lines))
-
-    @functools.cache
-    def sent(computation: str) -> dict[str, tuple[str, int]]:
-        """Each transfer's kind and bytes. A TPU's transfer spans several fusions, which name the same channel."""
-        types, found = {}, {}
-        for line in computations[computation]:
-            operation = re.search(r"%([\w.\-]+) = (.*?) ([\w\-]+)\(([^)]*)\)", line)
-            if not operation:
-                continue
-            name, types[name], operator, operands = operation[1], *operation.group(2, 3, 4)
-            kind = operator.removesuffix("-start")
-            if kind in COLLECTIVES:
-                channel = re.search(r"channel_id=(\d+)", line)
-                size = sum(_bytes(types[operand]) for operand in re.findall(r"%([\w.\-]+)", operands))
-                result = _bytes(types[name]) - (size if operator.endswith("-start") else 0)  # it lists both
-                if computation.startswith("all-reduce-scatter"):
-                    kind = "reduce-scatter"  # the result is cut inside
-                elif kind in ("all-gather", "reduce-scatter"):
-                    size = abs(result - size)
-                elif kind == "all-reduce":
-                    size *= 2
-                found[channel[1] if channel else name] = kind, size
-                continue  # what it calls only adds two numbers
-            attributes = "calls|to_apply|body|branch_computations|true_computation|false_computation"
-            called = re.findall(rf"(?:{attributes})=\{{?((?:%[\w.\-]+(?:, )?)+)", line)
-            inner = [sent(name) for name in re.findall(r"%([\w.\-]+)", " ".join(called))]
-            if operator == "conditional":
-                inner = [max(inner, key=lambda branch: sum(size for _, size in branch.values()))]
-            scope, times = (f"{name}/", trip_count(line)) if operator == "while" else ("", 1)
-            found |= {scope + channel: (kind, times * size)
-                      for transfers in inner for channel, (kind, size) in transfers.items()}
-        return found
-
-    total: dict[str, int] = dict.fromkeys(COLLECTIVES, 0)
-    for kind, size in sent(entry).values():
-        total[kind] += size
-    return {kind: size for kind, size in total.items() if size}
-
-
-def _bytes(shapes: str) -> int:
-    """Bytes of all arrays of an HLO type."""
-    return sum(BYTES[dtype] * math.prod(map(int, filter(None, dimensions.split(","))))
-               for dtype, dimensions in re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", shapes))
-
-
-def candidates(config: Config, chips: int) -> list[Config]:
-    """Variants of a config from the fastest to the most frugal: meshes, then rematerialisation, then accumulation."""
-    sizes = [size for size in (1, 2, 4, 8, 16, 32, 64) if chips % size == 0]
-    found = []
-    for accumulate in (1, 2, 4, 8, 16):
-        for remat in ("minimal", "full"):
-            for fsdp in sizes:
-                if config.train.batch_size % (accumulate * chips) == 0:
-                    found.append(dataclasses.replace(
-                        config, mesh=config_lib.Mesh(data=-1, fsdp=fsdp),
-                        train=dataclasses.replace(config.train, accumulate=accumulate),
-                        model=dataclasses.replace(config.model, remat=remat)))
-    return found
-
-
-def search(config: Config, topology: str) -> Plan | None:
-    """The first of `candidates` that fits, trying only those whose state alone leaves room; None if none does."""
-    devices = topology_devices(topology)
-    once = dataclasses.replace(config, train=dataclasses.replace(config.train, accumulate=1))
-    sharding.check_batch_size(sharding.make_mesh(config_lib.Mesh(), devices), once)
-    limit = cost.CHIPS[devices[0].device_kind].memory
-    graphdef, params, codebook = build.structure(config)
-    parts = build.parts(config, graphdef)
-    needed: dict[tuple[int, str], float] = {}
-    for candidate in candidates(config, len(devices)):
-        mesh: Mesh = sharding.make_mesh(candidate.mesh, devices)
-        abstract, frozen = checkpoint.abstract_state(candidate, parts, params, codebook, mesh)
-        state = _bytes_per_chip((abstract, frozen))
-        accumulate, remat = candidate.train.accumulate, candidate.model.remat
-        # Gradients shrink with the mesh as parameters do, activations with the micro-batch at best in proportion: what
-        # then is still too much is not tried.
-        gradients = _bytes_per_chip(abstract.params)
-        activations = [used * before / accumulate for (before, kind), used in needed.items() if kind == remat]
-        if state + gradients + min(activations, default=0) > limit:
-            continue
-        result = plan(candidate, topology)
-        print(_row(result), flush=True)
-        if result.fits:
-            return result
-        needed[accumulate, remat] = result.hbm_gib_per_chip * GIB - state - gradients
-    return None
-
-
-def _row(result: Plan) -> str:
-    verdict = "fits" if result.fits else "does not fit"
-    mesh = " x ".join(f"{axis} {size}" for axis, size in result.mesh.items())
-    return (f"{mesh}, accumulate {result.accumulate}, remat {result.remat}: {result.hbm_gib_per_chip:.2f} of "
-            f"{result.hbm_limit_gib:.0f} GiB, {verdict} (compiled in {result.compile_seconds:.0f} s)")
-
-
-def table(result: Plan) -> str:
-    """The plan as text."""
-    gib = lambda value: "-" if value is None else f"{value:.2f} GiB"
-    rows = [
-        (f"{result.topology}", f"{result.chips} chips ({result.chip}), {_row(result)}"),
-        ("images a step", f"{result.batch}, {result.batch // (result.chips * result.accumulate)} a chip at a time"),
-        *((f"parameters, {part}", f"{count:,}") for part, count in result.parameters.items() if count),
-        ("a chip holds", f"parameters {gib(result.parameters_gib)}, optimizer and averages "
-                         f"{gib(result.optimizer_gib)}, activations and temporaries {gib(result.temporaries_gib)}"),
-        ("model FLOPs", f"{result.model_flops_per_image / 1e12:.3f} T an image, "
-                        f"{result.model_flops_per_step / 1e15:.3f} P a step"),
-        ("a chip sends", ", ".join(f"{kind} {gib(size)}" for kind, size in result.collective_gib_per_step.items())
-         if result.collective_gib_per_step else "-"),
-        ("a step at least", f"{result.compute_seconds:.3f} s if all matmuls ran at the chip's peak (bfloat16; the code "
-                            f"search, float32, in {HIGHEST_PASSES} passes)"),
-        ("", "-" if result.collective_seconds is None else
-         f"{result.collective_seconds:.3f} s if all that is sent used every link at full speed"),
-    ]
-    return "\n".join(f"{name:<28}{value}" for name, value in rows)
+from vqrae_jax.cost import plan
+from vqrae_jax.training.files import disk_errors
 
 
 def main(_) -> None:
@@ -306,12 +31,12 @@ def main(_) -> None:
     config = config_lib.parse(values)
     if not (folder := Path(_JSON.value).parent).is_dir():  # before the work
         raise FileNotFoundError(f"--json={_JSON.value}: there is no folder {folder}")
-    result = search(config, _TOPOLOGY.value) if _SEARCH.value else plan(config, _TOPOLOGY.value)
+    result = plan.search(config, _TOPOLOGY.value) if _SEARCH.value else plan.plan(config, _TOPOLOGY.value)
     if result is None:
         raise ValueError(f"nothing fits {_TOPOLOGY.value} with a batch of {config.train.batch_size}")
-    print(table(result))
+    print(plan.table(result))
     if _JSON.value:
-        with checkpoint.disk_errors(Path(_JSON.value).parent):
+        with disk_errors(Path(_JSON.value).parent):
             Path(_JSON.value).write_text(json.dumps(dataclasses.asdict(result), indent=2) + "\n")
 
 

@@ -6,9 +6,12 @@ from pathlib import Path
 import numpy as np
 from absl import flags
 
-from vqrae_jax import checkpoint, cli, inference, reporting
+from vqrae_jax import cli
 from vqrae_jax.data import decode_image, resize_and_center_crop
 from vqrae_jax.metrics import psnr
+from vqrae_jax.tokenizer import inference
+from vqrae_jax.training import reporting
+from vqrae_jax.training.files import disk_errors
 
 
 def main(argv: Sequence[str]) -> None:
@@ -24,7 +27,7 @@ def main(argv: Sequence[str]) -> None:
     reconstructions = np.concatenate([model.reconstruct(image[None]) for image in images])
     for file, value in zip(files, np.asarray(psnr(images, reconstructions)), strict=True):
         print(f"{file}  {value:.2f} dB")
-    with checkpoint.disk_errors(out.parent):
+    with disk_errors(out.parent):
         reporting.save_png(out, reporting.image_rows({"original": images, "reconstruction": reconstructions}))
     print(f"wrote {out}")
 

@@ -1,20 +1,33 @@
 """Images from disk to batches: sources, transforms, and the Grain pipeline. No accelerator is touched here."""
 
 from vqrae_jax.data.pipeline import BadImages, TrainIterator, eval_batches, train_batches
-from vqrae_jax.data.sources import ArrayRecordSource, EmbeddedSource, FolderSource, Record, Source, TfdsSource
+from vqrae_jax.data.sources import (
+    SOURCES,
+    ArrayRecordSource,
+    EmbeddedSource,
+    FolderSource,
+    Record,
+    Source,
+    SourceKind,
+    TfdsSource,
+    open_source,
+)
 from vqrae_jax.data.transforms import decode_image, random_flip, random_resized_crop, resize_and_center_crop
 
 __all__ = [
+    "SOURCES",
     "ArrayRecordSource",
     "BadImages",
     "EmbeddedSource",
     "FolderSource",
     "Record",
     "Source",
+    "SourceKind",
     "TfdsSource",
     "TrainIterator",
     "decode_image",
     "eval_batches",
+    "open_source",
     "random_flip",
     "random_resized_crop",
     "resize_and_center_crop",

@@ -5,6 +5,7 @@ import glob
 import importlib.resources
 import os
 import pathlib
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -298,3 +299,50 @@ def _parse_example(record: bytes) -> tuple[bytes, int]:
         raise ValueError(f"a tf.train.Example without one 'image' or 'image/encoded' of bytes, only {sorted(features)}")
     labels = [features[key].int64_list.value for key in ("label", "image/class/label") if key in features]
     return images[0][0], int(labels[0][0]) if labels and labels[0] else -1
+
+
+def _open_tfds(rest: str, *, training: bool) -> Source:
+    name_and_split, _, data_dir = rest.partition("@")
+    name, _, split = name_and_split.partition(":")
+    if not split:
+        held_out = [s for s in ("validation", "test") if s in tfds_splits(name, data_dir or None)]
+        split = "train" if training or not held_out else held_out[0]
+    return TfdsSource(name, split=split, data_dir=data_dir or None)
+
+
+class SourceKind(NamedTuple):
+    """A row of the table of sources.
+
+    Attributes:
+      spec: how a SPEC of this kind is written.
+      open: `(what follows the colon, training=) -> Source`.
+    """
+
+    spec: str
+    open: Callable[..., Source]
+
+
+# By the first word of a SPEC.
+SOURCES = {
+    "embedded": SourceKind("embedded", lambda rest, *, training: EmbeddedSource("train" if training else "validation")),
+    "folder": SourceKind("folder:PATH", lambda rest, *, training: FolderSource(rest)),
+    "tfds": SourceKind("tfds:NAME[:SPLIT][@DATA_DIR]", _open_tfds),
+    "array_record": SourceKind("array_record:GLOB", lambda rest, *, training: ArrayRecordSource(rest)),
+}
+
+
+def open_source(spec: str, *, training: bool) -> Source:
+    """Opens `embedded`, `folder:PATH`, `tfds:NAME[:SPLIT][@DATA_DIR]` or `array_record:GLOB`.
+
+    Where a SPEC names no split, training reads `train`, and evaluation what is held out: `validation` or else `test`.
+
+    Raises:
+      ValueError: not a SPEC, or no such split.
+      OSError: the data is not there.
+    """
+    name, _, rest = spec.partition(":")
+    kind = SOURCES[name] if name in SOURCES else None
+    if kind is None or bool(rest) != (":" in kind.spec):
+        *others, last = (kind.spec for kind in SOURCES.values())
+        raise ValueError(f"unknown data {spec!r}: give {', '.join(others)} or {last}")
+    return kind.open(rest, training=training)

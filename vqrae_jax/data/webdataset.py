@@ -141,16 +141,16 @@ def _convert_tar(tar: Path, output: Path, stop: threading.Event) -> Converted:
 
     fingerprint = _fingerprint(tar)
     # Names of its own: should two commands convert one tar, the slower one fails rather than spoils the file.
-    part = output.with_name(f"{output.name}.{uuid.uuid4().hex}.part")
-    report_part = output.with_name(f"{part.stem}.report.part")
+    unfinished = output.with_name(f"{output.name}.{uuid.uuid4().hex}.part")
+    unfinished_report = output.with_name(f"{unfinished.stem}.report.part")
     try:
-        with _write_errors(output.parent), report_part.open("w") as file:
+        with _write_errors(output.parent), unfinished_report.open("w") as file:
             for left in output.parent.glob(f"{output.name}.*.part"):
-                if left != report_part:
+                if left != unfinished_report:
                     left.unlink(missing_ok=True)
             report = _Report(file)
             # Random access wants groups of one; encoded images do not become smaller.
-            writer = ArrayRecordWriter(str(part), "group_size:1,uncompressed")
+            writer = ArrayRecordWriter(str(unfinished), "group_size:1,uncompressed")
             try:
                 for image, label in _samples(tar, report):
                     if stop.is_set():
@@ -166,13 +166,13 @@ def _convert_tar(tar: Path, output: Path, stop: threading.Event) -> Converted:
         if _fingerprint(tar) != fingerprint:
             raise OSError(f"{tar} changed while it was read: give the same command again when it is complete")
         with _write_errors(output.parent):
-            for source, target in ((report_part, _report_path(output)), (part, output)):
+            for source, target in ((unfinished_report, _report_path(output)), (unfinished, output)):
                 with source.open("rb") as file:
                     os.fsync(file.fileno())
                 source.replace(target)
         return converted
     finally:
-        for path in (part, report_part):
+        for path in (unfinished, unfinished_report):
             path.unlink(missing_ok=True)
 
 
@@ -202,7 +202,7 @@ class _Report:
         self._file.write(json.dumps({"name": name[:_SHOWN], "reason": reason}) + "\n")
 
 
-class _Part(NamedTuple):
+class _Member(NamedTuple):
     """A member that belongs to a sample; with a fault in the place of the data when it is to be left out."""
 
     name: str
@@ -214,13 +214,14 @@ class _Part(NamedTuple):
 
 def _samples(tar: Path, report: _Report) -> Iterator[tuple[bytes, int | None]]:
     """The good images and their labels."""
-    for _, group in itertools.groupby(_parts(tar, report), key=lambda part: part.key):
-        sample: dict[str, _Part] = {}
-        for part in group:
-            if part.kind in sample:
-                report.leave_out(part.name, f"its key has such a part already, {sample[part.kind].name[:_SHOWN]}")
+    for _, group in itertools.groupby(_members(tar, report), key=lambda member: member.key):
+        sample: dict[str, _Member] = {}
+        for member in group:
+            if member.kind in sample:
+                report.leave_out(member.name,
+                                 f"its key has such a part already, {sample[member.kind].name[:_SHOWN]}")
             else:
-                sample[part.kind] = part
+                sample[member.kind] = member
         if "image" not in sample:
             continue
         try:
@@ -281,53 +282,54 @@ class _Bounded:
         return self._file.tell()
 
 
-def _parts(tar: Path, report: _Report) -> Iterator[_Part]:
+def _members(tar: Path, report: _Report) -> Iterator[_Member]:
     """The members of a tar that belong to samples, in order, up to the first damage."""
     with tar.open("rb") as raw:
         zipped = raw.read(2) == b"\x1f\x8b"
         raw.seek(0)
-        parts = _read_tar(_Bounded(gzip.GzipFile(fileobj=raw) if zipped else raw))
+        members = _read_tar(_Bounded(gzip.GzipFile(fileobj=raw) if zipped else raw))
         while True:
             try:
-                part = next(parts, None)
+                member = next(members, None)
             except Exception as error:  # `tarfile` and `gzip` raise almost anything on corrupt input
                 if isinstance(error, OSError) and error.errno is not None:
                     raise  # the disk or the network, not the tar
                 report.damage = " ".join(str(error).split()) or type(error).__name__
                 return
-            if part is None:
+            if member is None:
                 return
-            if part.fault is None:
-                yield part
+            if member.fault is None:
+                yield member
             else:
-                report.leave_out(part.name, part.fault)
+                report.leave_out(member.name, member.fault)
 
 
-def _read_tar(file: _Bounded) -> Iterator[_Part]:
+def _read_tar(file: _Bounded) -> Iterator[_Member]:
     file.allowed = _MAX_HEADER_BYTES
     tar = tarfile.TarFile(fileobj=file)  # pyright: ignore[reportArgumentType]
-    while (member := tar.next()) is not None:
+    while (entry := tar.next()) is not None:
         tar.members.clear()  # pyright: ignore[reportAttributeAccessIssue]  # it would remember all
-        if member.size < 0:
+        if entry.size < 0:
             raise tarfile.ReadError("a member of negative size")
-        folder, _, base = member.name.rpartition("/")
+        folder, _, base = entry.name.rpartition("/")
         stem, _, extension = base.partition(".")
         extension = extension.lower()
-        part = _Part(member.name, f"{folder}/{stem}", _KINDS[extension] if extension in _KINDS else "")
-        if stem and part.kind:
-            if not member.isreg() or member.issparse():
-                yield part._replace(fault="not a plain file")
-            elif member.size > _MAX_BYTES[part.kind]:
-                yield part._replace(fault=f"{member.size} bytes, more than {_MAX_BYTES[part.kind]}")
+        member = _Member(entry.name, f"{folder}/{stem}", _KINDS[extension] if extension in _KINDS else "")
+        if stem and member.kind:
+            if not entry.isreg() or entry.issparse():
+                yield member._replace(fault="not a plain file")
+            elif entry.size > _MAX_BYTES[member.kind]:
+                yield member._replace(fault=f"{entry.size} bytes, more than {_MAX_BYTES[member.kind]}")
             else:
-                file.allowed = member.size
-                file.seek(member.offset_data)
-                data = file.read(member.size)
-                if len(data) < member.size:
+                file.allowed = entry.size
+                file.seek(entry.offset_data)
+                data = file.read(entry.size)
+                if len(data) < entry.size:
                     raise tarfile.ReadError("unexpected end of data")
-                yield part._replace(data=data)
+                yield member._replace(data=data)
         elif stem and extension.endswith(IMAGE_SUFFIXES):
-            yield part._replace(fault=f"for WebDataset the extension is all after the first dot, {extension[:_SHOWN]}")
+            fault = f"for WebDataset the extension is all after the first dot, {extension[:_SHOWN]}"
+            yield member._replace(fault=fault)
         file.allowed = _MAX_HEADER_BYTES
     # `tarfile` takes a header that it cannot read for the end; and the checksum of a gzip file comes last.
     if len(file.last) < tarfile.BLOCKSIZE:

@@ -12,6 +12,7 @@ _RAE = {"activation": "gelu", "norm_eps": 1e-12}
 VIT_B = TransformerSpec(width=768, depth=12, heads=12, mlp_dim=3072, **_RAE)
 VIT_L = TransformerSpec(width=1024, depth=24, heads=16, mlp_dim=4096, **_RAE)
 VIT_XL = TransformerSpec(width=1152, depth=28, heads=16, mlp_dim=4096, **_RAE)
+DECODER_SHAPES = {"vit_b": VIT_B, "vit_l": VIT_L, "vit_xl": VIT_XL}  # model.decoder.shape
 
 
 def sincos_positions(width: int, grid: int) -> np.ndarray:

@@ -2,19 +2,23 @@
 
 All share one interface:
 
-    discriminator(images)       images [B, H, W, 3] float32 in [0, 1] -> logits float32; nothing in the module changes
-    discriminator.next_state()  {path: array}: what its spectral norms keep, after a step's power iteration
+    discriminator(images)         images [B, H, W, 3] float32 in [0, 1] -> logits float32; nothing in the module changes
+    discriminator.next_buffers()  {path: array}: what its spectral norms keep, after a step's power iteration
 """
 
 import dataclasses
 import functools
 import itertools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from vqrae_jax.models.vit import IMAGENET_MEAN, IMAGENET_STD, ViT, ViTSpec
+from vqrae_jax.models.flat import Buffer
+from vqrae_jax.models.flops import Work, conv
+from vqrae_jax.models.vit import IMAGENET_MEAN, IMAGENET_STD, ViT, ViTSpec, vit_work
 
 # DINO ViT-S (arXiv 2104.14294), except that it was trained with the erf GELU: the PyTorch system runs it with tanh, and
 # the heads it has trained expect those features.
@@ -26,10 +30,6 @@ DINO_S16 = ViTSpec(patch_size=16, **_DINO_S)
 POOLED = 16  # side of PatchGAN's logits
 FIRST_POWER_ITERATIONS = 15  # as torch.nn.utils.parametrizations.spectral_norm starts
 MAX_TRANSLATION = 0.125  # of the image's side
-
-
-class SpectralState(nnx.Variable):
-    """The singular vectors that a spectral norm keeps; no gradient learns them."""
 
 
 def _torch_uniform(fan_in: int) -> nnx.Initializer:
@@ -88,8 +88,8 @@ class PatchGAN(nnx.Module):
         x = adaptive_max_pool(x, POOLED)
         return self.conv2(nnx.leaky_relu(self.conv1(x), 0.1))[..., 0].astype(jnp.float32)
 
-    def next_state(self) -> dict[str, jax.Array]:
-        """There is no state."""
+    def next_buffers(self) -> dict[str, jax.Array]:
+        """There are none."""
         return {}
 
 
@@ -126,7 +126,7 @@ class SpectralConv(nnx.Module):
 
     Positions form a ring (circular padding). The singular value is u^T W v with W the kernel as an [out, taps * in]
     matrix (Miyato et al. 2018, arXiv 1802.05957); a gradient flows through W and not through u and v. They come from
-    15 power iterations at the start, and change only where a caller stores what `next_state` returns.
+    15 power iterations at the start, and change only where a caller stores what `next_buffers` returns.
 
     Args:
       in_features: channels in.
@@ -145,13 +145,13 @@ class SpectralConv(nnx.Module):
         self.bias = nnx.Param(init(rngs.params(), (out_features,)))
         u = jax.random.normal(rngs.params(), (out_features,))
         u, v = _power_iterations(self._matrix(), u, times=FIRST_POWER_ITERATIONS)
-        self.u, self.v = SpectralState(u), SpectralState(v)
+        self.u, self.v = Buffer(u), Buffer(v)
         self.dtype = dtype
 
     def _matrix(self) -> jax.Array:
         return self.kernel[...].reshape(-1, self.kernel.shape[-1])
 
-    def next_state(self) -> dict[str, jax.Array]:
+    def next_buffers(self) -> dict[str, jax.Array]:
         """`u` [out] and `v` [taps * in], unit vectors, after one power iteration with the current kernel."""
         u, v = _power_iterations(self._matrix(), self.u[...], times=1)
         return {"u": u, "v": v}
@@ -211,10 +211,10 @@ class DinoHead(nnx.Module):
         x = (nnx.leaky_relu(self.norm2(self.conv2(x)), 0.2) + x) * 0.5**0.5
         return self.logits(x)[..., 0].astype(jnp.float32)
 
-    def next_state(self) -> dict[str, jax.Array]:
+    def next_buffers(self) -> dict[str, jax.Array]:
         """Paths and values of all spectral norms after one power iteration."""
         convs = {"conv1": self.conv1, "conv2": self.conv2, "logits": self.logits}
-        return {f"{name}/{key}": value for name, conv in convs.items() for key, value in conv.next_state().items()}
+        return {f"{name}/{key}": value for name, conv in convs.items() for key, value in conv.next_buffers().items()}
 
 
 class DinoDiscriminator(nnx.Module):
@@ -235,7 +235,7 @@ class DinoDiscriminator(nnx.Module):
       rngs: source of the initial parameters.
 
     Attributes:
-      backbone: the ViT; its weights come from `vqrae_jax.convert.discriminators`.
+      backbone: the ViT; its weights come from `vqrae_jax.weights.discriminators`.
       heads: one `DinoHead` for each feature map.
     """
 
@@ -269,10 +269,10 @@ class DinoDiscriminator(nnx.Module):
         """`[B, H, W, 3]` float32 in [0, 1], any H and W -> logits `[B, (1 + len(layers)) * N]` float32."""
         return jnp.concatenate([head(x) for head, x in zip(self.heads, self.features(images), strict=True)], axis=1)
 
-    def next_state(self) -> dict[str, jax.Array]:
+    def next_buffers(self) -> dict[str, jax.Array]:
         """`heads/<i>/<conv>/u` and `/v` after one power iteration with the current kernels."""
         return {f"heads/{i}/{path}": value for i, head in enumerate(self.heads)
-                for path, value in head.next_state().items()}
+                for path, value in head.next_buffers().items()}
 
 
 def diff_augment(images: jax.Array, rng: jax.Array, *, cutout: float) -> jax.Array:
@@ -360,3 +360,70 @@ def round_to_8_bits(images: jax.Array) -> jax.Array:
     Otherwise a discriminator could tell generated images by their finer steps. No gradient flows.
     """
     return jnp.round(jnp.clip(images, 0, 1) * 255) / 255
+
+
+class Backbone(NamedTuple):
+    """A frozen ViT: its shape, and the side of the square that it sees."""
+
+    spec: ViTSpec
+    image_size: int
+
+
+class DiscriminatorKind(NamedTuple):
+    """A row of the table of discriminators.
+
+    Attributes:
+      build: `(gan, dtype=, rngs=)` to a discriminator, `gan` being that section of the config.
+      keys: of the keys of `gan` those that mean something to some kinds only, and to this one; a config that changes
+        another is refused.
+      flops: `(gan, size)` to the operations of one image of that side in a training step: its reconstruction for the
+        decoder, image and reconstruction for the discriminator.
+      backbone: the frozen ViT that it reads random crops with; None where it has none and sees whole images.
+    """
+
+    build: Callable[..., nnx.Module]
+    keys: tuple[str, ...]
+    flops: Callable[[Any, int], int]
+    backbone: Backbone | None = None
+
+
+def dino(spec: ViTSpec, *, image_size: int, **options: Any) -> DiscriminatorKind:
+    """The row of a `DinoDiscriminator`, of the same arguments."""
+    build = lambda gan, *, dtype=jnp.float32, rngs: DinoDiscriminator(spec, image_size=image_size, dtype=dtype,
+                                                                      rngs=rngs, **options)
+
+    def flops(gan: Any, size: int) -> int:
+        del size  # it sees crops
+        tokens = (image_size // spec.patch_size) ** 2
+        work = lambda layers: Work(sum(2 * tokens * layer.kernel.size for layer in layers))
+        heads = nnx.eval_shape(lambda: build(gan, rngs=nnx.Rngs(0))).heads
+        learned = _step_flops(work([head.conv1 for head in heads]),
+                              work([layer for head in heads for layer in (head.conv2, head.logits)]))
+        backbone = vit_work(spec, tokens, depth=spec.depth)
+        return sum(work.backward(weights=False) + 2 * work.forward for work in backbone) + learned
+
+    return DiscriminatorKind(build=build, keys=("backbone", "heads", "random_weights"), flops=flops,
+                             backbone=Backbone(spec, image_size))
+
+
+def _patchgan_flops(gan: Any, size: int) -> int:
+    c = gan.channels
+    first = Work(conv(size, 5, 3, c))
+    rest = Work(conv(size, 3, c, c) + conv(size // 2, 3, c, 2 * c) + conv(size // 4, 3, 2 * c, 4 * c)
+                + conv(POOLED, 1, 4 * c, 4 * c) + conv(POOLED, 5, 4 * c, 1))
+    return _step_flops(first, rest)
+
+
+def _step_flops(first: Work, rest: Work) -> int:
+    """Of learned layers: through them to the images for the decoder, and both images for their own gradient."""
+    return (first.backward(weights=False) + rest.backward(weights=False)
+            + 2 * (first.backward(inputs=False) + rest.backward()))
+
+
+# By the value of `gan.discriminator`, which is "none" where there is none.
+DISCRIMINATORS = {
+    "patchgan": DiscriminatorKind(build=lambda gan, **options: PatchGAN(channels=gan.channels, **options),
+                                  keys=("channels",), flops=_patchgan_flops),
+    "dino_s8": dino(DINO_S8, image_size=224),
+    "dino_s16": dino(DINO_S16, image_size=224),
+}

@@ -1,4 +1,4 @@
-"""Pretrained vision encoders: images in, continuous features out. Their weights come from `vqrae_jax.convert`."""
+"""Pretrained vision encoders: images in, continuous features out. Their weights come from `vqrae_jax.weights`."""
 
 import functools
 import operator

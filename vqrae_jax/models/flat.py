@@ -4,7 +4,7 @@ A path joins attribute names by "/", for example `encoder/vit/transformer/blocks
 learning rates and sharding, checkpoints and weight conversion all speak of parameters by these paths.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -13,15 +13,19 @@ from flax import nnx
 Arrays = dict[str, jax.Array]
 
 
+class Buffer(nnx.Variable):
+    """What a module keeps but no gradient learns: frozen codes, moving statistics, singular vectors."""
+
+
 def split(module: nnx.Module) -> tuple[nnx.GraphDef, Arrays, Arrays]:
-    """A module's structure, its parameters, and everything else it keeps (frozen codes, statistics)."""
-    graphdef, params, rest = nnx.split(module, nnx.Param, ...)
-    return graphdef, _arrays(params), _arrays(rest)
+    """A module's structure, its parameters, and its buffers."""
+    graphdef, params, buffers = nnx.split(module, nnx.Param, ...)
+    return graphdef, _arrays(params), _arrays(buffers)
 
 
-def merge(graphdef: nnx.GraphDef, *parts: Mapping[str, jax.Array]) -> Any:
+def merge(graphdef: nnx.GraphDef, *dictionaries: Mapping[str, jax.Array]) -> Any:
     """The module again, from dictionaries that together hold all its paths; a later one overrides an earlier one."""
-    arrays = {path: value for part in parts for path, value in part.items()}
+    arrays = {path: value for arrays in dictionaries for path, value in arrays.items()}
     # Entries of an nnx.List have numbers for names.
     key = lambda path: tuple(int(name) if name.isdigit() else name for name in path.split("/"))
     leaves = [(key(path), value) for path, value in arrays.items()]
@@ -39,6 +43,16 @@ def prefixed(prefix: str, tree: Mapping) -> Arrays:
 def under(prefix: str, arrays: Mapping[str, jax.Array]) -> Arrays:
     """The entries whose paths start with `prefix`, without it."""
     return {path.removeprefix(prefix): value for path, value in arrays.items() if path.startswith(prefix)}
+
+
+def part(path: str) -> str:
+    """The first name of a path, what users call a part of the model: `encoder`, `quantizer`, `decoder`, ..."""
+    return path.split("/")[0]
+
+
+def parts(paths: Iterable[str]) -> list[str]:
+    """The parts that paths belong to, sorted."""
+    return sorted({part(path) for path in paths})
 
 
 def _arrays(state: nnx.State) -> Arrays:

@@ -1,15 +1,18 @@
 """Networks that perceptual losses and metrics compare images with: LPIPS on VGG16, and ConvNeXt's logits.
 
 Both map images to something of which `distance` takes two, so that a training step runs the network once for the
-target, without a gradient, and once for the reconstruction. Weights come from `vqrae_jax.convert.perceptual`.
+target, without a gradient, and once for the reconstruction. Weights come from `vqrae_jax.weights.perceptual`.
 """
 
 import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from vqrae_jax.models.flops import conv, dense
 from vqrae_jax.models.vit import IMAGENET_MEAN, IMAGENET_STD, Linear, gelu, layer_norm, patchify
 
 # Width and number of convolutions of VGG16's stages (arXiv 1409.1556, configuration D).
@@ -217,3 +220,46 @@ def _depthwise(x: jax.Array, kernel: jax.Array) -> jax.Array:
 def _patch_grid(x: jax.Array, size: int) -> jax.Array:
     """`[B, H, W, C] -> [B, H/size, W/size, size*size*C]`: what a convolution of that size and stride sees."""
     return patchify(x, size).reshape(x.shape[0], x.shape[1] // size, x.shape[2] // size, -1)
+
+
+def lpips_flops(size: int) -> int:
+    """Operations of LPIPS's network for an image of that side."""
+    total, channels = 0, 3
+    for stage, (width, depth) in enumerate(VGG16):
+        for _ in range(depth):
+            total += conv(size // 2**stage, 3, channels, width)
+            channels = width
+    return total
+
+
+def convnext_flops(spec: ConvNeXtSpec) -> int:
+    """Operations of a ConvNeXt for an image of any size."""
+    side = spec.image_size // 4
+    total, channels = conv(side, 1, 4 * 4 * 3, spec.widths[0]), spec.widths[0]
+    for stage, (width, depth) in enumerate(zip(spec.widths, spec.depths, strict=True)):
+        if stage:
+            side //= 2
+            total += conv(side, 1, 4 * channels, width)
+        total += depth * side**2 * (2 * 49 * width + 2 * dense(width, 4 * width))
+        channels = width
+    return total + dense(channels, 1000)
+
+
+class NetworkKind(NamedTuple):
+    """A row of the table of networks that perceptual losses compare images with.
+
+    Attributes:
+      build: `(dtype=, rngs=)` to a module that maps images to something of which its `distance` takes two.
+      flops: its operations for an image of a given side.
+    """
+
+    build: Callable[..., nnx.Module]
+    flops: Callable[[int], int]
+
+
+# By name: the key of `loss.perceptual` that holds its share, and of `weights.perceptual.LOADERS`.
+NETWORKS = {
+    "lpips": NetworkKind(build=LPIPS, flops=lpips_flops),
+    "convnext_s": NetworkKind(build=lambda **options: ConvNeXt(CONVNEXT_SMALL, **options),
+                              flops=lambda size: convnext_flops(CONVNEXT_SMALL)),
+}

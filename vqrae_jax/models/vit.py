@@ -19,6 +19,7 @@ import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from vqrae_jax.models.flops import Work, dense
 from vqrae_jax.models.placement import split_batch, whole
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of images in [0, 1]
@@ -284,8 +285,8 @@ class Transformer(nnx.Module):
                                    prevent_cse=False)
         states, x, done = [], x.astype(self.dtype), 0
         for layer in layers:
-            part = jax.tree.map(lambda leaf, done=done, layer=layer: leaf[done:layer], stacked)
-            x, _ = jax.lax.scan(run_block, x, part)
+            several = jax.tree.map(lambda leaf, done=done, layer=layer: leaf[done:layer], stacked)
+            x, _ = jax.lax.scan(run_block, x, several)
             states.append(x)
             done = layer
         return states
@@ -383,3 +384,15 @@ class ViT(nnx.Module):
             x = jnp.concatenate([prefix, x], axis=1)
         states = self.transformer.hidden_states(x, layers, rope)
         return [self.transformer.normalize(state)[:, spec.prefix_tokens:] for state in states]
+
+
+def blocks_work(spec: TransformerSpec, tokens: int, *, depth: int) -> Work:
+    """Operations of `depth` blocks for an image of so many tokens."""
+    weighted = 4 * dense(spec.width, spec.width) + 2 * dense(spec.width, spec.mlp_dim)
+    return Work(depth * tokens * weighted, depth * 4 * tokens**2 * spec.width)
+
+
+def vit_work(spec: ViTSpec, tokens: int, *, depth: int) -> tuple[Work, Work]:
+    """Operations of the patch embedding and of `depth` blocks for an image of so many patches."""
+    return (Work(tokens * dense(spec.patch_size**2 * 3, spec.width)),
+            blocks_work(spec, tokens + spec.prefix_tokens, depth=depth))

@@ -8,7 +8,8 @@ from flax import nnx
 
 from vqrae_jax.models.decoder import Decoder
 from vqrae_jax.models.encoders import Encoder
-from vqrae_jax.models.quantizers import CodebookState, Quantized, Quantizer
+from vqrae_jax.models.flat import Buffer
+from vqrae_jax.models.quantizers import Quantized, Quantizer
 
 LATENT_EPS = 1e-5
 
@@ -55,8 +56,8 @@ class VQRAE(nnx.Module):
         self.decoder = decoder
         self.noise_tau = noise_tau
         shape = (encoder.grid**2, encoder.width)
-        self.latent_mean = CodebookState(jnp.zeros(shape)) if latent_statistics else None
-        self.latent_var = CodebookState(jnp.ones(shape)) if latent_statistics else None
+        self.latent_mean = Buffer(jnp.zeros(shape)) if latent_statistics else None
+        self.latent_var = Buffer(jnp.ones(shape)) if latent_statistics else None
 
     def __call__(self, images: jax.Array, *, train: bool, rng: jax.Array | None = None) -> Output:
         """`images` `[B, H, W, 3]`, float32 in [0, 1] or uint8; `rng`, a key, is needed for noise in training only."""

@@ -1,0 +1,391 @@
+"""Runs as users meet them: exact continuation, stage 2 from stage 1, bad images, full disks, other people's folders."""
+
+import dataclasses
+import errno
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import chex
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from PIL import Image
+
+import vqrae_jax
+from tests.config_test import SHIPPED
+from tests.conftest import REPOSITORY
+from tests.tiny import Run, reduced
+from vqrae_jax import config as config_lib
+from vqrae_jax.data import BadImages, open_source
+from vqrae_jax.models import losses
+from vqrae_jax.tokenizer import build, evaluate, init, runs, task, train_state
+from vqrae_jax.training import checkpoint, reporting, sharding
+
+pytestmark = pytest.mark.usefixtures("tiny_networks")
+
+
+def lines(workdir: Path) -> list[str]:
+    return (workdir / "metrics.jsonl").read_text().splitlines()
+
+
+def arrays(workdir: Path, step: int | None = None):
+    return runs.load_run(workdir, sharding.one_device(), step=step)[2]
+
+
+def stage2(config, stage1: Path):
+    config.init_from = str(stage1)
+    config.loss.distill_weight = 1.0
+    config.optim.lr_multipliers = (("encoder/.*", 0.5),)
+    return config
+
+
+@pytest.fixture
+def stage1_run(tiny_config, tmp_path) -> Path:
+    task.train(config_lib.parse(tiny_config), tmp_path / "stage1")
+    return tmp_path / "stage1"
+
+
+def test_a_run_leaves_what_it_promises(tiny_config, tmp_path):
+    tiny_config.log.tensorboard = True
+    tiny_config.train.update(eval_every=3)
+    result = task.train(config_lib.parse(tiny_config), tmp_path)
+    records = [json.loads(line) for line in lines(tmp_path)]
+    assert [r["step"] for r in records if "loss/total" in r] == [1, 2, 3, 4, 5, 6]
+    assert [r["step"] for r in records if "eval/psnr" in r] == [3, 6]
+    assert records[-1]["eval/psnr"] == result["psnr"]
+    assert result["num_images"] == 16
+    assert set(result) >= {"psnr", "ssim", "code_usage", "code_perplexity", "knn_top1"}
+    assert sorted(p.name for p in (tmp_path / "samples").iterdir()) == ["0000003.png", "0000006.png"]
+    assert list(tmp_path.glob("events.out.tfevents*"))
+    assert config_lib.load(tmp_path / "config.json") == config_lib.parse(tiny_config)
+
+
+@pytest.mark.parametrize("kind", ["stage 1", "stage 2", "gan"])
+def test_a_continued_run_equals_one_that_never_stopped(kind, tiny_config, tmp_path, stage1_run, monkeypatch, caplog):
+    caplog.set_level("INFO", "vqrae_jax")
+    if kind == "stage 2":
+        stage2(tiny_config, stage1_run)
+    if kind == "gan":  # the discriminator has learned before the run dies: its weights, optimizer, averages come back
+        tiny_config.gan.update(discriminator="patchgan", channels=32, adaptive=True, discriminator_start_step=1,
+                               start_step=3, lecam_weight=0.1, augment=True)
+    tiny_config.model.quantizer.kind = "simvq"
+    tiny_config.train.update(eval_every=3, checkpoint_every=2)
+    config = config_lib.parse(tiny_config)
+    task.train(config, tmp_path / "whole")
+
+    # Dies in step 5, after the checkpoint of step 4, and with half a line in its metrics.
+    class Killed(BaseException):
+        pass
+
+    write = reporting.Reporter.write
+    def die(self, step, *rest):
+        if step == 5:
+            raise Killed
+        write(self, step, *rest)
+    monkeypatch.setattr(reporting.Reporter, "write", die)
+    with pytest.raises(Killed):
+        task.train(config, tmp_path / "parts")
+    monkeypatch.undo()
+    with (tmp_path / "parts" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "loss/total": 0.1, "lo')
+    task.train(config, tmp_path / "parts")
+
+    assert "continuing at step 4" in caplog.text
+    assert lines(tmp_path / "parts") == lines(tmp_path / "whole")
+    chex.assert_trees_all_equal(arrays(tmp_path / "parts"), arrays(tmp_path / "whole"))
+    if kind == "gan":
+        records = [json.loads(line) for line in lines(tmp_path / "whole")]
+        assert [r["step"] for r in records if "loss/discriminator" in r] == [2, 3, 4, 5, 6]
+        assert [r["weight/gan"] > 0 for r in records if "weight/gan" in r] == [False, False, True, True, True]
+
+
+def test_a_killed_process_continues_exactly(tiny_config, tmp_path, caplog):
+    """kill -9 at a moment nobody chose, here the first after a checkpoint is seen on disk."""
+    caplog.set_level("INFO", "vqrae_jax")
+    tiny_config.train.update(steps=60, checkpoint_every=3)
+    config = config_lib.parse(tiny_config)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    task.train(config, whole)
+    config_lib.save(config, tmp_path / "config.json")
+    code = ("from pathlib import Path; from vqrae_jax import config; from vqrae_jax.tokenizer import task; "
+            f"task.train(config.load(Path({str(tmp_path / 'config.json')!r})), Path({str(parts)!r}))")
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=REPOSITORY, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not checkpoint.has_checkpoint(parts) and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert process.returncode == -signal.SIGKILL
+    assert checkpoint.has_checkpoint(parts)
+    task.train(config, parts)
+    assert "continuing at step" in caplog.text
+    assert lines(parts) == lines(whole)
+
+
+def test_a_signal_saves_and_the_same_command_continues(tiny_config, tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO", "vqrae_jax")
+    config = config_lib.parse(tiny_config)
+    task.train(config, tmp_path / "whole")
+    report = reporting.Reporter.train
+
+    def interrupt(self, step, *rest):
+        report(self, step, *rest)
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(reporting.Reporter, "train", interrupt)
+    with pytest.raises(KeyboardInterrupt, match="after step 4; the same command continues"):
+        task.train(config, tmp_path / "parts")
+    assert len(lines(tmp_path / "parts")) == 4
+    monkeypatch.undo()
+    task.train(config, tmp_path / "parts")
+    assert "continuing at step 4" in caplog.text
+    assert lines(tmp_path / "parts") == lines(tmp_path / "whole")
+
+
+def test_an_unfinished_checkpoint_is_ignored(tiny_config, tmp_path, caplog):
+    caplog.set_level("INFO", "vqrae_jax")
+    config = config_lib.parse(tiny_config)
+    task.train(config, tmp_path)
+    unfinished = tmp_path / "checkpoints" / "9.orbax-checkpoint-tmp"
+    unfinished.mkdir()
+    (unfinished / "model").write_text("half")
+    assert vqrae_jax.load(tmp_path).config == config
+    tiny_config.train.steps = 8
+    with pytest.raises(ValueError, match="train.steps: 6 -> 8"):
+        task.train(config_lib.parse(tiny_config), tmp_path)
+    assert task.train(config, tmp_path) == {}
+    assert "nothing left to do" in caplog.text
+
+
+def test_last_and_best_checkpoints_are_kept(tiny_config, tmp_path, monkeypatch):
+    psnr = iter([10.0, 30.0, 20.0, 15.0, 12.0, 11.0])
+    pictures = {"original": np.zeros((1, 32, 32, 3))}
+    monkeypatch.setattr(evaluate, "evaluate", lambda *arguments, **options: ({"psnr": next(psnr)}, pictures))
+    tiny_config.train.update(checkpoint_every=1, eval_every=1)
+    config = config_lib.parse(tiny_config)
+    task.train(config, tmp_path)
+    checkpoints = checkpoint.Checkpoints(tmp_path, runs.ITEMS, runs.BEST, read_only=True)
+    assert checkpoints.steps() == [2, 5, 6]
+    # A restart remembers which was the best.
+    restarted = checkpoint.Checkpoints(tmp_path, runs.ITEMS, runs.BEST)
+    abstract, _ = train_state.abstract(config, build.structure(config), sharding.one_device())
+    items, position = restarted.restore(6, train_state.items(abstract))
+    for step in (7, 8):
+        restarted.save(step, items, position, {})
+    restarted.close()
+    assert checkpoint.Checkpoints(tmp_path, runs.ITEMS, runs.BEST, read_only=True).steps() == [2, 7, 8]
+    assert vqrae_jax.load(tmp_path, step=2).num_codes == 32
+    with pytest.raises(FileNotFoundError, match=r"holds the checkpoints \[2, 7, 8\], not 3"):
+        vqrae_jax.load(tmp_path, step=3)
+
+
+def test_a_run_is_loaded_with_its_averaged_weights_from_its_folder_alone(tiny_config, tmp_path, encoder_folder):
+    tiny_config.model.encoder.path = str(encoder_folder)
+    task.train(config_lib.parse(tiny_config), tmp_path / "run")
+    shutil.rmtree(encoder_folder)
+    model = vqrae_jax.load(tmp_path / "run")
+    images = np.random.default_rng(0).random((2, 32, 32, 3), np.float32)
+    codes = model.encode_to_indices(images)
+    np.testing.assert_array_equal(model.reconstruct(images), model.decode_from_indices(codes))
+    tiny_config.optim.ema_decay = 0.0
+    with pytest.raises(ValueError, match=r"optim.ema_decay: 0.9 -> 0.0"):
+        task.train(config_lib.parse(tiny_config), tmp_path / "run")
+
+
+def test_stage_2_starts_where_stage_1_ended(tiny_config, tmp_path, stage1_run):
+    stage2(tiny_config, stage1_run)
+    tiny_config.train.steps = 3
+    task.train(config_lib.parse(tiny_config), tmp_path / "stage2")
+    before, after = arrays(stage1_run), arrays(tmp_path / "stage2")
+    assert before.keys() == after.keys()
+    first = json.loads(lines(tmp_path / "stage2")[0])
+    assert first["loss/distill"] == 0.0  # the teacher is the student before its first step
+    assert np.any(before["encoder/vit/patch_embedding/kernel"] != after["encoder/vit/patch_embedding/kernel"])
+    tiny_config.model.quantizer.size = 64
+    with pytest.raises(ValueError, match=r"init_from: .* has quantizer/codebook of shape \(32, 32\), .* \(64, 32\)"):
+        task.train(config_lib.parse(tiny_config), tmp_path / "other")
+    tiny_config.init_from = str(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="is not the folder of a run"):
+        task.train(config_lib.parse(tiny_config), tmp_path / "another")
+    # A start that failed before its first checkpoint does not reserve the folder for its mistake.
+    tiny_config.init_from = str(stage1_run)
+    tiny_config.model.quantizer.size = 32
+    task.train(config_lib.parse(tiny_config), tmp_path / "another")
+
+
+@pytest.mark.parametrize("stage2", sorted(name for name in SHIPPED if name.endswith("stage2")))
+def test_every_shipped_stage_2_starts_from_its_stage_1(stage2, tmp_path, caplog):
+    stage1 = reduced(stage2.replace("stage2", "stage1"))
+    run = Run(stage1)
+    runs.write_run(tmp_path / "stage1", stage1, run.params, run.buffers)
+    config = dataclasses.replace(reduced(stage2), init_from=str(tmp_path / "stage1"))
+    structure = build.structure(config)
+    with caplog.at_level(logging.INFO, logger="vqrae_jax"):
+        started = init.initial_arrays(config, structure, lambda: None, sharding.one_device())
+    chex.assert_trees_all_equal(started, (run.params, run.buffers))
+    messages = [record.getMessage() for record in caplog.records if record.name.startswith("vqrae_jax")]
+    said = [line.split(" from ")[0] for line in messages]
+    paths = [*structure.params, *structure.buffers]
+    expected = [f"{part}: {sum(path.startswith(part) for path in paths)} arrays restored"
+                for part in ("decoder", "encoder", "quantizer")]
+    assert said[:3] == expected
+    discriminators = [c.gan.discriminator != "none" for c in (stage1, config)]
+    assert messages[3:] == {
+        (False, False): [], (False, True): ["discriminator: initialised; it is not taken over from another run"],
+        (True, False): [f"discriminator: that of {config.init_from} left out"]}[*discriminators]
+
+
+def test_a_run_without_codes_lends_encoder_and_decoder(tiny_config, tmp_path, caplog):
+    """An RAE, such as an imported one: its quantizer is initialised; and a codebook that is not wanted is left out."""
+    codes = config_lib.parse(tiny_config)
+    tiny_config.model.quantizer.kind = "none"
+    continuous = config_lib.parse(tiny_config)
+    for config, name in ((continuous, "rae"), (codes, "vqrae")):
+        run = Run(config)
+        runs.write_run(tmp_path / name, config, run.params, run.buffers)
+    model = vqrae_jax.load(tmp_path / "rae")
+    images = np.random.default_rng(0).random((2, 32, 32, 3), np.float32)
+    np.testing.assert_array_equal(model.encode(images)[0].reshape(2, 16, 32), model.features(images))
+    np.testing.assert_array_equal(model.decode(model.features(images)), model.reconstruct(images))
+    with pytest.raises(ValueError, match="this model has no codes"):
+        model.encode_to_indices(images)
+    for config, origin, says in ((codes, "rae", "quantizer: initialised"), (continuous, "vqrae", "arrays left out")):
+        config = dataclasses.replace(config, init_from=str(tmp_path / origin), seed=5)
+        with caplog.at_level(logging.INFO, logger="vqrae_jax"):
+            started, _ = init.initial_arrays(config, build.structure(config), lambda: None, sharding.one_device())
+        assert any(says in message for message in caplog.messages)
+        lent = arrays(tmp_path / origin)
+        for path, value in started.items():
+            assert path.startswith("quantizer/") or np.array_equal(value, lent[path]), path
+
+
+@pytest.mark.parametrize(("section", "key", "value"), [
+    ("quantizer", "l2_normalize", True), ("quantizer", "search", "cosine"), ("encoder", "layers", (1, 2))])
+def test_arrays_that_would_mean_something_else_are_not_taken_over(section, key, value, tiny_config, tmp_path):
+    """The shapes are the same, the model is not."""
+    config = config_lib.parse(tiny_config)
+    run = Run(config)
+    runs.write_run(tmp_path / "first", config, run.params, run.buffers)
+    tiny_config.init_from = str(tmp_path / "first")
+    tiny_config.model[section][key] = value
+    with pytest.raises(ValueError, match=f"init_from: .* has model.{section}.{key} .*, this config "):
+        task.train(config_lib.parse(tiny_config), tmp_path / "second")
+
+
+def test_a_folder_of_another_config_is_left_alone(tiny_config, stage1_run):
+    before = {file: file.read_bytes() for file in stage1_run.rglob("*") if file.is_file()}
+    tiny_config.optim.lr = 5e-4
+    tiny_config.seed = 3
+    with pytest.raises(ValueError, match=r"another config: seed: 0 -> 3 \(and 1 more\)"):
+        task.train(config_lib.parse(tiny_config), stage1_run)
+    assert before == {file: file.read_bytes() for file in stage1_run.rglob("*") if file.is_file()}
+
+
+def test_a_full_disk_says_so_and_keeps_the_last_checkpoint(tiny_config, tmp_path, monkeypatch):
+    config = config_lib.parse(tiny_config)
+    save = ocp.CheckpointManager.save
+
+    def full(self, step, *arguments, **options):
+        if step == 4:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return save(self, step, *arguments, **options)
+
+    monkeypatch.setattr(ocp.CheckpointManager, "save", full)
+    with pytest.raises(OSError, match="the disk is full: .* the last complete checkpoint is kept"):
+        task.train(config, tmp_path / "parts")
+    monkeypatch.undo()
+    assert checkpoint.Checkpoints(tmp_path / "parts", runs.ITEMS, runs.BEST, read_only=True).steps() == [2]
+    task.train(config, tmp_path / "parts")
+    task.train(config, tmp_path / "whole")
+    assert lines(tmp_path / "parts") == lines(tmp_path / "whole")
+
+
+def test_losses_that_stay_infinite_stop_the_run_at_the_last_good_state(tiny_config, tmp_path, monkeypatch):
+    tiny_config.train.update(steps=20, max_skipped=3, checkpoint_every=100)
+    monkeypatch.setitem(losses.PIXEL_LOSSES, "l2", lambda x, y: losses.l2(x, y) / 0.0)
+    with pytest.raises(FloatingPointError, match="3 steps in a row up to step 3"):
+        task.train(config_lib.parse(tiny_config), tmp_path)
+    assert all(np.all(np.isfinite(value)) for value in arrays(tmp_path).values())
+    assert json.loads(lines(tmp_path)[-1])["skipped_steps"] == 3
+
+    tiny_config.train.steps = 3  # then no step is left when it is started again
+    for _ in range(2):
+        with pytest.raises(FloatingPointError, match="3 steps in a row up to step 3"):
+            task.train(config_lib.parse(tiny_config), tmp_path / "to the end")
+
+
+def noisy(seed: int, mode: str, size=(40, 36)) -> Image.Image:
+    depth = {"L": 1, "RGB": 3, "CMYK": 4}[mode]
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], depth), np.uint8)
+    return Image.fromarray(pixels.squeeze(), mode)
+
+
+@pytest.fixture
+def mixed_folder(tmp_path) -> Path:
+    """Good images, odd ones that can be read, and two that cannot."""
+    folder = tmp_path / "images"
+    for label in ("cat", "dog"):
+        (folder / label).mkdir(parents=True)
+        for i in range(4):
+            noisy(i, "RGB").save(folder / label / f"good{i}.jpg")
+    noisy(10, "L").save(folder / "cat" / "grey.jpg")
+    noisy(11, "CMYK").save(folder / "cat" / "cmyk.jpg")
+    noisy(12, "RGB").quantize(16).save(folder / "cat" / "palette.png")
+    Image.fromarray(np.full((40, 40), 30000, np.uint16)).save(folder / "cat" / "deep.png")
+    Image.new("RGB", (1, 1), "red").save(folder / "dog" / "dot.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    noisy(13, "RGB").save(folder / "dog" / "rotated.jpg", exif=exif)
+    whole = (folder / "cat" / "good0.jpg").read_bytes()
+    (folder / "dog" / "truncated.jpg").write_bytes(whole[:len(whole) // 2])
+    (folder / "dog" / "text.jpg").write_text("this is no picture")
+    return folder
+
+
+def test_bad_images_cost_themselves_only(tiny_config, tmp_path, mixed_folder):
+    tiny_config.data.source = f"folder:{mixed_folder}"
+    tiny_config.eval.limit = 0
+    tiny_config.train.steps = 8
+    result = task.train(config_lib.parse(tiny_config), tmp_path / "run")
+    assert result["num_images"] == 14
+    named = [json.loads(line)["name"] for line in (tmp_path / "run" / "bad_images.jsonl").read_text().splitlines()]
+    assert sorted(Path(name).name for name in named) == ["text.jpg", "truncated.jpg"]
+    table = evaluate.table({"run": result})
+    assert "num_images" in table
+
+
+def test_evaluation_numbers_are_those_of_the_images(tiny_config, tmp_path):
+    """PSNR over all images, recomputed from the public methods; padding of the last batch counts nowhere."""
+    tiny_config.eval.update(batch_size=5, limit=12)
+    result = task.train(config_lib.parse(tiny_config), tmp_path)
+    model = vqrae_jax.load(tmp_path)
+    bad = BadImages(None)
+    batches = list(evaluate.open_batches(model.config, open_source("embedded", training=False), bad,
+                                         sharding.one_device(), limit=12))
+    images = np.concatenate([b["image"][b["valid"]] for b in batches])
+    assert len(images) == result["num_images"] == 12
+    error = (np.asarray(model.reconstruct(images), np.float64) - images / 255) ** 2
+    assert result["psnr"] == pytest.approx(np.mean(-10 * np.log10(error.mean(axis=(1, 2, 3)))), abs=1e-3)
+    counts = np.bincount(np.asarray(model.encode_to_indices(images)).reshape(-1), minlength=32)
+    share = counts[counts > 0] / counts.sum()
+    assert result["code_usage"] == pytest.approx((counts > 0).mean())
+    assert result["code_perplexity"] == pytest.approx(np.exp(-(share * np.log(share)).sum()), rel=1e-4)
+
+
+def test_kmeans_start_uses_more_codes_than_a_random_one(tiny_config, tmp_path):
+    tiny_config.train.update(steps=3)
+    random = task.train(config_lib.parse(tiny_config), tmp_path / "random")
+    tiny_config.model.quantizer.init = "kmeans"
+    kmeans = task.train(config_lib.parse(tiny_config), tmp_path / "kmeans")
+    assert kmeans["code_perplexity"] > random["code_perplexity"]
+    assert jax.tree.all(jax.tree.map(lambda x: np.all(np.isfinite(x)), arrays(tmp_path / "kmeans")))

@@ -1,0 +1,101 @@
+"""The loop trains any task: here one that knows no image and no code."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.conftest import REPOSITORY
+from tests.training import toy
+from vqrae_jax.training import checkpoint, loop
+from vqrae_jax.training.reporting import Reporter
+
+STEPS = 120
+
+
+def lines(workdir: Path) -> list[str]:
+    return (workdir / "metrics.jsonl").read_text().splitlines()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """A run that nothing interrupted."""
+    workdir = tmp_path_factory.mktemp("toy") / "whole"
+    result = loop.run(toy.NextCharacter(toy.config(STEPS)), workdir)
+    assert result["bits"] < 4.0  # 8 at the start, when every byte is as likely as any other
+    return workdir
+
+
+def test_a_run_of_any_task_leaves_what_its_task_says(whole):
+    records = [json.loads(line) for line in lines(whole)]
+    assert [r["step"] for r in records if "loss/next" in r] == list(range(1, STEPS + 1))
+    assert [r["step"] for r in records if "eval/bits" in r] == list(range(10, STEPS + 1, 10))
+    assert [r["weight/next"] for r in records if "weight/next" in r] == [1.0] * (STEPS // 2) + [2.0] * (STEPS // 2)
+    assert (whole / "text.bin").read_bytes() == toy.TEXT.tobytes()
+    assert not (whole / "samples").exists()  # it has no pictures
+    # The best is the one of the fewest bits.
+    bits = {r["step"]: r["eval/bits"] for r in records if "eval/bits" in r}
+    kept = {int(path.name) for path in (whole / "checkpoints").iterdir()}
+    assert kept == {STEPS - 10, STEPS, min(bits, key=bits.__getitem__)}
+
+
+def test_a_killed_process_continues_exactly(whole, tmp_path):
+    """kill -9 at a moment nobody chose, here the first after a checkpoint is seen on disk."""
+    process = subprocess.Popen([sys.executable, "-m", "tests.training.toy", str(tmp_path), str(STEPS)], cwd=REPOSITORY)
+    deadline = time.monotonic() + 120
+    while not checkpoint.has_checkpoint(tmp_path) and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert checkpoint.has_checkpoint(tmp_path)
+    assert len(lines(tmp_path)) < len(lines(whole))
+    loop.run(toy.NextCharacter(toy.config(STEPS)), tmp_path)
+    assert lines(tmp_path) == lines(whole)
+
+
+def test_a_signal_stops_any_task_between_two_steps(whole, tmp_path, monkeypatch):
+    report = Reporter.train
+
+    def interrupt(self, step, *rest):
+        report(self, step, *rest)
+        if step == STEPS // 2:  # the next step is of another phase
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Reporter, "train", interrupt)
+    with pytest.raises(KeyboardInterrupt, match=f"after step {STEPS // 2 + 1}; the same command continues"):
+        loop.run(toy.NextCharacter(toy.config(STEPS)), tmp_path)
+    monkeypatch.undo()
+    loop.run(toy.NextCharacter(toy.config(STEPS)), tmp_path)
+    assert lines(tmp_path) == lines(whole)
+
+
+def test_a_folder_of_another_config_is_refused(whole):
+    before = {file: file.read_bytes() for file in whole.rglob("*") if file.is_file()}
+    with pytest.raises(ValueError, match="another config: train.steps: 120 -> 121; choose another --workdir"):
+        loop.run(toy.NextCharacter(toy.config(STEPS + 1)), whole)
+    assert before == {file: file.read_bytes() for file in whole.rglob("*") if file.is_file()}
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_too_many_stop_the_run(tmp_path, monkeypatch):
+    batch = toy.Batches.__next__
+
+    class Broken(toy.NextCharacter):
+        def _loss(self, params, frozen, batch):
+            # Position 0 of the text begins no batch but broken ones.
+            return super()._loss(params, frozen, batch) / (batch["character"][0] != 0)
+
+    def broken_from_step_11(self):
+        values = batch(self)
+        return values if self.next_batch <= 10 else values | {"character": np.zeros_like(values["character"])}
+
+    monkeypatch.setattr(toy.Batches, "__next__", broken_from_step_11)
+    with pytest.raises(FloatingPointError, match="20 steps in a row up to step 30"):
+        loop.run(Broken(toy.config(STEPS)), tmp_path)
+    records = [json.loads(line) for line in lines(tmp_path)]
+    assert [r["loss/next"] is None for r in records if "loss/next" in r] == [False] * 10 + [True] * 20

@@ -1,0 +1,173 @@
+"""One program on every mesh: eight simulated devices, in a process of their own."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from contextlib import closing
+from pathlib import Path
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from tests.conftest import REPOSITORY
+from vqrae_jax import config as config_lib
+from vqrae_jax.models import flat
+from vqrae_jax.tokenizer import build, init, runs, train_state
+from vqrae_jax.tokenizer.loss import make_train_step
+from vqrae_jax.training import checkpoint, sharding
+
+STEPS, BATCH, TOKENS, CODES = 20, 16, 16 * 16, 48
+KINDS = {
+    "simvq": {"meshes": ((1, 1), (8, 1), (4, 2), (2, 4), (1, 8)), "accumulate": 1,
+              "quantizer": {"kind": "simvq", "dim": 40}},
+    "ema": {"meshes": ((1, 1), (2, 4)), "accumulate": 2,
+            "quantizer": {"kind": "ema", "dim": 32, "restart_threshold": 0.5}},
+}
+MOVES = ((1, 1), (1, 8), (2, 1), (2, 4), (8, 1), (1, 2), (1, 1))
+
+
+def make_config(values: dict, *, kind: str, mesh: tuple[int, int]) -> config_lib.Config:
+    """Everything that is sharded takes part: a learning encoder with its teacher, averages, a codebook."""
+    values["train"].update(steps=STEPS, batch_size=BATCH, log_every=1, accumulate=KINDS[kind]["accumulate"])
+    values["model"]["quantizer"].update(size=CODES, **KINDS[kind]["quantizer"])
+    values["loss"]["distill_weight"] = 1.0
+    values["optim"]["lr_multipliers"] = []
+    values["mesh"].update(data=mesh[0], fsdp=mesh[1])
+    return config_lib.parse(values)
+
+
+def make_mesh(config: config_lib.Config) -> jax.sharding.Mesh:
+    return sharding.make_mesh(config.mesh, jax.devices()[:config.mesh.data * config.mesh.fsdp])
+
+
+def start(config: config_lib.Config):
+    """The step, compiled, and what it is called with."""
+    mesh = make_mesh(config)
+    structure = build.structure(config)
+    state, frozen = train_state.made(config, structure, mesh, *init.model_arrays(config, structure, mesh), {}, {})
+    images = np.random.default_rng(0).integers(0, 256, (BATCH, 32, 32, 3), np.uint8)
+    batch = sharding.put_batch(mesh, {"image": images})
+    step = sharding.jit_step(make_train_step(config, structure, phase=""), mesh, state)
+    return step.trace(state, frozen, batch).lower().compile(), state, frozen, batch
+
+
+def train(config: config_lib.Config) -> dict:
+    """Losses and uses of codes of each step, indices at the end, and the compiled step."""
+    compiled, state, frozen, batch = start(config)
+    mesh, graphdef = make_mesh(config), build.structure(config).graphdef
+    losses, counts = [], []
+    for _ in range(STEPS):
+        state, metrics = compiled(state, frozen, batch)
+        losses.append({name: float(value) for name, value in metrics.items() if name.startswith("loss/")})
+        counts.append(state.code_counts.tolist())
+    encode = jax.jit(sharding.on(mesh, lambda arrays, images: flat.merge(graphdef, arrays).encode(images)[1]))
+    indices = encode({**state.params, **state.buffers}, batch["image"])
+    moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim == 3]
+    return {"losses": losses, "counts": counts, "indices": np.asarray(indices).tolist(), "hlo": compiled.as_text(),
+            "moments": [leaf.shape for leaf in moments],
+            "shard_shapes": [leaf.sharding.shard_shape(leaf.shape) for leaf in moments]}
+
+
+def move(configs: list[config_lib.Config], folder: Path) -> None:
+    """Saves a state and what is frozen from each mesh and restores both on the next: not a bit may change."""
+    compiled, state, frozen, batch = start(configs[0])
+    state, _ = compiled(state, frozen, batch)
+    expected = jax.device_get((state, frozen))
+    for i, config in enumerate(configs[1:]):
+        checkpoint.save_frozen(folder / str(i), frozen)
+        with closing(checkpoint.Checkpoints(folder / str(i), runs.ITEMS, runs.BEST)) as checkpoints:
+            checkpoints.save(1, train_state.items(state), {"next_batch": 1}, {})
+        mesh = make_mesh(config)
+        abstract, abstract_frozen = train_state.abstract(config, build.structure(config), mesh)
+        with closing(checkpoint.Checkpoints(folder / str(i), runs.ITEMS, runs.BEST)) as checkpoints:
+            items, _ = checkpoints.restore(1, train_state.items(abstract))
+        state = train_state.from_items(items)
+        frozen = checkpoint.load_frozen(folder / str(i), abstract_frozen)
+        chex.assert_trees_all_equal(jax.device_get((state, frozen)), expected)
+        assert all(leaf.sharding.mesh == mesh for leaf in jax.tree.leaves((state, frozen)))
+
+
+def in_a_process_with_eight_devices(kind: str, out: Path) -> None:
+    subprocess.run([sys.executable, "-m", "tests.training.sharding_test", kind, str(out)], check=True,
+                   env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
+                   cwd=REPOSITORY)
+
+
+@pytest.fixture(scope="module", params=sorted(KINDS))
+def on_each_mesh(request, tmp_path_factory):
+    """What `train` returns on each mesh."""
+    out = tmp_path_factory.mktemp("sharding") / "runs.json"
+    in_a_process_with_eight_devices(request.param, out)
+    return {tuple(mesh): run for mesh, run in json.loads(out.read_text())}
+
+
+def test_losses_and_codes_are_the_same_on_every_mesh(on_each_mesh):
+    expected = on_each_mesh[1, 1]
+    for run in on_each_mesh.values():
+        for ours, theirs in zip(run["losses"], expected["losses"], strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-5)
+        assert run["counts"] == expected["counts"]
+        assert run["indices"] == expected["indices"]
+
+
+def test_no_device_ever_holds_all_of_what_is_split(on_each_mesh):
+    for (data, fsdp), run in on_each_mesh.items():
+        for shape, shard in zip(run["moments"], run["shard_shapes"], strict=True):
+            assert np.prod(shard) * fsdp == np.prod(shape)
+            if fsdp > 1:  # a layer at a time is gathered, never the stack of all
+                whole = re.escape(f"f32[{','.join(map(str, shape))}]")
+                assert not re.search(rf"= [^=]*{whole}[^=]* all-gather", run["hlo"])
+        scores = set(re.findall(rf"f32\[(\d+),{CODES}\]", run["hlo"]))
+        assert scores, "the search left no matrix of scores in the program: this test looks in the wrong place"
+        assert max(map(int, scores)) <= TOKENS // (data * fsdp)
+
+
+def test_a_checkpoint_moves_between_meshes_bit_by_bit(tmp_path):
+    in_a_process_with_eight_devices("move", tmp_path)
+    assert len(list(tmp_path.glob("*/checkpoints/1"))) == len(MOVES) - 1
+
+
+def test_every_axis_and_rule_says_what_it_means():
+    mesh = jax.sharding.AbstractMesh((2, 4), ("data", "fsdp"))
+    spec = lambda name, shape: sharding.of(
+        mesh, {name: jax.ShapeDtypeStruct(shape, jnp.float32)}, train_state.rules())[name].spec
+    kernel = "decoder/transformer/blocks/mlp/fc1/kernel"
+    assert spec(f"opt_state/1/mu/{kernel}", (2, 32, 64)) == PartitionSpec(None, "fsdp", None)
+    assert spec(f"params/{kernel}", (2, 30, 64)) == PartitionSpec(None, None, "fsdp")
+    assert spec("params/quantizer/project_in/kernel", (32, 40)) == PartitionSpec(None, "fsdp")
+    assert spec("buffers/quantizer/codebook", (48, 40)) == PartitionSpec("fsdp", None)
+    assert spec("params/decoder/transformer/blocks/mlp/fc1/bias", (2, 64)) == PartitionSpec()
+    assert spec("gan/params/discriminator/conv1/kernel", (1, 1, 64, 64)) == PartitionSpec()
+
+
+@pytest.mark.parametrize(("mesh", "says"), [
+    ((2, 1), "mesh.data 2 and mesh.fsdp 1 do not fit 1 device:"),
+    ((-1, 3), "mesh.data -1 and mesh.fsdp 3 do not fit 1 device:"),
+])
+def test_a_mesh_that_does_not_fit_is_named(mesh, says):
+    with pytest.raises(ValueError, match="config keys") as error:
+        sharding.make_mesh(config_lib.Mesh(data=mesh[0], fsdp=mesh[1]), jax.devices()[:1])
+    assert says in str(error.value)
+
+
+if __name__ == "__main__":
+    import dataclasses
+
+    from tests.conftest import REFERENCE
+
+    kind, out = sys.argv[1:]
+    values = json.loads(json.dumps(dataclasses.asdict(config_lib.Config())))
+    values["data"]["image_size"] = 32
+    values["model"]["encoder"]["path"] = str(REFERENCE / "siglip_vision")
+    values["optim"].update(lr=1e-3, warmup_steps=2, ema_decay=0.9)
+    if kind == "move":
+        move([make_config(values, kind="simvq", mesh=mesh) for mesh in MOVES], Path(out))
+    else:
+        results = [(mesh, train(make_config(values, kind=kind, mesh=mesh))) for mesh in KINDS[kind]["meshes"]]
+        Path(out).write_text(json.dumps(results))

@@ -1,0 +1,50 @@
+"""Speed and memory of encode, decode, train steps and the input pipeline, with random weights.
+
+    python -m vqrae_jax.bench --config=configs/bench_medium.py [--batch=N] [--against=torch] [--json=FILE]
+
+Every case runs in a process of its own, so that its peak memory is its own: of the device, where JAX knows it, else of
+the whole process. Times are medians of `--repeats` runs after two that do not count. With --against=torch the same
+model in plain PyTorch takes turns with it, run by run, on the same number of threads; the ratio is PyTorch's time over
+ours. It needs a SimVQ model in float32 and PyTorch installed.
+"""
+
+import json
+from pathlib import Path
+
+from absl import flags
+from ml_collections import config_flags
+
+from vqrae_jax import cli
+from vqrae_jax import config as config_lib
+from vqrae_jax.cost import bench
+
+
+def main(_) -> None:
+    values = _CONFIG.value
+    values.model.encoder.random_weights = values.loss.perceptual.random_weights = True
+    values.train.batch_size = _BATCH.value or values.train.batch_size
+    values.data.source = _DATA.value or values.data.source
+    config = config_lib.parse(values)
+    if _CHILD.value:
+        return bench.serve(config, _CHILD.value)
+    results, file = {}, Path(_JSON.value) if _JSON.value else None
+    for case in _CASES.value:
+        if file:  # before the work, and again after each case: what is measured is not lost
+            file.write_text(json.dumps(results, indent=2) + "\n")
+        results[case] = bench.measure(config, case, repeats=_REPEATS.value, against=_AGAINST.value == "torch")
+        print(bench.line(case, results[case]), flush=True)
+    if file:
+        file.write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    _CONFIG = config_flags.DEFINE_config_file("config", help_string="a file of configs/", lock_config=True)
+    _BATCH = flags.DEFINE_integer("batch", 0, "images at once; 0 is train.batch_size", lower_bound=0)
+    _AGAINST = flags.DEFINE_enum("against", None, ["torch"], "also run the same model in PyTorch")
+    _JSON = flags.DEFINE_string("json", "", "file for the results")
+    _REPEATS = flags.DEFINE_integer("repeats", 5, "runs that count", lower_bound=1)
+    _DATA = flags.DEFINE_string("data", "", "SPEC of the input pipeline's images; empty is data.source")
+    _CASES = flags.DEFINE_multi_enum("case", list(bench.CASES), list(bench.CASES), "only this case; may be repeated")
+    _CHILD = flags.DEFINE_enum("child", None, list(bench.CASES), "internal: serve one case")
+    flags.mark_flag_as_required("config")
+    cli.run(main)

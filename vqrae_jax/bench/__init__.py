@@ -1,1 +1,0 @@
-"""The `bench` verb, and the same model in PyTorch to measure against."""

@@ -1,0 +1,205 @@
+"""Weights from and to other code bases, and data sets of theirs.
+
+    python -m vqrae_jax.convert from-torch --checkpoint=FILE --encoder=HF_DIR --decoder-heads=N
+        [--encoder-norm=plain|affine] [--latent-stats=FILE] [--[no]simvq-l2-norm] --workdir=OUT
+
+makes a run's folder of a checkpoint of the PyTorch code base hugoycj/RAE: of a VQRAE or RAE model, or of an RAE decoder
+alone. FILE is .safetensors, or a PyTorch file (which needs PyTorch, and is read without running anything in it). OUT
+can be evaluated and used like any run, and started from (`init_from`).
+
+    python -m vqrae_jax.convert to-hf --workdir=RUN --out=HF_DIR
+
+writes a run's encoder as a Hugging Face folder, at the run's input size: `transformers` and
+`vqrae_jax.load_encoder` give the same tokens as the run's features.
+
+    python -m vqrae_jax.convert from-webdataset --tars='GLOB' --out=DIR [--threads=N]
+
+makes of every tar shard of a WebDataset (plain or gzipped) DIR/NAME.array_record, the images as they are with their
+labels from .cls or .json, and DIR/NAME.jsonl, the members that were left out and why. The same command continues after
+an interruption. Several machines can share DIR if each takes other tars.
+"""
+
+import dataclasses
+import glob
+import logging
+import os
+import shlex
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+
+from vqrae_jax import cli
+from vqrae_jax import config as config_lib
+from vqrae_jax.config import Config, Data, Decoder, Encoder, Model, Optim, Quantizer
+from vqrae_jax.data import webdataset
+from vqrae_jax.models import flat
+from vqrae_jax.models.decoder import DECODER_SHAPES
+from vqrae_jax.tokenizer import build, runs
+from vqrae_jax.training import checkpoint, sharding
+from vqrae_jax.training.files import disk_errors
+from vqrae_jax.weights import huggingface, pytorch
+
+log = logging.getLogger("vqrae_jax.convert")
+_SHAPE = ("width", "depth", "heads", "mlp_dim")
+
+
+def from_torch(file: Path, workdir: Path, *, encoder: str, **options: Any) -> None:
+    """Makes a run's folder of a PyTorch checkpoint; arguments and errors are those of `pytorch.read_model`."""
+    if checkpoint.has_checkpoint(workdir):
+        raise ValueError(f"{workdir} holds a run already: choose another --workdir")
+    model = pytorch.read_model(file, encoder=encoder, **options)
+    config = config_of(model, encoder=encoder)
+    structure = build.structure(config)
+    _check_fits(model.params, structure.params, file)
+    _check_fits(model.buffers, structure.buffers, file)
+    for note in model.notes:
+        log.info("%s", note)
+    counts = Counter()
+    for path, value in model.params.items():
+        counts[flat.part(path)] += value.size
+    log.info("parameters: %s", ", ".join(f"{part} {count:,}" for part, count in counts.items()))
+    runs.write_run(workdir, config, {path: jnp.asarray(value) for path, value in model.params.items()},
+                   {path: jnp.asarray(value) for path, value in model.buffers.items()})
+    log.info("wrote %s; to look at it: python -m vqrae_jax.reconstruct --workdir=%s --out=reconstructions.png IMAGE...",
+             workdir, workdir)
+    log.info("to train on from it: any config with %s", " ".join(_flags(config, workdir)))
+
+
+def config_of(model: pytorch.Imported, *, encoder: str) -> Config:
+    """The config of an imported model: a first stage without moving average of the weights, the rest as by default."""
+    decoder: dict[str, Any] = model.decoder
+    for shape, spec in DECODER_SHAPES.items():
+        if {name: getattr(spec, name) for name in _SHAPE} == {name: decoder[name] for name in _SHAPE}:
+            decoder = {name: decoder[name] for name in decoder if name not in _SHAPE} | {"shape": shape}
+    config = Config(
+        data=Data(image_size=model.image_size),
+        model=Model(encoder=Encoder(path=encoder, input_size=model.input_size, final_norm=model.final_norm),
+                    quantizer=Quantizer(**model.quantizer), decoder=Decoder(**decoder),
+                    latent_statistics=model.latent_statistics),
+        optim=Optim(lr_multipliers=(("encoder/.*", 0.0),), ema_decay=0.0))
+    return config_lib.parse(dataclasses.asdict(config))
+
+
+def _flags(config: Config, workdir: Path) -> list[str]:
+    """What to give to another config so that its model is this one."""
+    model = config.model
+    shape = _SHAPE if model.decoder.shape == "custom" else ()
+    values = {"init_from": str(workdir), "data.image_size": config.data.image_size,
+              "model.latent_statistics": model.latent_statistics}
+    for section, names in (("encoder", ("path", "input_size", "final_norm", "layers", "combine")),
+                           ("quantizer", ("kind", "size", "dim", "levels", "projection", "input_projection",
+                                          "l2_normalize", "search")),
+                           ("decoder", ("shape", *shape, "patch_size", "cls_token", "learned_positions"))):
+        values |= {f"model.{section}.{name}": getattr(getattr(model, section), name) for name in names}
+    return [f"--config.{key}={shlex.quote(str(value))}" for key, value in values.items()]
+
+
+def _check_fits(arrays: pytorch.Params, shapes, file: Path) -> None:
+    for path in sorted(arrays.keys() | shapes.keys()):
+        ours, theirs = (np.shape(x[path]) if path in x else None for x in (shapes, arrays))
+        if ours != theirs:
+            raise ValueError(f"{file}: parameter {path} would have the shape {theirs}, but the model needs {ours}")
+
+
+def to_hf(workdir: Path, out: Path) -> None:
+    """Writes a run's encoder, the moving average of its weights when there is one, as a Hugging Face folder.
+
+    Raises:
+      OSError: not the folder of a run, or `out` cannot be written.
+      ValueError: `out` holds a model already.
+    """
+    if (out / "model.safetensors").exists():
+        raise ValueError(f"{out} holds a model already: choose another --out")
+    config, _, arrays = runs.load_run(workdir, sharding.one_device())
+    spec = dataclasses.replace(huggingface.read_encoder_spec(workdir / "encoder"),
+                               image_size=build.encoder_input_size(config))
+    params = {path.removeprefix("encoder/"): np.asarray(value) for path, value in arrays.items()
+              if path.startswith("encoder/")}
+    with disk_errors(out):
+        huggingface.save_encoder(params, spec=spec, out_dir=out)
+    if config.model.encoder.layers:
+        log.info("the run's features are those of layers %s, not the folder's last_hidden_state",
+                 config.model.encoder.layers)
+    log.info("wrote %s: %s, %d pixels, %s parameters", out, spec.model_type, spec.image_size,
+             f"{sum(value.size for value in params.values()):,}")
+
+
+def from_webdataset(pattern: str, out: Path, *, threads: int) -> None:
+    """Makes ArrayRecord files of tars; `webdataset.convert` says how.
+
+    Raises:
+      FileNotFoundError: no file matches.
+      ValueError: there is no image in the tars; and as from `webdataset.convert`.
+      OSError: as from `webdataset.convert`.
+    """
+    tars = [Path(path) for path in sorted(glob.glob(os.path.expanduser(pattern), recursive=True))]
+    if not tars:
+        raise FileNotFoundError(f"no file matches {pattern}: give tar files, as --tars='/data/cc12m/*.tar'")
+    images = labels = bad = damaged = 0
+    with disk_errors(out):
+        for number, tar in enumerate(webdataset.convert(tars, out, threads=threads), 1):
+            images, labels, bad = images + tar.images, labels + tar.labels, bad + tar.bad
+            if tar.damage is not None:
+                damaged += 1
+                log.warning("%s is damaged, what comes before the damage is kept: %s", tar.tar, tar.damage)
+            log.info("%d of %d tars, %s images, %s bad members", number, len(tars), f"{images:,}", f"{bad:,}")
+    if not images:
+        raise ValueError(f"there is no good image in {len(tars)} tars: {out}/*.jsonl say why")
+    spec = f"array_record:{glob.escape(str(out))}/*.array_record"
+    log.info("%s images (%s with a label) in %d files, %s bad members and %d damaged tars (see %s/*.jsonl); to use "
+             "them: --config.data.source=%s", f"{images:,}", f"{labels:,}", len(tars), f"{bad:,}", damaged, out,
+             shlex.quote(spec))
+
+
+def main(argv: Sequence[str]) -> None:
+    verb = " ".join(argv[1:])
+    if verb not in _VERBS:
+        raise ValueError(f"say what to convert, {' or '.join(_VERBS)}, not {verb!r}; --help explains")
+    run, required, optional = _VERBS[verb]
+    for flag in _FLAGS:
+        if flag.name in required and not flag.value:
+            raise ValueError(f"{verb} needs --{flag.name}")
+        if flag.name not in (*required, *optional) and flag.present:
+            raise ValueError(f"--{flag.name} has no meaning for {verb}")
+    run()
+
+
+if __name__ == "__main__":
+    _CHECKPOINT = flags.DEFINE_string("checkpoint", "", "from-torch: the .safetensors or PyTorch file")
+    _ENCODER = flags.DEFINE_string("encoder", "", "from-torch: Hugging Face folder or hub id of the encoder it was "
+                                   "trained with; its weights count only if FILE has none")
+    _HEADS = flags.DEFINE_integer("decoder-heads", 0, "from-torch: attention heads of the decoder (RAE's ViT-B has "
+                                  "12, ViT-L and ViT-XL 16)", lower_bound=0)
+    _NORM = flags.DEFINE_enum("encoder-norm", None, ["plain", "affine"], "from-torch: whether the encoder's last "
+                              "LayerNorm has scale and bias; by default what FILE says, and plain if it says nothing")
+    _STATS = flags.DEFINE_string("latent-stats", "", "from-torch: PyTorch file with the latents' mean and var")
+    _L2 = flags.DEFINE_bool("simvq-l2-norm", None, "from-torch: whether a SimVQ divides codes and tokens by their "
+                            "lengths; by default yes, unless it has no l2_norm_scale")
+    _WORKDIR = flags.DEFINE_string("workdir", "", "folder of the run: from-torch creates it, to-hf reads it")
+    _OUT = flags.DEFINE_string("out", "", "to-hf: the Hugging Face folder to write; from-webdataset: the folder of "
+                               "ArrayRecord files to write")
+    _TARS = flags.DEFINE_string("tars", "", "from-webdataset: the tar files, with *, ? and ** for anything")
+    _THREADS = flags.DEFINE_integer("threads", 0, "from-webdataset: tars that are read at once; 0 is one a core",
+                                    lower_bound=0)
+    _FLAGS = (_CHECKPOINT, _ENCODER, _HEADS, _NORM, _STATS, _L2, _WORKDIR, _OUT, _TARS, _THREADS)
+    _VERBS: dict[str, tuple[Callable[[], None], tuple[str, ...], tuple[str, ...]]] = {
+        "from-torch": (lambda: from_torch(
+            Path(_CHECKPOINT.value), Path(_WORKDIR.value), encoder=_ENCODER.value, decoder_heads=_HEADS.value,
+            encoder_norm=_NORM.value, latent_statistics=Path(_STATS.value) if _STATS.value else None,
+            simvq_l2_norm=_L2.value),
+            ("checkpoint", "encoder", "decoder-heads", "workdir"), ("encoder-norm", "latent-stats", "simvq-l2-norm")),
+        "to-hf": (lambda: to_hf(Path(_WORKDIR.value), Path(_OUT.value)), ("workdir", "out"), ()),
+        "from-webdataset": (lambda: from_webdataset(
+            _TARS.value, Path(_OUT.value), threads=_THREADS.value or os.cpu_count() or 1), ("tars", "out"),
+            ("threads",)),
+    }
+    # Names are documented with hyphens; underscores, as in other flags, do as well.
+    sys.argv[1:] = [name.replace("_", "-") + sign + value if name.startswith("--") else name + sign + value
+                    for name, sign, value in (argument.partition("=") for argument in sys.argv[1:])]
+    cli.run(main, arguments=True)

@@ -1,0 +1,236 @@
+"""Measures speed and memory of encode, decode, train steps and the input pipeline, with random weights."""
+
+import dataclasses
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from vqrae_jax import config as config_lib
+from vqrae_jax.config import Config
+from vqrae_jax.cost import flops
+from vqrae_jax.data import BadImages, open_source, train_batches
+from vqrae_jax.models import flat
+from vqrae_jax.models.quantizers import EMAVQ
+from vqrae_jax.tokenizer import build, init, train_state
+from vqrae_jax.tokenizer.inference import Tokenizer
+from vqrae_jax.tokenizer.loss import make_train_step
+from vqrae_jax.training import sharding
+
+SEARCH_DIM = 1536  # of the code search alone: the width of so400m's codes
+INPUT_BATCHES = 50  # a run of the input pipeline, or it would show what was read ahead
+CASES = ("encode", "decode", "search", "train_stage1", "train_stage2", "train_stage2_gan", "input")
+AGAINST = ("encode", "decode", "search", "train_stage1")  # what pytorch.py has
+
+
+def stage(config: Config, case: str) -> Config:
+    """The config whose training step is a case: stage 1, stage 2, or stage 2 with a PatchGAN that learns and is used.
+
+    Everything else is as given. The schedules' warm-up may end after training: no step here gets that far.
+    """
+    frozen = (("encoder/.*", 0.0),) if case == "train_stage1" else ()
+    gan = config_lib.Gan()
+    if case == "train_stage2_gan":
+        gan = dataclasses.replace(gan, discriminator="patchgan")
+    return dataclasses.replace(
+        config, gan=gan, optim=dataclasses.replace(config.optim, lr_multipliers=frozen, end_lr_multipliers=()),
+        loss=dataclasses.replace(config.loss, distill_weight=0.0 if frozen else 1.0))
+
+
+def phase(case: str) -> str:
+    """That of a training step."""
+    return "gan" if case == "train_stage2_gan" else ""
+
+
+def model_flops(config: Config, case: str) -> int | None:
+    """Model FLOPs of one run of a case; None for the input pipeline."""
+    staged, batch = stage(config, case), config.train.batch_size
+    structure = build.structure(staged)
+    work = flops.flops(staged, structure, phase(case))
+    if case == "search":
+        return 2 * batch * structure.tokens * config.model.quantizer.size * SEARCH_DIM
+    if case.startswith("train"):
+        return work.per_step(staged)
+    return {"encode": batch * work.encode + work.codes, "decode": batch * work.decode}.get(case)
+
+
+def prepare(config: Config, case: str) -> Callable[[], Any]:
+    """A function that does the work of a case once, to the end."""
+    batch, size, rng = config.train.batch_size, config.data.image_size, np.random.default_rng(0)
+    if case == "input":
+        data = config.data
+        batches = train_batches(
+            open_source(data.source, training=True), image_size=size, batch_size=batch, seed=config.seed,
+            crop_scale_min=data.crop_scale_min, flip=data.flip, threads=data.threads, workers=data.workers,
+            bad_images=BadImages(os.devnull))  # a file, for there may be workers
+        return lambda: [next(batches) for _ in range(INPUT_BATCHES)]
+    images = rng.integers(0, 256, (batch, size, size, 3), np.uint8)
+    if case.startswith("train"):
+        return _train(stage(config, case), images, phase(case))
+    structure = build.structure(config)
+    if case == "search":
+        return _search(batch * structure.tokens, config.model.quantizer.size)
+    params, buffers = init.model_arrays(config, structure, sharding.one_device())
+    tokenizer = Tokenizer(config, structure.graphdef, params | buffers)
+    if case == "encode":
+        images = jnp.asarray(images)
+        return lambda: jax.block_until_ready(tokenizer.encode_to_indices(images))
+    codes = rng.integers(0, tokenizer.num_codes, (batch, structure.tokens))
+    return lambda: jax.block_until_ready(tokenizer.decode_from_indices(codes))
+
+
+def _search(tokens: int, size: int) -> Callable[[], Any]:
+    graphdef, _, buffers = flat.split(EMAVQ(width=SEARCH_DIM, size=size, dim=SEARCH_DIM, rngs=nnx.Rngs(0)))
+
+    def quantize(buffers, z):
+        quantizer = flat.merge(graphdef, buffers)
+        quantized = quantizer(z, train=True)
+        return quantizer.next_buffers(quantized.stats, rng=jax.random.key(0)), quantized.z_q, quantized.indices
+
+    z = jax.random.normal(jax.random.key(1), (tokens, SEARCH_DIM))
+    return _repeat(jax.jit(quantize, donate_argnums=0), buffers, z)
+
+
+def _train(config: Config, images: np.ndarray, phase: str) -> Callable[[], Any]:
+    mesh = sharding.make_mesh(config.mesh)
+    sharding.check_batch_size(mesh, config)
+    structure = build.structure(config)
+    arrays = (*init.model_arrays(config, structure, mesh), *init.network_arrays(config, mesh))
+    state, frozen = train_state.made(config, structure, mesh, *arrays)
+    step = sharding.jit_step(make_train_step(config, structure, phase), mesh, state)
+    return _repeat(lambda state: step(state, frozen, sharding.put_batch(mesh, {"image": images})), state)
+
+
+def _repeat(function: Callable[..., tuple], state: Any, *arguments: Any) -> Callable[[], Any]:
+    """Calls a function with the state that it last returned first, which may be donated."""
+    held = [state]
+
+    def run() -> None:
+        state, *_ = jax.block_until_ready(function(held.pop(), *arguments))
+        held.append(state)
+
+    return run
+
+
+def serve(config: Config, case: str) -> None:
+    """The child: a line in, one run and its seconds out; at the end of input peak memory and the device."""
+    run = prepare(config, case)
+    run()
+    print("ready", flush=True)
+    for _ in sys.stdin:
+        start = time.perf_counter()
+        run()
+        print(time.perf_counter() - start, flush=True)
+    device = jax.local_devices()[0]
+    unit = 1 if sys.platform == "darwin" else 1024
+    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    print((device.memory_stats() or {}).get("peak_bytes_in_use", own), device.device_kind, jax.device_count(), sep="\t")
+
+
+class Child:
+    """A process that runs a case whenever it is told to."""
+
+    def __init__(self, command: list[str], what: str):
+        self._what = what
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._read()
+
+    def run(self) -> float:
+        """Seconds of one run."""
+        assert self._process.stdin
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+        return float(self._read())
+
+    def end(self) -> list[str]:
+        """What the process says at its end: its peak memory in bytes first."""
+        assert self._process.stdin
+        self._process.stdin.close()
+        last = self._read().split("\t")
+        self._process.wait()
+        return last
+
+    def _read(self) -> str:
+        assert self._process.stdout
+        line = self._process.stdout.readline()
+        if not line:
+            raise ValueError(f"{self._what} ended with exit code {self._process.wait()}: its message is above")
+        return line.rstrip("\n")
+
+
+def pytorch_command(config: Config, case: str) -> list[str]:
+    """How the same case is run in PyTorch.
+
+    Raises:
+      ValueError: a model that pytorch.py does not have.
+    """
+    model, structure = config.model, build.structure(config)
+    spec, decoder, patch_size = structure.encoder, structure.decoder, structure.encoder.vit.patch_size
+    if (model.dtype != "float32" or model.quantizer.kind != "simvq" or model.quantizer.dim != spec.vit.width
+            or spec.vit.prefix_tokens or spec.vit.layer_scale or model.decoder.cls_token
+            or model.decoder.patch_size not in (0, patch_size)
+            or config.loss.perceptual_weight or config.train.accumulate > 1):
+        raise ValueError("--against=torch knows a SigLIP-like encoder, SimVQ of its width and a plain decoder, in "
+                         "float32, without perceptual losses or accumulation: see configs/bench_medium.py")
+    o = config.optim
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    job = {"case": case, "batch": config.train.batch_size, "threads": cores,
+           "image_size": config.data.image_size, "patch_size": patch_size, "codes": model.quantizer.size,
+           "dim": SEARCH_DIM, "encoder": dataclasses.asdict(spec.vit), "decoder": dataclasses.asdict(decoder),
+           "optimizer": dict(lr=o.lr, b1=o.b1, b2=o.b2, weight_decay=o.weight_decay, clip_norm=o.clip_norm,
+                             ema_decay=o.ema_decay)}
+    return [sys.executable, str(Path(__file__).parent / "pytorch.py"), json.dumps(job)]
+
+
+def measure(config: Config, case: str, *, repeats: int, against: bool) -> dict[str, Any]:
+    """Runs a case, in turns with PyTorch where wanted; returns what is written as JSON."""
+    commands = {"jax": [sys.executable, "-m", "vqrae_jax.bench", *sys.argv[1:], f"--child={case}"]}
+    if against and case in AGAINST:
+        commands["torch"] = pytorch_command(config, case)
+    children = {name: Child(command, f"{name}, {case},") for name, command in commands.items()}
+    for child in children.values():
+        child.run()  # the second run: memory has found its size
+    times = {name: [] for name in children}
+    for _ in range(repeats):
+        for name, child in children.items():
+            times[name].append(child.run())
+    ends = {name: child.end() for name, child in children.items()}
+    seconds = {name: statistics.median(values) for name, values in times.items()}
+    peak, kind, devices = ends["jax"]
+    images = config.train.batch_size * (INPUT_BATCHES if case == "input" else 1)
+    result = {"seconds": seconds["jax"], "images_per_second": images / seconds["jax"],
+              "peak_bytes": int(peak), "runs": times["jax"]}
+    if work := model_flops(config, case):
+        result["flops_per_second"] = work / seconds["jax"]
+        if chip := flops.CHIPS.get(kind):
+            used = int(devices) if case.startswith("train") else 1  # the others know no mesh
+            result["share_of_peak"] = result["flops_per_second"] / (chip.flops * used)
+    if "torch" in seconds:
+        result |= {"torch_seconds": seconds["torch"], "torch_peak_bytes": int(ends["torch"][0]),
+                   "torch_runs": times["torch"], "ratio": seconds["torch"] / seconds["jax"]}
+    return result
+
+
+def line(case: str, result: dict[str, Any]) -> str:
+    """A result as one line of text."""
+    text = (f"{case:17s}{result['seconds']:9.3f} s {result['images_per_second']:9.2f} images/s "
+            f"{result['peak_bytes'] / 2**20:7.0f} MiB")
+    if "flops_per_second" in result:
+        text += f" {result['flops_per_second'] / 1e9:9.0f} GFLOP/s"
+    if "share_of_peak" in result:
+        text += f" {result['share_of_peak']:6.1%} of peak"
+    if "ratio" in result:
+        text += (f"   torch {result['torch_seconds']:.3f} s, {result['torch_peak_bytes'] / 2**20:.0f} MiB: "
+                 f"{result['ratio']:.2f}x")
+    return text

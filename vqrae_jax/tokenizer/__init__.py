@@ -1,0 +1,1 @@
+"""Task 1: a pretrained encoder becomes a tokenizer."""

@@ -1,0 +1,185 @@
+"""The arrays that a tokenizer starts from: pretrained, another run's, found in the data by k-means, or random."""
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from vqrae_jax.config import Config
+from vqrae_jax.models import flat
+from vqrae_jax.models.discriminators import DISCRIMINATORS
+from vqrae_jax.models.flat import Arrays
+from vqrae_jax.models.placement import split_batch
+from vqrae_jax.tokenizer import build, runs, train_state
+from vqrae_jax.tokenizer.build import Structure
+from vqrae_jax.training import sharding, update
+from vqrae_jax.training.task import Batches
+from vqrae_jax.weights import discriminators, huggingface, perceptual
+
+log = logging.getLogger(__name__)
+KMEANS_TOKENS_PER_CODE = 8
+
+
+def model_arrays(config: Config, structure: Structure, mesh: Mesh) -> tuple[Arrays, Arrays]:
+    """Parameters and buffers of a new model: pretrained encoder, everything else from `seed`.
+
+    Args:
+      config: of the run.
+      structure: its model's.
+      mesh: where the arrays are to be. No array is whole elsewhere.
+    """
+    pretrained = {}
+    if not config.model.encoder.random_weights:
+        loaded = huggingface.load_encoder_params(build.encoder_path(config), image_size=structure.input_size,
+                                                 final_norm=config.model.encoder.final_norm)
+        pretrained = flat.prefixed("encoder/", loaded)
+
+    def init():
+        _, params, buffers = flat.split(build.model(config, structure.encoder, nnx.Rngs(config.seed)))
+        return {path: value for path, value in params.items() if path not in pretrained}, buffers
+
+    params, buffers = sharding.made(init, mesh, train_state.rules())
+    return {**params, **sharding.put(mesh, pretrained, train_state.rules())}, buffers
+
+
+def network_arrays(config: Config, mesh: Mesh) -> tuple[Arrays, Arrays]:
+    """Parameters and buffers of the losses' networks at the start: pretrained weights, everything else from `seed`.
+
+    Args:
+      config: of the run.
+      mesh: where they are to be.
+
+    Raises:
+      OSError: weights that are not there; the message says how to get them.
+      ValueError: weights of another network.
+    """
+    made = sharding.made(lambda: build.split(build.loss_networks(config, nnx.Rngs(config.seed)))[1:], mesh,
+                         train_state.rules())
+    loaded: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
+    if not config.loss.perceptual.random_weights:
+        for name in build.perceptual_shares(config):
+            loaded[0].update(flat.prefixed(f"{name}/", perceptual.LOADERS[name](config.loss.perceptual)))
+    gan = config.gan
+    backbone = DISCRIMINATORS[gan.discriminator].backbone if gan.discriminator != "none" else None
+    if backbone and not gan.random_weights:
+        loaded[0].update(flat.prefixed("discriminator/", discriminators.load_dino_backbone(
+            gan.backbone or f"facebook/dino-vits{backbone.spec.patch_size}", spec=backbone.spec,
+            image_size=backbone.image_size)))
+    if gan.heads:
+        for ours, theirs, heads in zip(made, loaded, discriminators.load_dino_heads(gan.heads), strict=True):
+            heads = flat.prefixed("discriminator/", heads)
+            expected = {path: value.shape for path, value in ours.items() if path.startswith("discriminator/heads/")}
+            for path in sorted(expected.keys() | heads.keys()):
+                if path not in expected or path not in heads or heads[path].shape != expected[path]:
+                    raise ValueError(f"config key gan.heads: {gan.heads} does not fit this discriminator at {path}")
+            theirs.update(heads)
+    params, buffers = ({**ours, **sharding.put(mesh, theirs, train_state.rules())}
+                       for ours, theirs in zip(made, loaded, strict=True))
+    return params, buffers
+
+
+def initial_arrays(config: Config, structure: Structure, open_batches: Callable[[], Batches],
+                   mesh: Mesh) -> tuple[Arrays, Arrays]:
+    """Parameters and buffers that a run starts from.
+
+    Args:
+      config: of the run.
+      structure: its model's.
+      open_batches: opens the training data, for a start by k-means.
+      mesh: where the arrays are to be.
+    """
+    shapes = {**structure.params, **structure.buffers}
+    restored = _restored_arrays(config, shapes, mesh) if config.init_from else {}
+    initial = restored
+    if not shapes.keys() <= restored.keys():
+        params, buffers = model_arrays(config, structure, mesh)
+        initial = params | buffers | restored
+    if config.model.latent_statistics and "latent_mean" not in restored:
+        raise ValueError("config key model.latent_statistics needs a run to take them from: set init_from")
+    if config.model.quantizer.init == "kmeans" and not any(flat.part(path) == "quantizer" for path in restored):
+        batches = open_batches()  # an iterator of its own: training starts at batch 0
+        needed = KMEANS_TOKENS_PER_CODE * config.model.quantizer.size
+        images = [sharding.put_batch(mesh, next(batches)["image"])
+                  for _ in range(math.ceil(needed / (structure.tokens * config.train.batch_size)))]
+        batches.close()
+        initial = initial | sharding.on(mesh, codebook_from_data)(config, structure, initial, images)
+        log.info("codebook initialised by k-means on %d tokens", sum(map(len, images)) * structure.tokens)
+    return ({path: initial[path] for path in structure.params}, {path: initial[path] for path in structure.buffers})
+
+
+def codebook_from_data(config: Config, structure: Structure, arrays: Arrays, images: Sequence[jax.Array]) -> Arrays:
+    """New values for the quantizer's arrays that make its codes the k-means centres of the encoder's features.
+
+    Args:
+      config: of the run, whose batches are split into `train.accumulate` micro-batches.
+      structure: its model's.
+      arrays: all the model's parameters and buffers.
+      images: batches of uint8 `[B, H, W, 3]` whose features are clustered.
+    """
+
+    @jax.jit
+    def features(arrays, images):
+        model, micro = flat.merge(structure.graphdef, arrays), update.micro_batches(images, config.train.accumulate)
+        tokens = jax.lax.map(lambda images: model.features(split_batch(images)), micro)
+        return tokens.swapaxes(0, 1).reshape(-1, tokens.shape[-1])
+
+    tokens = jnp.concatenate([features(arrays, batch) for batch in images])
+    cluster = jax.jit(lambda arrays, tokens: flat.merge(structure.graphdef, arrays).quantizer.init_from_data(
+        tokens, rng=jax.random.key(config.seed)))
+    return flat.prefixed("quantizer/", cluster(arrays, tokens))
+
+
+def _restored_arrays(config: Config, shapes: Arrays, mesh: Mesh) -> Arrays:
+    """Another run's arrays as far as this model has them, in whole parts: encoder, quantizer, decoder, statistics.
+
+    Raises:
+      ValueError: a part that both have differs; the message names the first array.
+    """
+    other, _, arrays = runs.load_run(Path(config.init_from), mesh)
+    theirs, ours = set(flat.parts(arrays)), set(flat.parts(shapes))
+    for path in sorted(path for path in arrays.keys() | shapes.keys() if flat.part(path) in theirs & ours):
+        if path not in shapes:
+            raise ValueError(f"init_from: {config.init_from} has {path}, which this config's model has not")
+        if path not in arrays:
+            raise ValueError(f"init_from: {config.init_from} has no {path}, which this config's model has")
+        if arrays[path].shape != shapes[path].shape:
+            raise ValueError(f"init_from: {config.init_from} has {path} of shape {arrays[path].shape}, "
+                             f"this config's model {shapes[path].shape}")
+    meanings = _meaning(runs.self_contained(Path(config.init_from), other)), _meaning(config)
+    for part in theirs & ours & meanings[0].keys():
+        for key, value in meanings[0][part].items():
+            if value != meanings[1][part][key]:
+                raise ValueError(f"init_from: {config.init_from} has {key} {value!r}, this config "
+                                 f"{meanings[1][part][key]!r}: with the same {part} it would be another model")
+    for names, what in ((theirs & ours, "restored"), (theirs - ours, "left out")):
+        for name in sorted(names):
+            count = sum(flat.part(path) == name for path in arrays)
+            log.info("%s: %d arrays %s from %s", name, count, what, config.init_from)
+    for name in sorted(ours - theirs):
+        log.info("%s: initialised, for %s has none", name, config.init_from)
+    if config.gan.discriminator != "none":
+        log.info("discriminator: initialised; it is not taken over from another run")
+    elif other.gan.discriminator != "none":
+        log.info("discriminator: that of %s left out", config.init_from)
+    return {path: arrays[path] for path in shapes if flat.part(path) in theirs}
+
+
+def _meaning(config: Config) -> dict[str, dict[str, Any]]:
+    """By part, what its arrays mean beyond their shapes: two models that differ in it compute different things."""
+    encoder, quantizer = config.model.encoder, config.model.quantizer
+    spec = huggingface.read_encoder_spec(build.encoder_path(config))
+    decoder = build.decoder_spec(config, spec)
+    return {
+        "encoder": {"model.encoder.final_norm": encoder.final_norm, "model.encoder.layers": encoder.layers,
+                    "model.encoder.combine": encoder.combine, "the encoder's mean and std": (spec.mean, spec.std)},
+        "quantizer": {f"model.quantizer.{name}": getattr(quantizer, name)
+                      for name in ("kind", "search", "l2_normalize", "levels")},
+        "decoder": {"the decoder's heads": decoder.heads, "the decoder's activation": decoder.activation,
+                    "the decoder's norm_eps": decoder.norm_eps},
+    }

@@ -1,0 +1,81 @@
+"""The folder of a tokenizer's run: what `training.checkpoint` keeps there, as a model.
+
+Besides that it holds `encoder/`, the encoder's Hugging Face config, which says what shape the model has.
+"""
+
+import dataclasses
+from contextlib import closing
+from pathlib import Path
+
+from flax import nnx
+from jax.sharding import Mesh
+
+from vqrae_jax import config as config_lib
+from vqrae_jax.config import Config
+from vqrae_jax.models.flat import Arrays
+from vqrae_jax.tokenizer import build, train_state
+from vqrae_jax.training import checkpoint
+from vqrae_jax.training.checkpoint import Checkpoints
+from vqrae_jax.training.task import Best
+from vqrae_jax.weights import huggingface
+
+BEST = Best("psnr", higher=True)
+ITEMS = ("model", "training")
+
+
+def structure(workdir: Path, config: Config) -> build.Structure:
+    """`build.structure`, with the encoder's shape from the run's folder once the run has begun."""
+    return build.structure(self_contained(workdir, config) if checkpoint.has_checkpoint(workdir) else config)
+
+
+def self_contained(workdir: Path, config: Config) -> Config:
+    """A run's config with the copy of the encoder's config that is in the run's folder."""
+    encoder = dataclasses.replace(config.model.encoder, path=str(workdir / "encoder"))
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, encoder=encoder))
+
+
+def write_files(workdir: Path, config: Config) -> None:
+    """What a tokenizer adds to a new run's folder."""
+    huggingface.copy_encoder_config(build.encoder_path(config), workdir / "encoder")
+
+
+def load_run(workdir: Path, mesh: Mesh, *, step: int | None = None) -> tuple[Config, nnx.GraphDef, Arrays]:
+    """A run's config, its model's structure, and all parameters and buffers: their moving averages, if any.
+
+    Args:
+      workdir: the run's folder.
+      mesh: where the arrays are to be; it need not be the mesh that the run was trained on.
+      step: which checkpoint; None is the last.
+
+    Raises:
+      OSError: not the folder of a run, or it has no checkpoint, or not that one.
+    """
+    config = config_lib.load(workdir / "config.json")
+    if not checkpoint.has_checkpoint(workdir):
+        raise FileNotFoundError(f"{workdir} holds no checkpoint: train it first")
+    with closing(Checkpoints(workdir, ITEMS, BEST, read_only=True)) as checkpoints:
+        steps = checkpoints.steps()
+        if step not in [None, *steps]:
+            raise FileNotFoundError(f"{workdir} holds the checkpoints {steps}, not {step}")
+        shapes = structure(workdir, config)
+        abstract, frozen = train_state.abstract(config, shapes, mesh)
+        model = checkpoints.restore_item(steps[-1] if step is None else step, "model",
+                                         train_state.items(abstract)["model"])
+    frozen_params = checkpoint.load_frozen_item(workdir, "params", frozen.params)
+    return config, shapes.graphdef, {**frozen_params, **model["params"], **model["codebook"], **model["ema"]}
+
+
+def write_run(workdir: Path, config: Config, params: Arrays, buffers: Arrays) -> None:
+    """Makes a run's folder of a model from elsewhere: one checkpoint, at step 0, that can be loaded and started from.
+
+    Raises:
+      ValueError: the folder holds a run already.
+      OSError: it cannot be written.
+    """
+    if checkpoint.has_checkpoint(workdir):
+        raise ValueError(f"{workdir} holds a run already: choose another --workdir")
+    started, frozen = train_state.init(config, build.structure(config), params, buffers, {}, {})
+    checkpoint.open_run(workdir, config, lambda folder: write_files(folder, config))
+    checkpoint.save_frozen(workdir, frozen)
+    with closing(Checkpoints(workdir, ITEMS, BEST)) as checkpoints:
+        checkpoints.save(0, train_state.items(started), {"next_batch": 0}, {})

@@ -1,0 +1,133 @@
+"""The tokenizer as a task that the training loop trains."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from vqrae_jax.config import Config
+from vqrae_jax.data import BadImages, TrainIterator, open_source, train_batches
+from vqrae_jax.models import flat
+from vqrae_jax.tokenizer import evaluate, gan, init, runs, train_state
+from vqrae_jax.tokenizer.loss import make_train_step
+from vqrae_jax.tokenizer.train_state import Frozen, TrainState
+from vqrae_jax.training import loop, optim, sharding
+from vqrae_jax.training.task import Evaluator, TrainStep
+
+log = logging.getLogger(__name__)
+
+
+def train(config: Config, workdir: Path) -> dict[str, float]:
+    """Trains a tokenizer, or goes on with it; arguments, result and errors are those of `loop.run`."""
+    task = TokenizerTask(config, workdir)
+    result = loop.run(task, workdir)
+    if bad := task.bad_images.names():
+        names = ", ".join(list(bad)[:5]) + (", ..." if len(bad) > 5 else "")
+        log.warning("%d images could not be read and were left out: %s; see %s", len(bad), names, task.bad_images.path)
+    return result
+
+
+class TokenizerTask:
+    """See `training.task.Task`.
+
+    Args:
+      config: of the run.
+      workdir: its folder, which need not exist yet; nothing is written before training starts.
+
+    Raises:
+      ValueError, OSError: a config or data that cannot work.
+    """
+
+    best, unit = runs.BEST, "images"
+
+    def __init__(self, config: Config, workdir: Path):
+        self.config = config
+        self.structure = runs.structure(workdir, config)
+        for key in ("lr_multipliers", "end_lr_multipliers"):
+            optim.check_patterns(self.structure.params, getattr(config.optim, key), key=f"optim.{key}")
+        self.bad_images = BadImages(workdir / "bad_images.jsonl")
+        self._source = open_source(config.data.source, training=True)
+        self._eval_source = open_source(evaluate.spec(config), training=False)
+
+    def write_files(self, workdir: Path) -> None:
+        """The encoder's config."""
+        runs.write_files(workdir, self.config)
+
+    def abstract(self, mesh: Mesh) -> tuple[TrainState, Frozen, dict[str, Any]]:
+        """Shapes and shardings of state, frozen arrays and a batch."""
+        return (*train_state.abstract(self.config, self.structure, mesh), abstract_batch(self.config, mesh))
+
+    def init(self, mesh: Mesh) -> tuple[TrainState, Frozen]:
+        """State and frozen arrays at the start of a run."""
+        networks = init.network_arrays(self.config, mesh)
+        arrays = init.initial_arrays(self.config, self.structure, self.batches, mesh)
+        return train_state.made(self.config, self.structure, mesh, *arrays, *networks)
+
+    def items(self, state: TrainState) -> dict[str, Any]:
+        """What a checkpoint holds."""
+        return train_state.items(state)
+
+    def state(self, items: dict[str, Any]) -> TrainState:
+        """The state again."""
+        return train_state.from_items(items)
+
+    def batches(self) -> TrainIterator:
+        """Training batches from the beginning."""
+        data, processes = self.config.data, jax.process_count()
+        return train_batches(
+            self._source, image_size=data.image_size, batch_size=self.config.train.batch_size // processes,
+            seed=self.config.seed, crop_scale_min=data.crop_scale_min, flip=data.flip, threads=data.threads,
+            workers=data.workers, bad_images=self.bad_images, shard_index=jax.process_index(), shard_count=processes)
+
+    def phase(self, step: int) -> str:
+        """`gan` once the discriminator learns."""
+        gan = self.config.gan
+        return "gan" if gan.discriminator != "none" and step > gan.discriminator_start_step else ""
+
+    def train_step(self, phase: str) -> TrainStep:
+        """The training step of a phase."""
+        return make_train_step(self.config, self.structure, phase)
+
+    def evaluator(self, mesh: Mesh) -> Evaluator:
+        """Metrics and pictures of the averaged weights, if there are any, on the evaluation images."""
+        eval_step = evaluate.make_eval_step(self.structure.graphdef, mesh)
+
+        def evaluate_state(state: TrainState, frozen: Frozen) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+            arrays = {**frozen.params, **state.params, **state.buffers, **state.ema}
+            batches = evaluate.open_batches(self.config, self._eval_source, self.bad_images, mesh,
+                                            limit=self.config.eval.limit)
+            return evaluate.evaluate(eval_step, arrays, mesh, batches, samples=self.config.eval.samples)
+
+        return evaluate_state
+
+    def shown(self, metrics: dict[str, float]) -> str:
+        """The losses, and the share of codes in use."""
+        losses = [f"{name.removeprefix('loss/')} {value:.4f}" for name, value in metrics.items()
+                  if name.startswith("loss/")]
+        return "  ".join([*losses, f"code usage {100 * metrics['code_usage_window']:.1f} %"])
+
+    def describe(self) -> list[str]:
+        """The number of parameters by part, and how many of them learn."""
+        lines = []
+        params, buffers, networks = self.structure.params, self.structure.buffers, self.structure.networks.params
+        learns = lambda path: (not optim.is_frozen(path, self.config.optim.lr_multipliers) if path in params
+                               else gan.learns(path))
+        for part in dict.fromkeys(flat.part(path) for path in [*params, *buffers, *networks]):
+            sizes = {path: array.size for path, array in {**params, **networks}.items() if flat.part(path) == part}
+            learned = sum(size for path, size in sizes.items() if learns(path))
+            kept = sum(array.size for path, array in buffers.items() if flat.part(path) == part)
+            lines.append(f"{part:13s} {sum(sizes.values()):12,} parameters, {learned:12,} of them learn"
+                         + (f"; {kept:,} numbers in buffers" if kept else ""))
+        return lines
+
+
+def abstract_batch(config: Config, mesh: Mesh) -> dict[str, Any]:
+    """Shape and sharding of a training batch."""
+    batch, size = config.train.batch_size, config.data.image_size
+    place = sharding.batch_sharding(mesh)
+    return {"image": jax.ShapeDtypeStruct((batch, size, size, 3), jnp.uint8, sharding=place),
+            "label": jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=place)}

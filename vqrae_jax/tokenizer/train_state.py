@@ -1,0 +1,135 @@
+"""What of a tokenizer changes in training and what does not: how both start, and where they lie on a mesh."""
+
+import functools
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from vqrae_jax.config import Config
+from vqrae_jax.models import flat
+from vqrae_jax.models.flat import Arrays
+from vqrae_jax.models.quantizers import QUANTIZERS
+from vqrae_jax.tokenizer import gan
+from vqrae_jax.tokenizer.build import Structure
+from vqrae_jax.tokenizer.gan import Gan, GanState
+from vqrae_jax.training import optim, sharding
+
+
+class TrainState(NamedTuple):
+    """Everything that changes during training.
+
+    Attributes:
+      step: int32, batches seen, skipped ones included.
+      params: the learned parameters.
+      buffers: the model's buffers, frozen codes as well as moving ones.
+      opt_state: of the optimizer.
+      ema: moving average of `params` and of the buffers that move; empty when it is off.
+      gan: of the discriminator.
+      code_counts: [K] int32, uses of each code since the last multiple of `train.log_every` steps.
+      skipped: int32, steps whose loss or gradient was not finite, and which changed nothing.
+      skipped_in_a_row: int32, how many of those came last.
+    """
+
+    step: jax.Array
+    params: Arrays
+    buffers: Arrays
+    opt_state: optax.OptState
+    ema: Arrays
+    gan: GanState
+    code_counts: jax.Array
+    skipped: jax.Array
+    skipped_in_a_row: jax.Array
+
+
+class Frozen(NamedTuple):
+    """Everything that does not change.
+
+    Attributes:
+      params: the model's frozen parameters.
+      teacher: the encoder as it was at the start, under the paths it has in the model, for distillation; empty when
+        the distillation loss is off.
+      networks: those of the perceptual loss and the discriminator's backbone, under their names.
+    """
+
+    params: Arrays
+    teacher: Arrays
+    networks: Arrays
+
+
+def init(config: Config, structure: Structure, params: Arrays, buffers: Arrays, network_params: Arrays,
+         network_buffers: Arrays) -> tuple[TrainState, Frozen]:
+    """Splits arrays into what learns and what is frozen, and starts optimizers, EMA and teacher.
+
+    Args:
+      config: of the run.
+      structure: its model's.
+      params: all the model's parameters.
+      buffers: its buffers.
+      network_params: parameters of the losses' networks, discriminator included.
+      network_buffers: their buffers.
+
+    Raises:
+      ValueError: distillation of an encoder that is frozen.
+    """
+    multipliers = config.optim.lr_multipliers
+    learned = {path: value for path, value in params.items() if not optim.is_frozen(path, multipliers)}
+    frozen = {path: value for path, value in params.items() if path not in learned}
+    # Copies: an array that stands in two places cannot be donated.
+    copy = lambda arrays: jax.tree.map(jnp.copy, arrays)
+    quantizer = flat.merge(structure.graphdef, params, buffers).quantizer
+    averaged = {**learned, **{path: buffers[path] for path in flat.prefixed(
+        "quantizer/", dict.fromkeys(quantizer.moving_buffers))}}
+    encoder = {path: value for path, value in params.items() if flat.part(path) == "encoder"}
+    if config.loss.distill_weight and not encoder.keys() & learned.keys():
+        raise ValueError("config key loss.distill_weight has no effect on an encoder that is frozen: "
+                         "set it to 0, or let optim.lr_multipliers give the encoder a rate")
+    zero = lambda shape=(): jnp.zeros(shape, jnp.int32)
+    state = TrainState(
+        step=zero(), params=learned, buffers=dict(buffers),
+        opt_state=optim.from_config(config.optim, steps=config.train.steps).init(learned),
+        ema=copy(averaged) if config.optim.ema_decay else {},
+        gan=Gan(config, structure).init(network_params, network_buffers),
+        code_counts=zero((quantizer.num_codes,)), skipped=zero(), skipped_in_a_row=zero())
+    return state, Frozen(
+        params=frozen, teacher=copy(encoder) if config.loss.distill_weight else {},
+        networks={path: value for path, value in network_params.items() if not gan.learns(path)})
+
+
+def abstract(config: Config, structure: Structure, mesh: Mesh) -> tuple[TrainState, Frozen]:
+    """Shapes of a run's state and its place on a mesh; nothing is allocated."""
+    shapes = jax.eval_shape(functools.partial(init, config, structure), structure.params, structure.buffers,
+                            structure.networks.params, structure.networks.buffers)
+    return sharding.placed(mesh, shapes, rules())
+
+
+def made(config: Config, structure: Structure, mesh: Mesh, *arrays: Arrays) -> tuple[TrainState, Frozen]:
+    """`init` on a mesh, every device making its own share."""
+    return sharding.made(functools.partial(init, config, structure), mesh, rules(), *arrays)
+
+
+def rules() -> sharding.Rules:
+    """Along which dimensions the arrays of a tokenizer are split over the devices of a copy; see `sharding.of`."""
+    kinds = {rf".*quantizer/{name}": dimensions for kind in QUANTIZERS.values()
+             for name, dimensions in kind.sharded.items()}
+    return ((r".*(networks|discriminator)/.*", ()),  # small
+            *kinds.items(), *sharding.RULES)
+
+
+def items(state: TrainState) -> dict[str, Any]:
+    """What a checkpoint holds: the model, and what only training needs; the names are those of version 0.1."""
+    fields = state._asdict()
+    model = {"params": fields.pop("params"), "codebook": fields.pop("buffers"), "ema": fields.pop("ema")}
+    gan_fields = state.gan._asdict()
+    return {"model": model, "training": fields | {"gan": {"state": gan_fields.pop("buffers"), **gan_fields}}}
+
+
+def from_items(saved: Mapping[str, Any]) -> TrainState:
+    """The state again."""
+    model, training = dict(saved["model"]), dict(saved["training"])
+    gan_fields = dict(training.pop("gan"))
+    return TrainState(buffers=model.pop("codebook"), gan=GanState(buffers=gan_fields.pop("state"), **gan_fields),
+                      **model, **training)

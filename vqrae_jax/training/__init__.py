@@ -1,0 +1,1 @@
+"""The engine, which trains any `task.Task`."""

@@ -1,0 +1,100 @@
+"""Optimizers, learning-rate schedules, freezing by path, and the moving average of the weights."""
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from vqrae_jax.config import Optim
+from vqrae_jax.models import flat
+
+Multipliers = tuple[tuple[str, float], ...]
+
+
+def multiplier(path: str, multipliers: Multipliers) -> float:
+    """The learning-rate factor of a parameter: that of the first pattern that matches its whole path, else 1."""
+    return next((factor for pattern, factor in multipliers if re.fullmatch(pattern, path)), 1.0)
+
+
+def is_frozen(path: str, multipliers: Multipliers) -> bool:
+    """Whether a parameter's factor is 0."""
+    return multiplier(path, multipliers) == 0.0
+
+
+def check_patterns(paths: Iterable[str], multipliers: Multipliers, *, key: str) -> None:
+    """Raises ValueError for a pattern that matches no path: it would silently train what should be frozen."""
+    paths = list(paths)
+    for pattern, _ in multipliers:
+        if not any(re.fullmatch(pattern, path) for path in paths):
+            raise ValueError(f"config key {key}: {pattern!r} matches no parameter; paths look like {paths[0]}")
+
+
+def learning_rate(optim: Optim, path: str, *, steps: int) -> optax.Schedule:
+    """The schedule of a parameter in a run of so many steps."""
+    factor = multiplier(path, optim.lr_multipliers)
+    end_factor = multiplier(path, (*optim.end_lr_multipliers, (".*", factor)))
+    return warmup_cosine(lr=factor * optim.lr, end_lr=end_factor * optim.end_lr, warmup_steps=optim.warmup_steps,
+                         steps=steps)
+
+
+def from_config(optim: Optim, *, steps: int) -> optax.GradientTransformation:
+    """The optimizer of a run of so many steps."""
+    return adamw(lambda path: learning_rate(optim, path, steps=steps), b1=optim.b1, b2=optim.b2,
+                 weight_decay=optim.weight_decay, clip_norm=optim.clip_norm)
+
+
+def warmup_cosine(*, lr: float, end_lr: float, warmup_steps: int, steps: int) -> optax.Schedule:
+    """Linear from 0 to `lr` over `warmup_steps`, then half a cosine down to `end_lr` at `steps`."""
+    return optax.warmup_cosine_decay_schedule(0.0 if warmup_steps else lr, lr, warmup_steps, steps, end_lr)
+
+
+def adamw(rates: Callable[[str], optax.Schedule], *, b1: float, b2: float, weight_decay: float,
+          clip_norm: float) -> optax.GradientTransformation:
+    """AdamW over `{path: array}`.
+
+    Weight decay acts on matrices only (paths that end in `kernel`). The gradient is clipped by its global norm over
+    all learned parameters when `clip_norm` > 0.
+
+    Args:
+      rates: the learning rate's schedule of each path.
+      b1: decay of the gradient's moving average.
+      b2: that of its square.
+      weight_decay: times the learning rate.
+      clip_norm: the largest global norm; 0 is off.
+    """
+    is_kernel = lambda params: {path: path.endswith("kernel") for path in params}
+
+    def scale(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        del params
+        scaled = {path: -jnp.asarray(rates(path)(state.count)) * update for path, update in updates.items()}
+        return scaled, optax.ScaleByScheduleState(optax.safe_increment(state.count))
+
+    return optax.chain(
+        optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity(),
+        optax.scale_by_adam(b1=b1, b2=b2),
+        optax.add_decayed_weights(weight_decay, mask=is_kernel),
+        optax.GradientTransformation(lambda params: optax.ScaleByScheduleState(jnp.zeros((), jnp.int32)), scale),
+    )
+
+
+def rates_by_part(rates: Callable[[str], optax.Schedule], paths: Iterable[str],
+                  opt_state: Any) -> dict[str, jax.Array]:
+    """The learning rate of this step by part; where its parameters differ, that of the fastest.
+
+    Args:
+      rates: as `adamw` got them.
+      paths: of the learned parameters.
+      opt_state: of `adamw`, before the step.
+    """
+    count = opt_state[-1].count  # of updates made, by which the optimizer reads its schedules
+    by_path = {path: jnp.asarray(rates(path)(count), jnp.float32) for path in paths}
+    return {part: jnp.max(jnp.stack(list(flat.under(f"{part}/", by_path).values()))) for part in flat.parts(by_path)}
+
+
+def moving_average(average: Mapping[str, jax.Array], new: Mapping[str, jax.Array],
+                   decay: float) -> dict[str, jax.Array]:
+    """`decay * average + (1 - decay) * new`, entry by entry, in float32."""
+    return {path: decay * old + (1 - decay) * new[path].astype(jnp.float32) for path, old in average.items()}

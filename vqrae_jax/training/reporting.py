@@ -1,0 +1,165 @@
+"""What a run tells: a progress line, metrics.jsonl, TensorBoard, pictures, and Weights & Biases on request."""
+
+import hashlib
+import json
+import logging
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from vqrae_jax.config import Run
+from vqrae_jax.training import distributed
+from vqrae_jax.training.files import disk_errors
+
+log = logging.getLogger(__name__)
+
+
+class Reporter:
+    """Writes a run's metrics. `metrics.jsonl` holds only what is a function of config and step, never times.
+
+    So the file of a run that was killed and continued is the same, byte for byte, as that of one that was not. Lines of
+    steps after `first_step`, which an interrupted run may have left, are dropped at the start. Throughput is in batches
+    of `unit`, which is a word: "images".
+    """
+
+    def __init__(self, workdir: Path, config: Run, *, unit: str, first_step: int):
+        self._unit = unit
+        self._workdir, self._config, self._writes = workdir, config, distributed.is_first()
+        self._file = workdir / "metrics.jsonl"
+        self._tensorboard = self._wandb = None
+        if self._writes:
+            with disk_errors(workdir):
+                _drop_later_lines(self._file, first_step)
+        if config.log.tensorboard and self._writes:
+            from tensorboardX import SummaryWriter
+
+            self._tensorboard = SummaryWriter(str(workdir), purge_step=first_step + 1)
+        if config.log.wandb and self._writes:
+            self._wandb = _start_wandb(workdir, config)
+        self._step, self._seconds, self._waited, self._resumed_at = first_step, 0.0, 0.0, time.perf_counter()
+
+    def pause(self) -> None:
+        """Stops the clock that throughput is measured with, while something other than training runs."""
+        self._seconds += time.perf_counter() - self._resumed_at
+
+    def resume(self) -> None:
+        """Starts it again."""
+        self._resumed_at = time.perf_counter()
+
+    def waited_for_data(self, seconds: float) -> None:
+        """Notes time in which the devices had nothing to do but to wait for images."""
+        self._waited += seconds
+
+    def train(self, step: int, metrics: Mapping[str, float], shown: str) -> None:
+        """Reports a training step: metrics to the files, and `shown`, throughput and time to go to the terminal."""
+        self.pause()
+        steps = step - self._step
+        rate = steps * self._config.train.batch_size / max(self._seconds, 1e-9)
+        waited = self._waited / max(self._seconds, 1e-9)
+        left = (self._config.train.steps - step) * self._seconds / max(steps, 1)
+        self.write(step, metrics, {f"{self._unit}_per_second": rate, "data_wait": waited})
+        log.info("step %d/%d  %s  %.0f %s/s, waiting for data %.0f %%  %s to go", step, self._config.train.steps,
+                 shown, rate, self._unit, 100 * waited, _duration(left))
+        self._step, self._seconds, self._waited = step, 0.0, 0.0
+        self.resume()
+
+    def evaluation(self, step: int, metrics: Mapping[str, float], rows: Mapping[str, np.ndarray]) -> None:
+        """Reports an evaluation, and saves its picture, if it has rows of `image_rows`, under samples/."""
+        if not self._writes:
+            return
+        self.write(step, {f"eval/{name}": value for name, value in metrics.items()}, {})
+        if rows:
+            picture = image_rows(rows)
+            with disk_errors(self._workdir):
+                save_png(self._workdir / "samples" / f"{step:07d}.png", picture)
+            if self._tensorboard:
+                self._tensorboard.add_image("reconstructions", picture, step, dataformats="HWC")
+        shown = "  ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in metrics.items())
+        log.info("step %d  evaluation  %s", step, shown)
+
+    def write(self, step: int, metrics: Mapping[str, float], timings: Mapping[str, float]) -> None:
+        """One line of metrics.jsonl; TensorBoard and Weights & Biases get `timings` too."""
+        if not self._writes:
+            return
+        with disk_errors(self._workdir), self._file.open("a") as file:
+            file.write(to_json({"step": step, **metrics}) + "\n")
+        if self._tensorboard:
+            for name, value in {**metrics, **timings}.items():
+                self._tensorboard.add_scalar(name, value, step)
+        if self._wandb:
+            self._wandb.log({**metrics, **timings}, step=step)
+
+    def close(self) -> None:
+        if self._tensorboard:
+            self._tensorboard.close()
+        if self._wandb:
+            self._wandb.finish()
+
+
+def to_json(content: Mapping[str, Any], *, indent: int | None = None) -> str:
+    """JSON of metrics at full precision; what is not finite, which JSON cannot say, becomes null."""
+    def finite(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {name: finite(entry) for name, entry in value.items()}
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(finite(content), indent=indent)
+
+
+def _drop_later_lines(file: Path, last_step: int) -> None:
+    if not file.exists():
+        return
+    kept = []
+    for line in file.read_text().splitlines(keepends=True):
+        try:
+            step = json.loads(line)["step"]
+        except json.JSONDecodeError:
+            break  # the process was killed while it wrote this line
+        if step <= last_step:
+            kept.append(line)
+    replacement = file.with_suffix(".tmp")
+    replacement.write_text("".join(kept))
+    replacement.replace(file)
+
+
+def _start_wandb(workdir: Path, config: Run):
+    try:
+        import wandb  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise ValueError("config key log.wandb is set, but wandb is not installed: pip install wandb") from None
+    import dataclasses
+
+    # One id per run folder: a continued run continues its curves, and another folder of the same name does not.
+    path = workdir.absolute()
+    return wandb.init(dir=str(workdir), id=f"{path.name}-{hashlib.sha256(str(path).encode()).hexdigest()[:8]}",
+                      name=path.name, resume="allow", config=dataclasses.asdict(config))
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s"
+
+
+def image_rows(rows: Mapping[str, np.ndarray]) -> np.ndarray:
+    """A picture of captioned rows of images: `{caption: [N, H, W, 3] float in [0, 1]} -> uint8 [h, w, 3]`."""
+    strips = []
+    for caption, images in rows.items():
+        pixels = np.round(np.clip(images, 0, 1) * 255).astype(np.uint8)
+        framed = np.pad(pixels, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255)
+        strip = np.concatenate(list(framed), axis=1)
+        bar = Image.new("RGB", (strip.shape[1], 14), "white")
+        ImageDraw.Draw(bar).text((3, 1), caption, fill="black")
+        strips += [np.asarray(bar), strip]
+    return np.concatenate(strips)
+
+
+def save_png(file: Path, picture: np.ndarray) -> None:
+    """Writes uint8 `[H, W, 3]` as a PNG, creating its folder."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(picture).save(file)

@@ -1,0 +1,1 @@
+"""Other people's files, both ways: the only place that knows foreign names."""
