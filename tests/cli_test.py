@@ -11,13 +11,9 @@ import pytest
 from PIL import Image
 
 from tests.conftest import REFERENCE, REPOSITORY
+from tests.verbs import command
 from vqrae_jax import config as config_lib
 from vqrae_jax.tokenizer import task
-
-
-def command(*arguments) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", *map(str, arguments)], cwd=REPOSITORY, capture_output=True, text=True,
-                          timeout=300)
 
 
 def assert_one_line_error(result: subprocess.CompletedProcess, says: str):
@@ -144,8 +140,23 @@ def test_other_commands_fail_in_one_line(arguments, says, run, tmp_path):
     assert not (tmp_path / "typo").exists()
 
 
+@pytest.mark.parametrize(("raised", "code", "says"), [
+    ("KeyboardInterrupt('stopped by a signal after step 3; the same command continues')", 75,
+     "stopped by a signal after step 3; the same command continues"),
+    ("KeyboardInterrupt()", 75, "interrupted"),
+    ("FloatingPointError('20 steps in a row')", 1, "error: 20 steps in a row"),
+    ("OSError('the disk is full')", 1, "error: the disk is full"),
+])
+def test_a_scheduler_can_tell_a_stopped_run_from_a_failed_one(raised, code, says, tmp_path):
+    (tmp_path / "verb.py").write_text(f"from vqrae_jax import cli\ndef main(_):\n    raise {raised}\ncli.run(main)\n")
+    result = command("verb", PYTHONPATH=str(tmp_path))
+    assert (result.returncode, result.stderr.strip()) == (code, says)
+
+
 @pytest.mark.parametrize("verb", ["main", "evaluate", "reconstruct"])
 def test_help_explains(verb):
-    result = command(f"vqrae_jax.{verb}", "--help")
+    """In a process of its own, as a user starts it."""
+    result = subprocess.run([sys.executable, "-m", f"vqrae_jax.{verb}", "--help"], cwd=REPOSITORY, capture_output=True,
+                            text=True, timeout=300)
     assert "--workdir" in result.stdout
     assert f"vqrae_jax.{verb}" in result.stdout

@@ -6,12 +6,11 @@ statistics and decoder. Its encoders are `transformers`' where PyTorch is instal
 """
 
 import dataclasses
+import functools
 import json
 import logging
 import os
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -22,7 +21,8 @@ from safetensors.numpy import load_file, save_file
 from scipy.special import erf
 
 import vqrae_jax
-from tests.conftest import REFERENCE, REPOSITORY
+from tests.conftest import REFERENCE
+from tests.verbs import command
 from vqrae_jax import config as config_lib
 from vqrae_jax import convert
 from vqrae_jax.models import flat
@@ -402,11 +402,10 @@ def test_training_goes_on_from_an_import(tmp_path, caplog):
         from_torch(save(model.tensors, tmp_path / "model.safetensors"), tmp_path / "imported")
     flags = next(message for message in caplog.messages if message.startswith("to train on"))
     flags = shlex.split(flags)[8:]
-    command = ["--config=configs/nano_stage2.py", f"--workdir={tmp_path / 'run'}", "--config.train.steps=2",
-               "--config.train.batch_size=2", "--config.optim.warmup_steps=0", "--config.eval.limit=2",
-               "--config.log.tensorboard=False"]
-    train = lambda *arguments: subprocess.run([sys.executable, "-m", "vqrae_jax.main", *command, *arguments],
-                                              cwd=REPOSITORY, capture_output=True, text=True)
+    nano = ["--config=configs/nano_stage2.py", f"--workdir={tmp_path / 'run'}", "--config.train.steps=2",
+            "--config.train.batch_size=2", "--config.optim.warmup_steps=0", "--config.eval.limit=2",
+            "--config.log.tensorboard=False"]
+    train = functools.partial(command, "vqrae_jax.main", *nano)
     refused = train(flags[0], "--config.model.quantizer.input_projection=True")
     assert refused.returncode == 1
     assert refused.stderr.splitlines()[-1].startswith("error: ")
@@ -652,28 +651,26 @@ def test_unreadable_files(ema_file, tmp_path):
 
 # ---- the commands, and what leads back
 
-def command(*arguments) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "vqrae_jax.convert", *map(str, arguments)], cwd=REPOSITORY,
-                          capture_output=True, text=True, timeout=300)
+convert_command = functools.partial(command, "vqrae_jax.convert")
 
 
 def test_the_command_line(ema_file, tmp_path):
     """A whole way: a checkpoint becomes a run, and the run's encoder a folder; what is there is not overwritten."""
     run, out = tmp_path / "run", tmp_path / "hf"
     into = ["from-torch", f"--checkpoint={ema_file}", f"--encoder={SIGLIP}", f"--workdir={run}"]
-    result = command(*into, "--decoder-heads=2", "--encoder-norm=affine")
+    result = convert_command(*into, "--decoder-heads=2", "--encoder-norm=affine")
     assert result.returncode == 0, result.stderr
     for said in ("EMA VQ, 24 codes", "width 16, depth 2, heads 2, mlp_dim 24", f"weights of {SIGLIP}",
                  "parameters: encoder ", f"vqrae_jax.reconstruct --workdir={run}"):
         assert said in result.stderr
-    result = command("to-hf", f"--workdir={run}", "--out", out)
+    result = convert_command("to-hf", f"--workdir={run}", "--out", out)
     assert result.returncode == 0, result.stderr
     x = images(32)
     np.testing.assert_allclose(tokens_of(out, x, "affine"), vqrae_jax.load(run).features(x), atol=1e-5)
     for arguments, says in (
             ([*into, "--decoder_heads=2"], "run holds a run already: choose another --workdir"),
             ([*into], "from-torch needs --decoder-heads")):
-        result = command(*arguments)
+        result = convert_command(*arguments)
         assert result.returncode == 1
         assert len(result.stderr.splitlines()) == 1
         assert result.stderr.startswith("error: ")

@@ -59,8 +59,10 @@ class Run:
         self.config = config
         self.structure = build.structure(config)
         mesh = sharding.one_device()
-        self.params, self.buffers = init.model_arrays(config, self.structure, mesh)
-        self.networks, network_buffers = init.network_arrays(config, mesh)
+        arrays = (*init.model_arrays(config, self.structure, mesh), *init.network_arrays(config, mesh))
+        # Without the mesh, which a bare step would lose.
+        self.params, self.buffers, self.networks, network_buffers = jax.tree.map(
+            lambda array: array.addressable_data(0), arrays)
         self.state, self.frozen = train_state.init(config, self.structure, self.params, self.buffers, self.networks,
                                                    network_buffers)
         self.phase = "gan" if config.gan.discriminator != "none" else ""

@@ -3,13 +3,13 @@
 import importlib
 import json
 import subprocess
-import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from tests.conftest import REFERENCE, REPOSITORY
+from tests.conftest import REFERENCE
+from tests.verbs import command
 from vqrae_jax import config as config_lib
 from vqrae_jax.cost import bench
 
@@ -18,8 +18,7 @@ TINY = [f"--config.model.encoder.path={REFERENCE / 'siglip_vision'}", "--config.
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "vqrae_jax.bench", "--config=configs/bench_medium.py"]
-    return subprocess.run([*command, *TINY, *arguments], cwd=REPOSITORY, capture_output=True, text=True)
+    return command("vqrae_jax.bench", "--config=configs/bench_medium.py", *TINY, *arguments)
 
 
 def test_it_measures_every_kind_of_case_and_writes_json(tmp_path):

@@ -10,6 +10,7 @@ import sys
 import pytest
 
 from tests.conftest import REFERENCE, REPOSITORY
+from tests.verbs import command
 from vqrae_jax import config as config_lib
 from vqrae_jax.cost import plan
 
@@ -21,8 +22,7 @@ FLAGS = ["--config=configs/nano_stage2.py", f"--config.model.encoder.path={REFER
 
 
 def run(*flags: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "vqrae_jax.plan", *flags], cwd=REPOSITORY, text=True,
-                          capture_output=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+    return command("vqrae_jax.plan", *flags)
 
 
 @needs_compiler

@@ -578,6 +578,16 @@ def test_training_replaces_and_counts_bad_images(tmp_path):
     assert set(labels) == set(range(20)) - {0, 5, 19}
 
 
+def test_noting_bad_images_leaves_no_file_open(tmp_path):
+    bad_images = BadImages(tmp_path / "bad_images.jsonl")
+    bad_images.record(name="first", reason="bad")
+    before = os.listdir("/proc/self/fd")
+    for i in range(20):
+        bad_images.record(name=str(i), reason="bad")
+    assert len(os.listdir("/proc/self/fd")) <= len(before) + 1  # other threads may hold one
+    assert len(bad_images.names()) == 21
+
+
 def test_a_file_that_vanished_is_a_bad_image(tmp_path):
     for name in ("a.jpg", "b.jpg"):
         (tmp_path / name).write_bytes(jpeg())

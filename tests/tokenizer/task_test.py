@@ -7,9 +7,6 @@ import logging
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import chex
@@ -21,7 +18,6 @@ from PIL import Image
 
 import vqrae_jax
 from tests.config_test import SHIPPED
-from tests.conftest import REPOSITORY
 from tests.tiny import Run, reduced
 from vqrae_jax import config as config_lib
 from vqrae_jax.data import BadImages, open_source
@@ -105,30 +101,6 @@ def test_a_continued_run_equals_one_that_never_stopped(kind, tiny_config, tmp_pa
         records = [json.loads(line) for line in lines(tmp_path / "whole")]
         assert [r["step"] for r in records if "loss/discriminator" in r] == [2, 3, 4, 5, 6]
         assert [r["weight/gan"] > 0 for r in records if "weight/gan" in r] == [False, False, True, True, True]
-
-
-def test_a_killed_process_continues_exactly(tiny_config, tmp_path, caplog):
-    """kill -9 at a moment nobody chose, here the first after a checkpoint is seen on disk."""
-    caplog.set_level("INFO", "vqrae_jax")
-    tiny_config.train.update(steps=60, checkpoint_every=3)
-    config = config_lib.parse(tiny_config)
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    task.train(config, whole)
-    config_lib.save(config, tmp_path / "config.json")
-    code = ("from pathlib import Path; from vqrae_jax import config; from vqrae_jax.tokenizer import task; "
-            f"task.train(config.load(Path({str(tmp_path / 'config.json')!r})), Path({str(parts)!r}))")
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=REPOSITORY, stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not checkpoint.has_checkpoint(parts) and time.monotonic() < deadline and process.poll() is None:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert process.returncode == -signal.SIGKILL
-    assert checkpoint.has_checkpoint(parts)
-    task.train(config, parts)
-    assert "continuing at step" in caplog.text
-    assert lines(parts) == lines(whole)
 
 
 def test_a_signal_saves_and_the_same_command_continues(tiny_config, tmp_path, monkeypatch, caplog):

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from tests.conftest import REPOSITORY
+from tests.verbs import command
 from vqrae_jax import config as config_lib
 from vqrae_jax.tokenizer import task
 from vqrae_jax.training import checkpoint
@@ -41,8 +42,11 @@ def run_together(module: str, processes: int, *flags: str, of_the_last: Sequence
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    # As `python -m`, but a process that is gone is missed sooner than after half a minute.
+    start = ("import runpy, sys; from vqrae_jax.training import distributed; distributed.TIMEOUT_SECONDS = 10; "
+             f"runpy.run_module({module!r}, run_name='__main__', alter_sys=True)")
     return [subprocess.Popen(
-        [sys.executable, "-m", module, f"--coordinator_address=127.0.0.1:{port}", f"--num_processes={processes}",
+        [sys.executable, "-c", start, f"--coordinator_address=127.0.0.1:{port}", f"--num_processes={processes}",
          f"--process_id={i}", *flags, *(of_the_last if i == processes - 1 else ())],
         cwd=REPOSITORY, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for i in range(processes)]
 
@@ -166,9 +170,7 @@ def test_evaluation_by_two_processes_names_every_image_it_left_out(config, tmp_p
     (["--config.mesh.fsdp=3"], "mesh.data -1 and mesh.fsdp 3 do not fit 1 device"),
 ])
 def test_what_cannot_start_says_so(flags, says, config_file, tmp_path):
-    process = subprocess.run(
-        [sys.executable, "-m", "vqrae_jax.main", f"--config={config_file}", f"--workdir={tmp_path / 'run'}", *flags],
-        cwd=REPOSITORY, text=True, capture_output=True)
+    process = command("vqrae_jax.main", f"--config={config_file}", f"--workdir={tmp_path / 'run'}", *flags)
     assert process.returncode == 1
     assert says in process.stderr
     assert len(process.stderr.strip().splitlines()) == 1

@@ -144,6 +144,9 @@ def test_every_axis_and_rule_says_what_it_means():
     assert spec("buffers/quantizer/codebook", (48, 40)) == PartitionSpec("fsdp", None)
     assert spec("params/decoder/transformer/blocks/mlp/fc1/bias", (2, 64)) == PartitionSpec()
     assert spec("gan/params/discriminator/conv1/kernel", (1, 1, 64, 64)) == PartitionSpec()
+    assert spec("opt_state/1/mu/quantizer/project_in/kernel", (32, 40)) == PartitionSpec(None, "fsdp")
+    assert spec("ema/quantizer/sums", (48, 40)) == PartitionSpec("fsdp", None)
+    assert sharding.batch_sharding(mesh).spec == PartitionSpec(("data", "fsdp"))
 
 
 @pytest.mark.parametrize(("mesh", "says"), [

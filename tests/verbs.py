@@ -1,0 +1,50 @@
+"""Runs verbs as a shell does, `python -m vqrae_jax.main ...`, in processes forked from one that imported everything.
+
+A process of its own would import JAX and its libraries anew, two seconds of work for a message of a millisecond.
+"""
+
+import atexit
+import multiprocessing
+import os
+import runpy
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from tests.conftest import REPOSITORY
+
+_SERVER = multiprocessing.get_context("forkserver")
+_SERVER.set_forkserver_preload(["vqrae_jax.cli", "vqrae_jax.tokenizer.task", "vqrae_jax.cost.bench",
+                                "vqrae_jax.cost.plan", "vqrae_jax.weights.pytorch", "ml_collections.config_flags",
+                                "tensorflow_datasets", "tests.verbs"])
+
+
+def command(module: str, *arguments: object, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess:
+    """`python -m module arguments` in the repository's folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = Path(folder) / "out", Path(folder) / "err"
+        process = _SERVER.Process(target=_run, args=(module, list(map(str, arguments)), environment, out, err))
+        process.start()
+        process.join(timeout)
+        if process.exitcode is None:
+            process.kill()
+            raise subprocess.TimeoutExpired([module, *map(str, arguments)], timeout)
+        return subprocess.CompletedProcess([module, *map(str, arguments)], process.exitcode, out.read_text(),
+                                           err.read_text())
+
+
+def _run(module: str, arguments: list[str], environment: dict[str, str], out: Path, err: Path) -> None:
+    os.environ.update(environment)
+    os.chdir(REPOSITORY)
+    for stream, file in ((sys.stdout, out), (sys.stderr, err)):
+        descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(descriptor, stream.fileno())
+    sys.argv[1:] = arguments
+    sys.path[:0] = ["", *environment.get("PYTHONPATH", "").split(os.pathsep)]  # as `python -m` does
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    finally:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
