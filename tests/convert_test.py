@@ -24,9 +24,8 @@ import vqrae_jax
 from tests.conftest import REFERENCE
 from tests.verbs import command
 from vqrae_jax import config as config_lib
-from vqrae_jax import convert
 from vqrae_jax.models import flat
-from vqrae_jax.tokenizer import build, runs
+from vqrae_jax.tokenizer import build, convert, runs
 from vqrae_jax.training import sharding
 from vqrae_jax.weights import huggingface, pytorch
 

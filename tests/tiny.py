@@ -1,8 +1,10 @@
 """Shipped configs at toy size, and a training step of any config with its state."""
 
+import contextlib
 import importlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from tests.conftest import REFERENCE
@@ -52,6 +54,16 @@ def reduced(name: str) -> config_lib.Config:
     return config_lib.parse(config)
 
 
+@contextlib.contextmanager
+def compiled_quickly():
+    """For what runs once: less time to compile, more to run."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", False)
+
+
 class Run:
     """A config, its step and its state."""
 
@@ -59,15 +71,15 @@ class Run:
         self.config = config
         self.structure = build.structure(config)
         mesh = sharding.one_device()
-        arrays = (*init.model_arrays(config, self.structure, mesh), *init.network_arrays(config, mesh))
-        # Without the mesh, which a bare step would lose.
-        self.params, self.buffers, self.networks, network_buffers = jax.tree.map(
-            lambda array: array.addressable_data(0), arrays)
+        with compiled_quickly():  # random numbers, once
+            arrays = (*init.model_arrays(config, self.structure, mesh), *init.network_arrays(config, mesh))
+        # Bound to no device, as what a bare step returns: another placement would compile it once more.
+        self.params, self.buffers, self.networks, network_buffers = jax.tree.map(jnp.asarray, jax.device_get(arrays))
         self.state, self.frozen = train_state.init(config, self.structure, self.params, self.buffers, self.networks,
                                                    network_buffers)
         self.phase = "gan" if config.gan.discriminator != "none" else ""
         self.step = make_train_step(config, self.structure, self.phase)
-        self.jitted = jax.jit(self.step)
+        self.jitted = jax.jit(self.step, compiler_options={"xla_backend_optimization_level": 1})
 
     def batch(self, seed=0, size=4):
         """A batch."""
