@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType, PartitionSpec
 
+from tests.tiny import compiled_quickly
 from vqrae_jax import config as config_lib
 from vqrae_jax.models import flat
 from vqrae_jax.models.decoder import VIT_B, VIT_L, VIT_XL, Decoder, sincos_positions
@@ -27,10 +28,16 @@ QUANTIZERS = {
 }
 
 
+def random_model(config):
+    """Structure, parameters and buffers of a config's model."""
+    structure = build.structure(config)
+    with compiled_quickly():
+        return structure, *init.model_arrays(config, structure, sharding.one_device())
+
+
 def tokenizer(config) -> inference.Tokenizer:
     config = config_lib.parse(config)
-    structure = build.structure(config)
-    params, buffers = init.model_arrays(config, structure, sharding.one_device())
+    structure, params, buffers = random_model(config)
     return inference.Tokenizer(config, structure.graphdef, {**params, **buffers})
 
 
@@ -81,8 +88,7 @@ def test_training_sees_what_decoding_shows(quantizer, tiny_config, images):
     """The straight-through output of the training pass holds the values that `lookup` gives, exactly."""
     tiny_config.model.quantizer.update(QUANTIZERS[quantizer])
     config = config_lib.parse(tiny_config)
-    structure = build.structure(config)
-    params, buffers = init.model_arrays(config, structure, sharding.one_device())
+    structure, params, buffers = random_model(config)
     model = flat.merge(structure.graphdef, params, buffers)
     output = model(images, train=True)
     np.testing.assert_array_equal(output.quantized.z_q, model.lookup(output.quantized.indices))
@@ -183,8 +189,7 @@ def test_latent_statistics_scale_what_is_handed_out_and_not_the_picture(tiny_con
     plain = tokenizer(tiny_config)
     tiny_config.model.latent_statistics = True
     config = config_lib.parse(tiny_config)
-    structure = build.structure(config)
-    params, buffers = init.model_arrays(config, structure, sharding.one_device())
+    structure, params, buffers = random_model(config)
     rng = np.random.default_rng(0)
     mean, var = rng.normal(size=(16, 32)).astype(np.float32), rng.uniform(0.5, 2, (16, 32)).astype(np.float32)
     arrays = {**params, **buffers, "latent_mean": mean, "latent_var": var}
@@ -209,8 +214,7 @@ def test_noise_is_for_training_only_and_scales_with_tau(tiny_config, images):
     tiny_config.model.quantizer.kind = "none"
     tiny_config.model.noise_tau = 0.8
     config = config_lib.parse(tiny_config)
-    structure = build.structure(config)
-    params, buffers = init.model_arrays(config, structure, sharding.one_device())
+    structure, params, buffers = random_model(config)
     model = flat.merge(structure.graphdef, params, buffers)
     many = np.concatenate([images] * 20)
     noise = np.asarray((out := model(many, train=True, rng=jax.random.key(0))).quantized.z_q - out.features)
