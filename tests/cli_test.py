@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.conftest import REFERENCE, REPOSITORY
+from tests.conftest import REFERENCE, REPOSITORY, tiny
 from tests.verbs import command
 from vqrae_jax import config as config_lib
 from vqrae_jax.tokenizer import task
@@ -76,14 +76,8 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    config = config_lib.default()
-    config.train.update(steps=3, batch_size=4, log_every=1, checkpoint_every=2, eval_every=100)
-    config.data.image_size = 32
-    config.eval.update(batch_size=8, limit=16, samples=4)
-    config.model.encoder.path = str(REFERENCE / "siglip_vision")
-    config.model.quantizer.update(size=32, dim=32)
-    config.optim.update(warmup_steps=1)
-    config.log.tensorboard = False
+    config = tiny()
+    config.eval.samples = 4
     folder = tmp_path_factory.mktemp("runs") / "tiny"
     task.train(config_lib.parse(config), folder)
     return folder

@@ -33,6 +33,11 @@ def shared_data() -> Path:
 
 @pytest.fixture
 def tiny_config():
+    """See `tiny`."""
+    return tiny()
+
+
+def tiny():
     """A config that trains in seconds: a tiny random SigLIP, 16 tokens, 32 codes."""
     config = config_lib.default()
     config.train.update(steps=6, batch_size=4, log_every=1, checkpoint_every=2, eval_every=100)

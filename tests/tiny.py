@@ -16,8 +16,8 @@ from vqrae_jax.weights import huggingface
 
 TINY_ENCODERS = {
     "nano": "siglip_vision", "vit_s16_256": "siglip_vision",
-    "google/siglip-large-patch16-384": "siglip", "google/siglip-base-patch16-224": "siglip",
-    "google/siglip2-so400m-patch16-256": "siglip", "google/siglip2-so400m-patch16-512": "siglip",
+    "google/siglip-large-patch16-384": "siglip_vision", "google/siglip-base-patch16-224": "siglip_vision",
+    "google/siglip2-so400m-patch16-256": "siglip_vision", "google/siglip2-so400m-patch16-512": "siglip_vision",
     "facebook/dinov2-with-registers-base": "dinov2_with_registers",
     "facebook/dinov3-vitl16-pretrain-lvd1689m": "dinov3_vit", "OpenGVLab/InternViT-300M-448px": "intern_vit",
 }
@@ -30,12 +30,13 @@ def reduced(name: str) -> config_lib.Config:
     """
     config = importlib.import_module(f"configs.{name}").get_config()
     tiny = TINY_ENCODERS[config.model.encoder.path]
-    config.model.encoder.path = str(REFERENCE / tiny)
+    config.model.encoder.update(path=str(REFERENCE / tiny), random_weights=True)
     if config.model.quantizer.kind == "adapter_fsq":
         config.model.quantizer.update(levels=(4, 4, 2), size=32, dim=3)
     else:
         width = huggingface.read_encoder_spec(config.model.encoder.path).vit.width
-        config.model.quantizer.update(size=16, dim=2 * width if config.model.quantizer.dim == 1536 else width)
+        config.model.quantizer.update(size=16, dim=2 * width if config.model.quantizer.dim == 1536 else width,
+                                      init="random")
     config.data.image_size = 32
     if config.model.encoder.input_size:
         config.model.encoder.input_size = 32
@@ -79,7 +80,7 @@ class Run:
                                                    network_buffers)
         self.phase = "gan" if config.gan.discriminator != "none" else ""
         self.step = make_train_step(config, self.structure, self.phase)
-        self.jitted = jax.jit(self.step, compiler_options={"xla_backend_optimization_level": 1})
+        self.jitted = jax.jit(self.step)
 
     def batch(self, seed=0, size=4):
         """A batch."""

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.config_test import SHIPPED
-from tests.tiny import Run, reduced
+from tests.tiny import Run, compiled_quickly, reduced
 from vqrae_jax import config as config_lib
 from vqrae_jax.models import flat, losses
 from vqrae_jax.models.quantizers import Quantizer
@@ -247,7 +247,8 @@ def test_each_loss_reaches_exactly_the_promised_parts(on, tiny_config):
         moved = {path: value * 1.05 if path.startswith("encoder/") else value
                  for path, value in run.state.params.items()}
         run.state = run.state._replace(params=moved)
-    metrics = run.train(1)
+    with compiled_quickly():
+        metrics = run.train(1)
     from_pixels = bool({"pixel", "perceptual", "gan"} & set(on))
     promised = {"decoder": from_pixels, "encoder": from_pixels or bool({"vq", "distill"} & set(on)),
                 "quantizer": "vq" in on}
@@ -286,11 +287,13 @@ def test_the_adaptive_weight_is_the_ratio_of_two_whole_gradients(accumulate, tin
         weight = norm(first) / norm(second)
         return weight, jax.tree.map(lambda a, b: a + 0.5 * weight * b, first, second)
 
-    wanted = [expected(images[i::accumulate]) for i in range(accumulate)]
+    with compiled_quickly():
+        wanted = [expected(images[i::accumulate]) for i in range(accumulate)]
     weight, wanted_grads = jax.tree.map(lambda *values: sum(values) / accumulate, *wanted)
     one = lambda images, rng: gradients(run.config, run.structure, run.state, run.frozen, images, rng=rng, phase="gan")
-    (grads, _, scalars), _ = jax.jit(lambda: update.accumulate(
-        one, run.batch()["image"], jax.random.key(0), count=accumulate, add=Quantizer.add_stats))()
+    with compiled_quickly():
+        (grads, _, scalars), _ = jax.jit(lambda: update.accumulate(
+            one, run.batch()["image"], jax.random.key(0), count=accumulate, add=Quantizer.add_stats))()
     assert float(scalars["gan/adaptive_weight"]) == pytest.approx(float(weight), rel=1e-3)
     assert float(scalars["weight/gan"]) == pytest.approx(0.5 * float(weight), rel=1e-3)
     for path in run.params:

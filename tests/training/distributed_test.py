@@ -43,7 +43,7 @@ def run_together(module: str, processes: int, *flags: str, of_the_last: Sequence
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     # As `python -m`, but a process that is gone is missed sooner than after half a minute.
-    start = ("import runpy, sys; from vqrae_jax.training import distributed; distributed.TIMEOUT_SECONDS = 10; "
+    start = ("import runpy, sys; from vqrae_jax.training import distributed; distributed.TIMEOUT_SECONDS = 6; "
              f"runpy.run_module({module!r}, run_name='__main__', alter_sys=True)")
     return [subprocess.Popen(
         [sys.executable, "-c", start, f"--coordinator_address=127.0.0.1:{port}", f"--num_processes={processes}",

@@ -1,19 +1,25 @@
 """The loop trains any task: here one that knows no image and no code."""
 
+import dataclasses
+import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from tests.conftest import REPOSITORY
 from tests.training import toy
-from vqrae_jax.training import checkpoint, loop
+from vqrae_jax import config as config_lib
+from vqrae_jax.training import checkpoint, loop, sharding
 from vqrae_jax.training.reporting import Reporter
 
 STEPS = 120
@@ -75,6 +81,56 @@ def test_a_signal_stops_any_task_between_two_steps(whole, tmp_path, monkeypatch)
     assert lines(tmp_path) == lines(whole)
 
 
+def test_last_and_best_checkpoints_are_kept_and_a_restart_remembers_which_was_best(tmp_path, monkeypatch):
+    bits = iter([5.0, 1.0, 4.0, 2.0, 3.0, 6.0, 7.0, 8.0])
+    monkeypatch.setattr(toy.NextCharacter, "evaluator", lambda self, mesh: lambda *_: ({"bits": next(bits)}, {}))
+    report = Reporter.train
+
+    def interrupt(self, step, *rest):
+        report(self, step, *rest)
+        if step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Reporter, "train", interrupt)
+    train = config_lib.Train(steps=8, batch_size=8, log_every=1, checkpoint_every=1, eval_every=1)
+    task = toy.NextCharacter(dataclasses.replace(toy.config(8), train=train))
+    kept = lambda: sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
+    with pytest.raises(KeyboardInterrupt):
+        loop.run(task, tmp_path)
+    assert kept() == [2, 5, 6]
+    loop.run(task, tmp_path)
+    assert kept() == [2, 7, 8]
+
+
+def test_an_unfinished_checkpoint_is_ignored(whole, tmp_path, caplog):
+    caplog.set_level("INFO", "vqrae_jax")
+    shutil.copytree(whole, tmp_path / "run")
+    unfinished = tmp_path / "run" / "checkpoints" / f"{STEPS + 10}.orbax-checkpoint-tmp"
+    unfinished.mkdir()
+    (unfinished / "everything").write_text("half")
+    assert loop.run(toy.NextCharacter(toy.config(STEPS)), tmp_path / "run") == {}
+    assert f"continuing at step {STEPS}\n" in caplog.text
+    assert "nothing left to do" in caplog.text
+    assert not unfinished.exists()
+
+
+def test_a_full_disk_says_so_and_keeps_the_last_checkpoint(whole, tmp_path, monkeypatch):
+    save = ocp.CheckpointManager.save
+
+    def full(self, step, *arguments, **options):
+        if step == 30:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return save(self, step, *arguments, **options)
+
+    monkeypatch.setattr(ocp.CheckpointManager, "save", full)
+    with pytest.raises(OSError, match="the disk is full: .* the last complete checkpoint is kept"):
+        loop.run(toy.NextCharacter(toy.config(STEPS)), tmp_path)
+    monkeypatch.undo()
+    assert max(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == 20
+    loop.run(toy.NextCharacter(toy.config(STEPS)), tmp_path)
+    assert lines(tmp_path) == lines(whole)
+
+
 def test_a_folder_of_another_config_is_refused(whole):
     before = {file: file.read_bytes() for file in whole.rglob("*") if file.is_file()}
     with pytest.raises(ValueError, match="another config: train.steps: 120 -> 121; choose another --workdir"):
@@ -97,5 +153,12 @@ def test_a_step_that_is_not_finite_is_skipped_and_too_many_stop_the_run(tmp_path
     monkeypatch.setattr(toy.Batches, "__next__", broken_from_step_11)
     with pytest.raises(FloatingPointError, match="20 steps in a row up to step 30"):
         loop.run(Broken(toy.config(STEPS)), tmp_path)
+    abstract, *_ = Broken(toy.config(STEPS)).abstract(sharding.one_device())
+    with closing(checkpoint.Checkpoints(tmp_path, ["everything"], toy.NextCharacter.best, read_only=True)) as saved:
+        last, _ = saved.restore(30, {"everything": abstract._asdict()})
+    assert np.all(np.isfinite(last["everything"]["params"]["logits/kernel"]))  # the last good state
+    for _ in range(2):  # where no step is left, a restart says the same
+        with pytest.raises(FloatingPointError, match="20 steps in a row up to step 30"):
+            loop.run(Broken(toy.config(30)), tmp_path / "to the end")
     records = [json.loads(line) for line in lines(tmp_path)]
     assert [r["loss/next"] is None for r in records if "loss/next" in r] == [False] * 10 + [True] * 20

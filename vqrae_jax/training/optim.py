@@ -1,5 +1,6 @@
 """Optimizers, learning-rate schedules, freezing by path, and the moving average of the weights."""
 
+import functools
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -46,6 +47,7 @@ def from_config(optim: Optim, *, steps: int) -> optax.GradientTransformation:
                  weight_decay=optim.weight_decay, clip_norm=optim.clip_norm)
 
 
+@functools.cache  # parameters of one rate share a schedule, which a step then computes once
 def warmup_cosine(*, lr: float, end_lr: float, warmup_steps: int, steps: int) -> optax.Schedule:
     """Linear from 0 to `lr` over `warmup_steps`, then half a cosine down to `end_lr` at `steps`."""
     return optax.warmup_cosine_decay_schedule(0.0 if warmup_steps else lr, lr, warmup_steps, steps, end_lr)
@@ -69,7 +71,8 @@ def adamw(rates: Callable[[str], optax.Schedule], *, b1: float, b2: float, weigh
 
     def scale(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         del params
-        scaled = {path: -jnp.asarray(rates(path)(state.count)) * update for path, update in updates.items()}
+        values = _rates_at(state.count, rates, updates)
+        scaled = {path: -values[path] * update for path, update in updates.items()}
         return scaled, optax.ScaleByScheduleState(optax.safe_increment(state.count))
 
     return optax.chain(
@@ -90,8 +93,15 @@ def rates_by_part(rates: Callable[[str], optax.Schedule], paths: Iterable[str],
       opt_state: of `adamw`, before the step.
     """
     count = opt_state[-1].count  # of updates made, by which the optimizer reads its schedules
-    by_path = {path: jnp.asarray(rates(path)(count), jnp.float32) for path in paths}
+    by_path = _rates_at(count, rates, paths)
     return {part: jnp.max(jnp.stack(list(flat.under(f"{part}/", by_path).values()))) for part in flat.parts(by_path)}
+
+
+def _rates_at(count: jax.Array, rates: Callable[[str], optax.Schedule], paths: Iterable[str]) -> dict[str, jax.Array]:
+    """The learning rate of each path after `count` updates."""
+    schedules = {path: rates(path) for path in paths}
+    values = {schedule: jnp.asarray(schedule(count), jnp.float32) for schedule in dict.fromkeys(schedules.values())}
+    return {path: values[schedule] for path, schedule in schedules.items()}
 
 
 def moving_average(average: Mapping[str, jax.Array], new: Mapping[str, jax.Array],
