@@ -89,7 +89,7 @@ def test_a_scalar_loss_from_outside_is_optimised_and_reported(example, tiny_conf
 
 
 def test_a_network_and_a_discriminator_from_outside_train(example, tiny_config):
-    example("network_loss")
+    example("network_loss")  # a network with a buffer
     example("discriminator")
     tiny_config.loss.perceptual_weight = 1.0
     tiny_config.loss.perceptual.update(lpips=1.0, random_weights=True)

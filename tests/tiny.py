@@ -10,7 +10,7 @@ import numpy as np
 from tests.conftest import REFERENCE
 from vqrae_jax import config as config_lib
 from vqrae_jax.tokenizer import build, init, train_state
-from vqrae_jax.tokenizer.loss import make_train_step
+from vqrae_jax.tokenizer.loss import make_train_step, phase_of
 from vqrae_jax.training import sharding
 from vqrae_jax.weights import huggingface
 
@@ -78,7 +78,7 @@ class Run:
         self.params, self.buffers, self.networks, network_buffers = jax.tree.map(jnp.asarray, jax.device_get(arrays))
         self.state, self.frozen = train_state.init(config, self.structure, self.params, self.buffers, self.networks,
                                                    network_buffers)
-        self.phase = "gan" if config.gan.discriminator != "none" else ""
+        self.phase = phase_of(config, config.train.steps)
         self.step = make_train_step(config, self.structure, self.phase)
         self.jitted = jax.jit(self.step)
 

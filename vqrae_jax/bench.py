@@ -9,6 +9,7 @@ ours. It needs a SimVQ model in float32 and PyTorch installed.
 """
 
 import json
+import sys
 from pathlib import Path
 
 from absl import flags
@@ -28,10 +29,12 @@ def main(_) -> None:
     if _CHILD.value:
         return bench.serve(config, _CHILD.value)
     results, file = {}, Path(_JSON.value) if _JSON.value else None
+    command = [sys.executable, "-m", "vqrae_jax.bench", *sys.argv[1:]]
     for case in _CASES.value:
         if file:  # before the work, and again after each case: what is measured is not lost
             file.write_text(json.dumps(results, indent=2) + "\n")
-        results[case] = bench.measure(config, case, repeats=_REPEATS.value, against=_AGAINST.value == "torch")
+        results[case] = bench.measure(config, case, [*command, f"--child={case}"], repeats=_REPEATS.value,
+                                      against=_AGAINST.value == "torch")
         print(bench.line(case, results[case]), flush=True)
     if file:
         file.write_text(json.dumps(results, indent=2) + "\n")

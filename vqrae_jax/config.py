@@ -29,8 +29,15 @@ BELOW_ONE = 1 - 1e-6  # a moving average of decay 1 would never move
 
 def _key(default: Any, *, low: float | None = None, high: float | None = None, among: tuple[Any, ...] = (),
          free: bool = False) -> Any:
-    """A key: its range; tables (or tuples of names), one of which must have its value; and whether it is free to change
-    when a run continues, for it alters neither the parameters nor the metrics of a step."""
+    """A key of the config.
+
+    Args:
+      default: its default.
+      low: the least value it may have.
+      high: the greatest.
+      among: tables, or tuples, of the names that it may be.
+      free: whether it may change when a run continues, because the parameters of later steps do not depend on it.
+    """
     return dataclasses.field(default=default, metadata={"low": low, "high": high, "among": among, "free": free})
 
 
@@ -211,7 +218,7 @@ class Run:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(Run):
-    """A tokenizer's."""
+    """What training a tokenizer reads."""
 
     init_from: str = ""  # a run folder whose weights to start from
     data: Data = Data()
@@ -221,7 +228,7 @@ class Config(Run):
     gan: Gan = Gan()
 
 
-Kind = TypeVar("Kind", bound=Run)
+ConfigType = TypeVar("ConfigType", bound=Run)
 
 
 def default() -> ml_collections.ConfigDict:
@@ -229,21 +236,21 @@ def default() -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict(dataclasses.asdict(Config()))
 
 
-def parse(values: ml_collections.ConfigDict | dict[str, Any], kind: type[Kind] = Config) -> Kind:
+def parse(values: ml_collections.ConfigDict | dict[str, Any], config_type: type[ConfigType] = Config) -> ConfigType:
     """Checks a complete set of values and returns it typed.
 
     Args:
       values: of all keys.
-      kind: which task's config they are.
+      config_type: which task's config they are.
 
     Raises:
       ValueError: a key is unknown, missing, of the wrong type or out of range, or two keys contradict each other.
     """
     if not isinstance(values, dict):
         values = values.to_dict()
-    config = _parse_section(kind, values, prefix="")
+    config = _parse_section(config_type, values, prefix="")
     _check_run(config)
-    if issubclass(kind, Config):
+    if issubclass(config_type, Config):
         _check_tokenizer(config)
     return config
 
@@ -255,12 +262,12 @@ def save(config: Run, file: Path) -> None:
     new.replace(file)
 
 
-def load(file: Path, kind: type[Kind] = Config) -> Kind:
+def load(file: Path, config_type: type[ConfigType] = Config) -> ConfigType:
     """Reads what `save` wrote; keys that came later than the file have their defaults.
 
     Args:
       file: `config.json` in the folder of a run.
-      kind: which task's config it is.
+      config_type: which task's config it is.
 
     Raises:
       OSError, ValueError: the file, or the key, that cannot be read.
@@ -272,7 +279,7 @@ def load(file: Path, kind: type[Kind] = Config) -> Kind:
     except json.JSONDecodeError as error:
         raise ValueError(f"{file} is damaged: {error}") from None
     try:
-        return parse(_with_defaults(dataclasses.asdict(kind()), values), kind)
+        return parse(_with_defaults(dataclasses.asdict(config_type()), values), config_type)
     except ValueError as error:
         raise ValueError(f"{file} is not the config of a run of this version: {error}") from None
 
@@ -300,23 +307,23 @@ def _differences(old: Any, new: Any, *, prefix: str) -> list[str]:
     return found
 
 
-def _parse_section(kind: type, values: Any, *, prefix: str) -> Any:
+def _parse_section(section: type, values: Any, *, prefix: str) -> Any:
     if not isinstance(values, dict):
         raise ValueError(f"config key {prefix.rstrip('.')} must hold keys, not {values!r}")
-    fields = {field.name: field for field in dataclasses.fields(kind)}
+    fields = {field.name: field for field in dataclasses.fields(section)}
     if unknown := sorted(values.keys() - fields.keys()):
         raise ValueError(f"unknown config key {prefix}{unknown[0]}: there are {', '.join(prefix + n for n in fields)}")
     if missing := sorted(fields.keys() - values.keys()):
         raise ValueError(f"config key {prefix}{missing[0]} is missing")
-    types = typing.get_type_hints(kind)
-    return kind(**{name: _parse_value(types[name], values[name], field.metadata, name=prefix + name)
+    types = typing.get_type_hints(section)
+    return section(**{name: _parse_value(types[name], values[name], field.metadata, name=prefix + name)
                    for name, field in fields.items()})
 
 
-def _parse_value(kind: Any, value: Any, limits: Mapping[str, Any], *, name: str) -> Any:
-    if dataclasses.is_dataclass(kind):
-        return _parse_section(typing.cast(type, kind), value, prefix=name + ".")
-    value = _convert(kind, value, name=name)
+def _parse_value(hint: Any, value: Any, limits: Mapping[str, Any], *, name: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return _parse_section(typing.cast(type, hint), value, prefix=name + ".")
+    value = _convert(hint, value, name=name)
     if not limits:
         return value
     if limits["among"] and not any(value in names for names in limits["among"]):
@@ -329,23 +336,23 @@ def _parse_value(kind: Any, value: Any, limits: Mapping[str, Any], *, name: str)
     return value
 
 
-def _convert(kind: Any, value: Any, *, name: str) -> Any:
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+def _convert(hint: Any, value: Any, *, name: str) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         if value not in arguments:
             raise ValueError(f"config key {name} must be one of {', '.join(arguments)}, not {value!r}")
         return value
     if origin is tuple and isinstance(value, list | tuple):
-        kinds = arguments[:1] * len(value) if arguments[1:] == (...,) else arguments
-        if len(kinds) != len(value):
-            raise ValueError(f"config key {name} must have {len(kinds)} entries, not {value!r}")
-        return tuple(_convert(k, v, name=name) for k, v in zip(kinds, value, strict=True))
-    if kind is float and type(value) is int:
+        hints = arguments[:1] * len(value) if arguments[1:] == (...,) else arguments
+        if len(hints) != len(value):
+            raise ValueError(f"config key {name} must have {len(hints)} entries, not {value!r}")
+        return tuple(_convert(entry_hint, entry, name=name) for entry_hint, entry in zip(hints, value, strict=True))
+    if hint is float and type(value) is int:
         return float(value)
-    if origin is tuple or type(value) is not kind:
-        expected = "tuple" if origin is tuple else kind.__name__
+    if origin is tuple or type(value) is not hint:
+        expected = "tuple" if origin is tuple else hint.__name__
         raise ValueError(f"config key {name} must be of type {expected}, not {value!r}")
-    if kind is float and not math.isfinite(value):
+    if hint is float and not math.isfinite(value):
         raise ValueError(f"config key {name} must be a finite number, not {value}")
     return value
 
@@ -372,7 +379,7 @@ def _check_tokenizer(config: Config) -> None:
         name: (*kind.keys, *(("init",) if kind.from_data else ())) for name, kind in QUANTIZERS.items()})
     _check_kinds("model.decoder", decoder, decoder.shape, _CUSTOM_SHAPE)
     _check_kinds("gan", gan, gan.discriminator, {name: kind.keys for name, kind in DISCRIMINATORS.items()})
-    if "fsq" in quantizer.kind and not quantizer.levels:
+    if "levels" in QUANTIZERS[quantizer.kind].keys and not quantizer.levels:
         raise ValueError("config key model.quantizer.levels is empty, but FSQ needs levels")
     for name in _CUSTOM_SHAPE["custom"]:
         if decoder.shape == "custom" and not getattr(decoder, name):

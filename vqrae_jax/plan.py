@@ -7,6 +7,7 @@ Needs the TPU compiler (`pip install 'vqrae_jax[tpu]'`), which runs on any Linux
 """
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 
@@ -21,17 +22,16 @@ from vqrae_jax.training.files import disk_errors
 
 def main(_) -> None:
     values = _CONFIG.value
-    # Shapes are enough.
-    values.model.encoder.random_weights = values.loss.perceptual.random_weights = True
-    if values.gan.discriminator.startswith("dino"):
-        values.gan.update(random_weights=True, heads="")
-    values.init_from = ""
+    values.model.encoder.random_weights = True  # the shape is enough
     if _BATCH.value:
         values.train.batch_size = _BATCH.value
     config = config_lib.parse(values)
     if not (folder := Path(_JSON.value).parent).is_dir():  # before the work
         raise FileNotFoundError(f"--json={_JSON.value}: there is no folder {folder}")
-    result = plan.search(config, _TOPOLOGY.value) if _SEARCH.value else plan.plan(config, _TOPOLOGY.value)
+    if _SEARCH.value:
+        result = plan.search(config, _TOPOLOGY.value, report=functools.partial(print, flush=True))
+    else:
+        result = plan.plan(config, _TOPOLOGY.value)
     if result is None:
         raise ValueError(f"nothing fits {_TOPOLOGY.value} with a batch of {config.train.batch_size}")
     print(plan.table(result))

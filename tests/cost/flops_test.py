@@ -10,7 +10,7 @@ from vqrae_jax import config as config_lib
 from vqrae_jax.cost.flops import flops
 from vqrae_jax.models import flat
 from vqrae_jax.tokenizer import build, train_state
-from vqrae_jax.tokenizer.loss import make_train_step
+from vqrae_jax.tokenizer.loss import make_train_step, phase_of
 from vqrae_jax.tokenizer.task import abstract_batch
 from vqrae_jax.training import sharding
 
@@ -61,7 +61,7 @@ PERCEPTUAL = {"loss.perceptual_weight": 1.0, "loss.perceptual.lpips": 1.0, "loss
 ])
 def test_the_formula_is_what_a_step_does(changes, learning_parts, tolerance, tiny_config):
     config = parsed(tiny_config, changes)
-    phase = "gan" if config.gan.discriminator != "none" else ""
+    phase = phase_of(config, config.train.steps)
     structure, mesh = build.structure(config), sharding.one_device()
     state = train_state.abstract(config, structure, mesh)
     step = jax.make_jaxpr(make_train_step(config, structure, phase))(*state, abstract_batch(config, mesh))

@@ -143,7 +143,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_too_many_stop_the_run(tmp_path
 
     class Broken(toy.NextCharacter):
         def _loss(self, params, frozen, batch):
-            # Position 0 of the text begins no batch but broken ones.
+            # Byte 0 is in no batch but broken ones.
             return super()._loss(params, frozen, batch) / (batch["character"][0] != 0)
 
     def broken_from_step_11(self):
@@ -153,7 +153,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_too_many_stop_the_run(tmp_path
     monkeypatch.setattr(toy.Batches, "__next__", broken_from_step_11)
     with pytest.raises(FloatingPointError, match="20 steps in a row up to step 30"):
         loop.run(Broken(toy.config(STEPS)), tmp_path)
-    abstract, *_ = Broken(toy.config(STEPS)).abstract(sharding.one_device())
+    abstract, _ = Broken(toy.config(STEPS)).abstract(sharding.one_device())
     with closing(checkpoint.Checkpoints(tmp_path, ["everything"], toy.NextCharacter.best, read_only=True)) as saved:
         last, _ = saved.restore(30, {"everything": abstract._asdict()})
     assert np.all(np.isfinite(last["everything"]["params"]["logits/kernel"]))  # the last good state

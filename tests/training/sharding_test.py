@@ -25,12 +25,14 @@ from vqrae_jax.training import checkpoint, sharding
 
 STEPS, BATCH, TOKENS, CODES = 20, 16, 16 * 16, 48
 KINDS = {
-    "simvq": {"meshes": ((1, 1), (8, 1), (4, 2), (2, 4), (1, 8)), "accumulate": 1,
-              "quantizer": {"kind": "simvq", "dim": 40}},
+    "simvq": {"meshes": ((1, 1), (2, 4), (1, 8)), "accumulate": 1, "quantizer": {"kind": "simvq", "dim": 40}},
+    "simvq, more meshes": {"meshes": ((1, 1), (8, 1), (4, 2)), "accumulate": 1,
+                           "quantizer": {"kind": "simvq", "dim": 40}},
     "ema": {"meshes": ((1, 1), (2, 4)), "accumulate": 2,
             "quantizer": {"kind": "ema", "dim": 32, "restart_threshold": 0.5}},
 }
-MOVES = ((1, 1), (1, 8), (2, 1), (2, 4), (8, 1), (1, 2), (1, 1))
+MOVES = {"move": ((1, 1), (1, 8), (2, 4), (1, 1)), "move on": ((1, 1), (2, 1), (8, 1), (1, 2), (1, 1))}
+LONG = {"simvq, more meshes", "move on"}
 
 
 def make_config(values: dict, *, kind: str, mesh: tuple[int, int]) -> config_lib.Config:
@@ -83,11 +85,11 @@ def move(configs: list[config_lib.Config], folder: Path) -> None:
     expected = jax.device_get((state, frozen))
     for i, config in enumerate(configs[1:]):
         checkpoint.save_frozen(folder / str(i), frozen)
-        with closing(checkpoint.Checkpoints(folder / str(i), runs.ITEMS, runs.BEST)) as checkpoints:
+        with closing(checkpoint.Checkpoints(folder / str(i), train_state.items(state), runs.BEST)) as checkpoints:
             checkpoints.save(1, train_state.items(state), {"next_batch": 1}, {})
         mesh = make_mesh(config)
         abstract, abstract_frozen = train_state.abstract(config, build.structure(config), mesh)
-        with closing(checkpoint.Checkpoints(folder / str(i), runs.ITEMS, runs.BEST)) as checkpoints:
+        with closing(checkpoint.Checkpoints(folder / str(i), train_state.items(abstract), runs.BEST)) as checkpoints:
             items, _ = checkpoints.restore(1, train_state.items(abstract))
         state = train_state.from_items(items)
         frozen = checkpoint.load_frozen(folder / str(i), abstract_frozen)
@@ -101,7 +103,11 @@ def in_a_process_with_eight_devices(kind: str, out: Path) -> None:
                    cwd=REPOSITORY)
 
 
-@pytest.fixture(scope="module", params=sorted(KINDS))
+def marked(kinds):
+    return [pytest.param(kind, marks=[pytest.mark.long] if kind in LONG else []) for kind in kinds]
+
+
+@pytest.fixture(scope="module", params=marked(sorted(KINDS)))
 def on_each_mesh(request, tmp_path_factory):
     """What `train` returns on each mesh."""
     out = tmp_path_factory.mktemp("sharding") / "runs.json"
@@ -130,15 +136,16 @@ def test_no_device_ever_holds_all_of_what_is_split(on_each_mesh):
         assert max(map(int, scores)) <= TOKENS // (data * fsdp)
 
 
-def test_a_checkpoint_moves_between_meshes_bit_by_bit(tmp_path):
-    in_a_process_with_eight_devices("move", tmp_path)
-    assert len(list(tmp_path.glob("*/checkpoints/1"))) == len(MOVES) - 1
+@pytest.mark.parametrize("moves", marked(MOVES))
+def test_a_checkpoint_moves_between_meshes_bit_by_bit(moves, tmp_path):
+    in_a_process_with_eight_devices(moves, tmp_path)
+    assert len(list(tmp_path.glob("*/checkpoints/1"))) == len(MOVES[moves]) - 1
 
 
 def test_every_axis_and_rule_says_what_it_means():
     mesh = jax.sharding.AbstractMesh((2, 4), ("data", "fsdp"))
-    spec = lambda name, shape: sharding.of(
-        mesh, {name: jax.ShapeDtypeStruct(shape, jnp.float32)}, train_state.rules())[name].spec
+    rules = train_state.rules(config_lib.Config(model=config_lib.Model(quantizer=config_lib.Quantizer(kind="ema"))))
+    spec = lambda name, shape: sharding.of(mesh, {name: jax.ShapeDtypeStruct(shape, jnp.float32)}, rules)[name].spec
     kernel = "decoder/transformer/blocks/mlp/fc1/kernel"
     assert spec(f"opt_state/1/mu/{kernel}", (2, 32, 64)) == PartitionSpec(None, "fsdp", None)
     assert spec(f"params/{kernel}", (2, 30, 64)) == PartitionSpec(None, None, "fsdp")
@@ -171,8 +178,8 @@ if __name__ == "__main__":
     values["data"]["image_size"] = 32
     values["model"]["encoder"]["path"] = str(REFERENCE / "siglip_vision")
     values["optim"].update(lr=1e-3, warmup_steps=2, ema_decay=0.9)
-    if kind == "move":
-        move([make_config(values, kind="simvq", mesh=mesh) for mesh in MOVES], Path(out))
+    if kind in MOVES:
+        move([make_config(values, kind="simvq", mesh=mesh) for mesh in MOVES[kind]], Path(out))
     else:
         results = [(mesh, train(make_config(values, kind=kind, mesh=mesh))) for mesh in KINDS[kind]["meshes"]]
         Path(out).write_text(json.dumps(results))

@@ -70,8 +70,7 @@ class NextCharacter:
         return State(zero, params, self.optimizer.init(params), zero, zero), Frozen(embedding)
 
     def abstract(self, mesh):
-        rows = jax.ShapeDtypeStruct((self.config.train.batch_size,), jnp.uint8, sharding=sharding.batch_sharding(mesh))
-        return (*sharding.placed(mesh, jax.eval_shape(self._init)), {"character": rows, "next": rows})
+        return sharding.placed(mesh, jax.eval_shape(self._init))
 
     def init(self, mesh):
         return sharding.made(self._init, mesh, sharding.RULES)

@@ -20,12 +20,13 @@ from flax import nnx
 from vqrae_jax import config as config_lib
 from vqrae_jax.config import Config
 from vqrae_jax.cost import flops
-from vqrae_jax.data import BadImages, open_source, train_batches
+from vqrae_jax.data import BadImages, open_source
 from vqrae_jax.models import flat
 from vqrae_jax.models.quantizers import EMAVQ
 from vqrae_jax.tokenizer import build, init, train_state
 from vqrae_jax.tokenizer.inference import Tokenizer
-from vqrae_jax.tokenizer.loss import make_train_step
+from vqrae_jax.tokenizer.loss import make_train_step, phase_of
+from vqrae_jax.tokenizer.task import open_train_batches
 from vqrae_jax.training import sharding
 
 SEARCH_DIM = 1536  # of the code search alone: the width of so400m's codes
@@ -48,16 +49,11 @@ def stage(config: Config, case: str) -> Config:
         loss=dataclasses.replace(config.loss, distill_weight=0.0 if frozen else 1.0))
 
 
-def phase(case: str) -> str:
-    """That of a training step."""
-    return "gan" if case == "train_stage2_gan" else ""
-
-
 def model_flops(config: Config, case: str) -> int | None:
     """Model FLOPs of one run of a case; None for the input pipeline."""
     staged, batch = stage(config, case), config.train.batch_size
     structure = build.structure(staged)
-    work = flops.flops(staged, structure, phase(case))
+    work = flops.flops(staged, structure, phase_of(staged, staged.train.steps))
     if case == "search":
         return 2 * batch * structure.tokens * config.model.quantizer.size * SEARCH_DIM
     if case.startswith("train"):
@@ -69,15 +65,12 @@ def prepare(config: Config, case: str) -> Callable[[], Any]:
     """A function that does the work of a case once, to the end."""
     batch, size, rng = config.train.batch_size, config.data.image_size, np.random.default_rng(0)
     if case == "input":
-        data = config.data
-        batches = train_batches(
-            open_source(data.source, training=True), image_size=size, batch_size=batch, seed=config.seed,
-            crop_scale_min=data.crop_scale_min, flip=data.flip, threads=data.threads, workers=data.workers,
-            bad_images=BadImages(os.devnull))  # a file, for there may be workers
+        # A file, for there may be workers.
+        batches = open_train_batches(config, open_source(config.data.source, training=True), BadImages(os.devnull))
         return lambda: [next(batches) for _ in range(INPUT_BATCHES)]
     images = rng.integers(0, 256, (batch, size, size, 3), np.uint8)
     if case.startswith("train"):
-        return _train(stage(config, case), images, phase(case))
+        return _train(stage(config, case), images)
     structure = build.structure(config)
     if case == "search":
         return _search(batch * structure.tokens, config.model.quantizer.size)
@@ -102,13 +95,13 @@ def _search(tokens: int, size: int) -> Callable[[], Any]:
     return _repeat(jax.jit(quantize, donate_argnums=0), buffers, z)
 
 
-def _train(config: Config, images: np.ndarray, phase: str) -> Callable[[], Any]:
+def _train(config: Config, images: np.ndarray) -> Callable[[], Any]:
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch_size(mesh, config)
     structure = build.structure(config)
     arrays = (*init.model_arrays(config, structure, mesh), *init.network_arrays(config, mesh))
     state, frozen = train_state.made(config, structure, mesh, *arrays)
-    step = sharding.jit_step(make_train_step(config, structure, phase), mesh, state)
+    step = sharding.jit_step(make_train_step(config, structure, phase_of(config, config.train.steps)), mesh, state)
     return _repeat(lambda state: step(state, frozen, sharding.put_batch(mesh, {"image": images})), state)
 
 
@@ -193,9 +186,17 @@ def pytorch_command(config: Config, case: str) -> list[str]:
     return [sys.executable, str(Path(__file__).parent / "pytorch.py"), json.dumps(job)]
 
 
-def measure(config: Config, case: str, *, repeats: int, against: bool) -> dict[str, Any]:
-    """Runs a case, in turns with PyTorch where wanted; returns what is written as JSON."""
-    commands = {"jax": [sys.executable, "-m", "vqrae_jax.bench", *sys.argv[1:], f"--child={case}"]}
+def measure(config: Config, case: str, command: list[str], *, repeats: int, against: bool) -> dict[str, Any]:
+    """Runs a case, in turns with PyTorch where wanted; returns what is written as JSON.
+
+    Args:
+      config: of the model.
+      case: one of `CASES`.
+      command: starts a process that calls `serve` with both.
+      repeats: runs that count.
+      against: whether PyTorch takes turns.
+    """
+    commands = {"jax": command}
     if against and case in AGAINST:
         commands["torch"] = pytorch_command(config, case)
     children = {name: Child(command, f"{name}, {case},") for name, command in commands.items()}

@@ -75,7 +75,7 @@ class Flops(NamedTuple):
 def flops(config: Config, structure: Structure, phase: str) -> Flops:
     """The floating-point operations of a config's model.
 
-    An encoder of which only a part learns counts as one that learns.
+    An encoder of which only some layers learn counts as one that learns.
 
     Args:
       config: of the run.

@@ -10,6 +10,7 @@ import math
 import os
 import re
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,7 +22,7 @@ from vqrae_jax.cost import flops
 from vqrae_jax.cost.flops import CHIPS
 from vqrae_jax.models import flat
 from vqrae_jax.tokenizer import build, train_state
-from vqrae_jax.tokenizer.loss import make_train_step
+from vqrae_jax.tokenizer.loss import make_train_step, phase_of
 from vqrae_jax.tokenizer.task import abstract_batch
 from vqrae_jax.training import sharding
 
@@ -97,7 +98,7 @@ def plan(config: Config, topology: str) -> Plan:
     chip = CHIPS[devices[0].device_kind]
     mesh = sharding.make_mesh(config.mesh, devices)
     sharding.check_batch_size(mesh, config)
-    phase = "gan" if config.gan.discriminator != "none" else ""
+    phase = phase_of(config, config.train.steps)
     structure = build.structure(config)
     state, frozen = train_state.abstract(config, structure, mesh)
     started = time.perf_counter()
@@ -150,8 +151,8 @@ def _bytes_per_chip(tree: Any) -> int:
 def collective_bytes(hlo: str) -> dict[str, int]:
     """Bytes that a chip sends in one run of a compiled program, by operation; bodies of loops times their trip count.
 
-    A ring is assumed: of n chips, each sends n - 1 parts of what is gathered or reduced and scattered. An all-reduce is
-    counted as twice its operands, an all-to-all as its operands, as if n were large.
+    A ring is assumed: of n chips, each sends n - 1 shares of what is gathered or reduced and scattered. An all-reduce
+    is counted as twice its operands, an all-to-all as its operands, as if n were large.
 
     Args:
       hlo: `compiled.as_text()`.
@@ -232,8 +233,11 @@ def candidates(config: Config, chips: int) -> list[Config]:
     return found
 
 
-def search(config: Config, topology: str) -> Plan | None:
-    """The first of `candidates` that fits, trying only those whose state alone leaves room; None if none does."""
+def search(config: Config, topology: str, report: Callable[[str], None]) -> Plan | None:
+    """The first of `candidates` that fits, trying only those whose state alone leaves room; None if none does.
+
+    What each that was tried needs goes to `report`, a line of text.
+    """
     devices = topology_devices(topology)
     once = dataclasses.replace(config, train=dataclasses.replace(config.train, accumulate=1))
     sharding.check_batch_size(sharding.make_mesh(config_lib.Mesh(), devices), once)
@@ -251,7 +255,7 @@ def search(config: Config, topology: str) -> Plan | None:
         if state + gradients + min(activations, default=0) > limit:
             continue
         result = plan(candidate, topology)
-        print(_row(result), flush=True)
+        report(_row(result))
         if result.fits:
             return result
         needed[accumulate, remat] = result.hbm_gib_per_chip * GIB - state - gradients

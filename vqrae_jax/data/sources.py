@@ -324,7 +324,8 @@ class SourceKind(NamedTuple):
 
 # By the first word of a SPEC.
 SOURCES = {
-    "embedded": SourceKind("embedded", lambda rest, *, training: EmbeddedSource("train" if training else "validation")),
+    "embedded": SourceKind(
+        "embedded", lambda rest, *, training: EmbeddedSource("train" if training else "validation")),
     "folder": SourceKind("folder:PATH", lambda rest, *, training: FolderSource(rest)),
     "tfds": SourceKind("tfds:NAME[:SPLIT][@DATA_DIR]", _open_tfds),
     "array_record": SourceKind("array_record:GLOB", lambda rest, *, training: ArrayRecordSource(rest)),

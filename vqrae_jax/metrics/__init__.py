@@ -82,14 +82,15 @@ def _count_codes(batch: Batch) -> jax.Array:
 
 
 def _codes(counts: np.ndarray) -> dict[str, float]:
-    if len(counts) == 1:
+    """Over all images: the share of codes that any of them hit, and exp of the entropy of the usage histogram."""
+    if len(counts) == 1:  # there are no codes
         return {}
     return {"code_usage": float(code_usage(jnp.asarray(counts))),
             "code_perplexity": float(perplexity(jnp.asarray(counts)))}
 
 
 def _knn(kept: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:
-    """Only where there are at least two labels, and one of them twice."""
+    """Leave-one-out over all images, on the mean of their features; it takes two labels, and one of them twice."""
     features, labels = _joined(kept)
     if labels.min() < 0 or not 1 < len(np.unique(labels)) < len(labels):
         return {}

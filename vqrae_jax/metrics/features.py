@@ -49,9 +49,9 @@ def knn_top1(features: np.ndarray, labels: np.ndarray, *, reference: tuple[np.nd
     block = max(1, MAX_SIMILARITIES // len(voters))
     correct = 0
     for start in range(0, len(features), block):
-        part = slice(start, start + block)
-        predicted = predict(_unit(features[part]), jnp.arange(start, start + len(features[part])))
-        correct += int(np.sum(np.asarray(predicted) == np.asarray(labels[part])))
+        rows = slice(start, start + block)
+        predicted = predict(_unit(features[rows]), jnp.arange(start, start + len(features[rows])))
+        correct += int(np.sum(np.asarray(predicted) == np.asarray(labels[rows])))
     return correct / len(features)
 
 

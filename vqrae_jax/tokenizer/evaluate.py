@@ -73,11 +73,8 @@ def evaluate(eval_step: EvalStep, arrays: Arrays, mesh: Mesh, batches: Iterable[
       samples: how many images to keep for a picture, from the first batches.
 
     Returns:
-      metrics and pictures. Metrics: `psnr` (dB) and `ssim`, means over images; where there are codes, `code_usage`, the
-      share of them that any image hit, and `code_perplexity`, exp of the entropy of their usage histogram; `knn_top1`,
-      leave-one-out over the images on the mean of their continuous features (only where there are at least two labels,
-      and one of them twice); `num_images`. Pictures: `original` and `reconstruction`, float32 `[samples, H, W, 3]` in
-      [0, 1].
+      metrics and pictures. Metrics: the numbers of every row of `METRICS`, and `num_images`. Pictures: `original` and
+      `reconstruction`, float32 `[samples, H, W, 3]` in [0, 1].
 
     Raises:
       ValueError: no image could be read.

@@ -57,7 +57,8 @@ class Gan:
     def init(self, params: Arrays, buffers: Arrays) -> GanState:
         """The state at the start, from all parameters and buffers of the losses' networks."""
         learned = {path: value for path, value in params.items() if learns(path)}
-        return GanState(params=learned, buffers=dict(buffers),
+        return GanState(params=learned, buffers={path: value for path, value in buffers.items()
+                                                 if flat.part(path) == "discriminator"},
                         opt_state=self.optimizer().init(learned) if learned else (),
                         mean_logits=jnp.zeros(2, jnp.float32))
 
@@ -91,18 +92,19 @@ class Gan:
         logits = self._discriminator(state.params, state, networks)(self.augmented(fakes, rng))
         return GENERATOR_LOSSES[self.config.gan.generator_loss](logits)
 
-    def weighted_loss(self, state: GanState, networks: Arrays, fakes: jax.Array, reconstruction: jax.Array, *,
-                      decoder: Decoder, hidden: jax.Array, step: jax.Array, rng: jax.Array):
-        """The generator's loss and its weight at this step, its gradient by the pixels, and metrics.
+    def weighted_loss(self, state: GanState, networks: Arrays, fakes: jax.Array, other_cotangent: jax.Array, *,
+                      decoder: Decoder, hidden: jax.Array, step: jax.Array,
+                      rng: jax.Array) -> tuple[tuple[jax.Array, jax.Array], jax.Array, Metrics]:
+        """The generator's weight and loss, the loss's gradient with respect to the reconstructions, and metrics.
 
         Args:
           state: of the discriminator.
-          networks: frozen parameters of the losses' networks.
+          networks: frozen arrays of the losses' networks.
           fakes: reconstructions `[B, H, W, 3]`, as constants.
-          reconstruction: the gradient of the other losses with respect to them, for the adaptive weight.
-          decoder: what made them,
-          hidden: of these tokens.
-          step: which one it is.
+          other_cotangent: the gradient of all other losses with respect to them, for the adaptive weight.
+          decoder: the decoder that made them.
+          hidden: the tokens that its last layer made them of.
+          step: batches seen before this one.
           rng: a key.
         """
         ramp = self.ramp(step)
@@ -112,7 +114,7 @@ class Gan:
             ramp > 0, loss, lambda fakes: (jnp.zeros(()), jnp.zeros_like(fakes)), fakes)
         weight, metrics = self.config.gan.weight * ramp, {}
         if self.config.gan.adaptive:
-            adaptive = adaptive_weight(decoder, hidden, reconstruction, cotangent,
+            adaptive = adaptive_weight(decoder, hidden, other_cotangent, cotangent,
                                        largest=self.config.gan.max_adaptive_weight)
             weight, metrics["gan/adaptive_weight"] = weight * adaptive, adaptive
         return (weight, value), cotangent, metrics
@@ -149,21 +151,21 @@ class Gan:
         return flat.merge(self.structure.networks.graphdefs["discriminator"], arrays)
 
 
-def adaptive_weight(decoder: Decoder, hidden: jax.Array, reconstruction: jax.Array, adversarial: jax.Array, *,
+def adaptive_weight(decoder: Decoder, hidden: jax.Array, other_cotangent: jax.Array, gan_cotangent: jax.Array, *,
                     largest: float) -> jax.Array:
-    """|d reconstruction / d w| / (|d adversarial / d w| + 1e-6) in [0, largest], w the decoder's last matrix.
+    """|d other losses / d w| / (|d generator's loss / d w| + 1e-6) in [0, largest], w the decoder's last matrix.
 
     VQGAN, arXiv 2012.09841, equation 7. It costs two small matmuls and no pass through the decoder.
 
     Args:
       decoder: whose `to_images` is that layer.
-      hidden: what it saw.
-      reconstruction: gradient of the one loss with respect to the pixels.
-      adversarial: that of the other.
+      hidden: the tokens that this layer saw.
+      other_cotangent: gradient of the other losses with respect to the pixels.
+      gan_cotangent: that of the generator's loss.
       largest: the clamp.
     """
     graphdef, arrays, _ = flat.split(decoder)
     last_layer = lambda kernel: flat.merge(graphdef, arrays, {"pixels/kernel": kernel}).to_images(hidden)
     _, pull_back = jax.vjp(last_layer, arrays["pixels/kernel"])
-    norms = [jnp.linalg.norm(pull_back(cotangent)[0]) for cotangent in (reconstruction, adversarial)]
+    norms = [jnp.linalg.norm(pull_back(cotangent)[0]) for cotangent in (other_cotangent, gan_cotangent)]
     return jnp.clip(norms[0] / (norms[1] + 1e-6), 0.0, largest)

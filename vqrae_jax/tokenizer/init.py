@@ -44,8 +44,8 @@ def model_arrays(config: Config, structure: Structure, mesh: Mesh) -> tuple[Arra
         _, params, buffers = flat.split(build.model(config, structure.encoder, nnx.Rngs(config.seed)))
         return {path: value for path, value in params.items() if path not in pretrained}, buffers
 
-    params, buffers = sharding.made(init, mesh, train_state.rules())
-    return {**params, **sharding.put(mesh, pretrained, train_state.rules())}, buffers
+    params, buffers = sharding.made(init, mesh, train_state.rules(config))
+    return {**params, **sharding.put(mesh, pretrained, train_state.rules(config))}, buffers
 
 
 def network_arrays(config: Config, mesh: Mesh) -> tuple[Arrays, Arrays]:
@@ -59,29 +59,30 @@ def network_arrays(config: Config, mesh: Mesh) -> tuple[Arrays, Arrays]:
       OSError: weights that are not there; the message says how to get them.
       ValueError: weights of another network.
     """
-    made = sharding.made(lambda: build.split(build.loss_networks(config, nnx.Rngs(config.seed)))[1:], mesh,
-                         train_state.rules())
-    loaded: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
+    params, buffers = sharding.made(lambda: build.split(build.loss_networks(config, nnx.Rngs(config.seed)))[1:], mesh,
+                                    train_state.rules(config))
+    loaded, loaded_buffers = {}, {}
     if not config.loss.perceptual.random_weights:
         for name in build.perceptual_shares(config):
-            loaded[0].update(flat.prefixed(f"{name}/", perceptual.LOADERS[name](config.loss.perceptual)))
-    gan = config.gan
-    backbone = DISCRIMINATORS[gan.discriminator].backbone if gan.discriminator != "none" else None
-    if backbone and not gan.random_weights:
-        loaded[0].update(flat.prefixed("discriminator/", discriminators.load_dino_backbone(
-            gan.backbone or f"facebook/dino-vits{backbone.spec.patch_size}", spec=backbone.spec,
-            image_size=backbone.image_size)))
-    if gan.heads:
-        for ours, theirs, heads in zip(made, loaded, discriminators.load_dino_heads(gan.heads), strict=True):
-            heads = flat.prefixed("discriminator/", heads)
-            expected = {path: value.shape for path, value in ours.items() if path.startswith("discriminator/heads/")}
-            for path in sorted(expected.keys() | heads.keys()):
-                if path not in expected or path not in heads or heads[path].shape != expected[path]:
-                    raise ValueError(f"config key gan.heads: {gan.heads} does not fit this discriminator at {path}")
-            theirs.update(heads)
-    params, buffers = ({**ours, **sharding.put(mesh, theirs, train_state.rules())}
-                       for ours, theirs in zip(made, loaded, strict=True))
-    return params, buffers
+            loaded |= flat.prefixed(f"{name}/", perceptual.LOADERS[name](config.loss.perceptual))
+    kind = config.gan.discriminator
+    if kind in discriminators.LOADERS and (backbone := DISCRIMINATORS[kind].backbone):
+        theirs = [flat.prefixed("discriminator/", arrays)
+                  for arrays in discriminators.LOADERS[kind](config.gan, backbone)]
+        for ours, arrays in zip((params, buffers), theirs, strict=True):
+            _check_heads(config, ours, arrays)
+        loaded, loaded_buffers = loaded | theirs[0], theirs[1]
+    put = lambda arrays: sharding.put(mesh, arrays, train_state.rules(config))
+    return params | put(loaded), buffers | put(loaded_buffers)
+
+
+def _check_heads(config: Config, ours: Arrays, theirs: dict[str, Any]) -> None:
+    """Refuses trained heads of another shape; there are none, or all of them."""
+    shapes = [{path: value.shape for path, value in arrays.items() if path.startswith("discriminator/heads/")}
+              for arrays in (ours, theirs)]
+    for path in sorted(shapes[0].keys() | shapes[1].keys()) if config.gan.heads else ():
+        if path not in shapes[0] or path not in shapes[1] or shapes[0][path] != shapes[1][path]:
+            raise ValueError(f"config key gan.heads: {config.gan.heads} does not fit this discriminator at {path}")
 
 
 def initial_arrays(config: Config, structure: Structure, open_batches: Callable[[], Batches],

@@ -89,14 +89,18 @@ def model_loss(config: Config, structure: Structure, params: Arrays, state: Trai
     return surrogate, (jax.lax.stop_gradient(metrics), output.quantized.stats, fakes)
 
 
+def phase_of(config: Config, step: int) -> str:
+    """The phase of the `step`-th step, counted from 1: "gan" once the discriminator learns, "" before."""
+    return "gan" if config.gan.discriminator != "none" and step > config.gan.discriminator_start_step else ""
+
+
 def make_train_step(config: Config, structure: Structure, phase: str) -> TrainStep:
     """The training step of a config.
 
     Args:
       config: of the run.
       structure: its model's.
-      phase: "gan" if the discriminator learns, and may be learned from, in this step; in "" the step holds nothing of
-        it.
+      phase: from `phase_of`. Without "gan" the step holds nothing of the discriminator.
 
     Returns:
       `train_step(state, frozen, batch) -> (state, metrics)`, to be jitted with `state` donated. `batch["image"]` is
@@ -109,7 +113,7 @@ def make_train_step(config: Config, structure: Structure, phase: str) -> TrainSt
       the last multiple of `train.log_every` steps; and the discriminator's under `gan/`.
     """
     optimizer = optim.from_config(config.optim, steps=config.train.steps)
-    rates = lambda path: optim.learning_rate(config.optim, path, steps=config.train.steps)
+    rates = optim.rates(config.optim, steps=config.train.steps)
     gan = Gan(config, structure)
 
     def train_step(state: TrainState, frozen: Frozen, batch: dict[str, jax.Array]) -> tuple[TrainState, Metrics]:

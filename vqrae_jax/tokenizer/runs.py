@@ -20,7 +20,6 @@ from vqrae_jax.training.task import Best
 from vqrae_jax.weights import huggingface
 
 BEST = Best("psnr", higher=True)
-ITEMS = ("model", "training")
 
 
 def structure(workdir: Path, config: Config) -> build.Structure:
@@ -53,16 +52,16 @@ def load_run(workdir: Path, mesh: Mesh, *, step: int | None = None) -> tuple[Con
     config = config_lib.load(workdir / "config.json")
     if not checkpoint.has_checkpoint(workdir):
         raise FileNotFoundError(f"{workdir} holds no checkpoint: train it first")
-    with closing(Checkpoints(workdir, ITEMS, BEST, read_only=True)) as checkpoints:
+    model_structure = structure(workdir, config)
+    abstract, frozen = train_state.abstract(config, model_structure, mesh)
+    items = train_state.items(abstract)
+    with closing(Checkpoints(workdir, items, BEST, read_only=True)) as checkpoints:
         steps = checkpoints.steps()
         if step not in [None, *steps]:
             raise FileNotFoundError(f"{workdir} holds the checkpoints {steps}, not {step}")
-        shapes = structure(workdir, config)
-        abstract, frozen = train_state.abstract(config, shapes, mesh)
-        model = checkpoints.restore_item(steps[-1] if step is None else step, "model",
-                                         train_state.items(abstract)["model"])
+        model = checkpoints.restore_item(steps[-1] if step is None else step, "model", items["model"])
     frozen_params = checkpoint.load_frozen_item(workdir, "params", frozen.params)
-    return config, shapes.graphdef, {**frozen_params, **model["params"], **model["codebook"], **model["ema"]}
+    return config, model_structure.graphdef, {**frozen_params, **model["params"], **model["codebook"], **model["ema"]}
 
 
 def write_run(workdir: Path, config: Config, params: Arrays, buffers: Arrays) -> None:
@@ -77,5 +76,6 @@ def write_run(workdir: Path, config: Config, params: Arrays, buffers: Arrays) ->
     started, frozen = train_state.init(config, build.structure(config), params, buffers, {}, {})
     checkpoint.open_run(workdir, config, lambda folder: write_files(folder, config))
     checkpoint.save_frozen(workdir, frozen)
-    with closing(Checkpoints(workdir, ITEMS, BEST)) as checkpoints:
-        checkpoints.save(0, train_state.items(started), {"next_batch": 0}, {})
+    items = train_state.items(started)
+    with closing(Checkpoints(workdir, items, BEST)) as checkpoints:
+        checkpoints.save(0, items, {"next_batch": 0}, {})

@@ -10,10 +10,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from vqrae_jax.config import Config
-from vqrae_jax.data import BadImages, TrainIterator, open_source, train_batches
+from vqrae_jax.data import BadImages, Source, TrainIterator, open_source, train_batches
 from vqrae_jax.models import flat
-from vqrae_jax.tokenizer import evaluate, gan, init, runs, train_state
-from vqrae_jax.tokenizer.loss import make_train_step
+from vqrae_jax.tokenizer import evaluate, init, runs, train_state
+from vqrae_jax.tokenizer.gan import learns as discriminator_learns
+from vqrae_jax.tokenizer.loss import make_train_step, phase_of
 from vqrae_jax.tokenizer.train_state import Frozen, TrainState
 from vqrae_jax.training import loop, optim, sharding
 from vqrae_jax.training.task import Evaluator, TrainStep
@@ -57,9 +58,9 @@ class TokenizerTask:
         """The encoder's config."""
         runs.write_files(workdir, self.config)
 
-    def abstract(self, mesh: Mesh) -> tuple[TrainState, Frozen, dict[str, Any]]:
-        """Shapes and shardings of state, frozen arrays and a batch."""
-        return (*train_state.abstract(self.config, self.structure, mesh), abstract_batch(self.config, mesh))
+    def abstract(self, mesh: Mesh) -> tuple[TrainState, Frozen]:
+        """Shapes and shardings of state and frozen arrays."""
+        return train_state.abstract(self.config, self.structure, mesh)
 
     def init(self, mesh: Mesh) -> tuple[TrainState, Frozen]:
         """State and frozen arrays at the start of a run."""
@@ -72,21 +73,16 @@ class TokenizerTask:
         return train_state.items(state)
 
     def state(self, items: dict[str, Any]) -> TrainState:
-        """The state again."""
+        """The inverse of `items`."""
         return train_state.from_items(items)
 
     def batches(self) -> TrainIterator:
         """Training batches from the beginning."""
-        data, processes = self.config.data, jax.process_count()
-        return train_batches(
-            self._source, image_size=data.image_size, batch_size=self.config.train.batch_size // processes,
-            seed=self.config.seed, crop_scale_min=data.crop_scale_min, flip=data.flip, threads=data.threads,
-            workers=data.workers, bad_images=self.bad_images, shard_index=jax.process_index(), shard_count=processes)
+        return open_train_batches(self.config, self._source, self.bad_images)
 
     def phase(self, step: int) -> str:
         """`gan` once the discriminator learns."""
-        gan = self.config.gan
-        return "gan" if gan.discriminator != "none" and step > gan.discriminator_start_step else ""
+        return phase_of(self.config, step)
 
     def train_step(self, phase: str) -> TrainStep:
         """The training step of a phase."""
@@ -115,7 +111,7 @@ class TokenizerTask:
         lines = []
         params, buffers, networks = self.structure.params, self.structure.buffers, self.structure.networks.params
         learns = lambda path: (not optim.is_frozen(path, self.config.optim.lr_multipliers) if path in params
-                               else gan.learns(path))
+                               else discriminator_learns(path))
         for part in dict.fromkeys(flat.part(path) for path in [*params, *buffers, *networks]):
             sizes = {path: array.size for path, array in {**params, **networks}.items() if flat.part(path) == part}
             learned = sum(size for path, size in sizes.items() if learns(path))
@@ -123,6 +119,21 @@ class TokenizerTask:
             lines.append(f"{part:13s} {sum(sizes.values()):12,} parameters, {learned:12,} of them learn"
                          + (f"; {kept:,} numbers in buffers" if kept else ""))
         return lines
+
+
+def open_train_batches(config: Config, source: Source, bad_images: BadImages) -> TrainIterator:
+    """This process's share of the training batches of a source.
+
+    Args:
+      config: of the run.
+      source: of the images.
+      bad_images: collects the images that cannot be read.
+    """
+    data, processes = config.data, jax.process_count()
+    return train_batches(
+        source, image_size=data.image_size, batch_size=config.train.batch_size // processes, seed=config.seed,
+        crop_scale_min=data.crop_scale_min, flip=data.flip, threads=data.threads, workers=data.workers,
+        bad_images=bad_images, shard_index=jax.process_index(), shard_count=processes)
 
 
 def abstract_batch(config: Config, mesh: Mesh) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """What of a tokenizer changes in training and what does not: how both start, and where they lie on a mesh."""
 
 import functools
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -13,9 +14,8 @@ from vqrae_jax.config import Config
 from vqrae_jax.models import flat
 from vqrae_jax.models.flat import Arrays
 from vqrae_jax.models.quantizers import QUANTIZERS
-from vqrae_jax.tokenizer import gan
 from vqrae_jax.tokenizer.build import Structure
-from vqrae_jax.tokenizer.gan import Gan, GanState
+from vqrae_jax.tokenizer.gan import Gan, GanState, learns
 from vqrae_jax.training import optim, sharding
 
 
@@ -52,7 +52,8 @@ class Frozen(NamedTuple):
       params: the model's frozen parameters.
       teacher: the encoder as it was at the start, under the paths it has in the model, for distillation; empty when
         the distillation loss is off.
-      networks: those of the perceptual loss and the discriminator's backbone, under their names.
+      networks: parameters and buffers of the perceptual loss's networks, and the parameters of the discriminator's
+        backbone, under their names.
     """
 
     params: Arrays
@@ -94,29 +95,30 @@ def init(config: Config, structure: Structure, params: Arrays, buffers: Arrays, 
         ema=copy(averaged) if config.optim.ema_decay else {},
         gan=Gan(config, structure).init(network_params, network_buffers),
         code_counts=zero((quantizer.num_codes,)), skipped=zero(), skipped_in_a_row=zero())
+    kept = {path: value for path, value in network_buffers.items() if flat.part(path) != "discriminator"}
     return state, Frozen(
         params=frozen, teacher=copy(encoder) if config.loss.distill_weight else {},
-        networks={path: value for path, value in network_params.items() if not gan.learns(path)})
+        networks=kept | {path: value for path, value in network_params.items() if not learns(path)})
 
 
 def abstract(config: Config, structure: Structure, mesh: Mesh) -> tuple[TrainState, Frozen]:
     """Shapes of a run's state and its place on a mesh; nothing is allocated."""
     shapes = jax.eval_shape(functools.partial(init, config, structure), structure.params, structure.buffers,
                             structure.networks.params, structure.networks.buffers)
-    return sharding.placed(mesh, shapes, rules())
+    return sharding.placed(mesh, shapes, rules(config))
 
 
 def made(config: Config, structure: Structure, mesh: Mesh, *arrays: Arrays) -> tuple[TrainState, Frozen]:
     """`init` on a mesh, every device making its own share."""
-    return sharding.made(functools.partial(init, config, structure), mesh, rules(), *arrays)
+    return sharding.made(functools.partial(init, config, structure), mesh, rules(config), *arrays)
 
 
-def rules() -> sharding.Rules:
+def rules(config: Config) -> sharding.Rules:
     """Along which dimensions the arrays of a tokenizer are split over the devices of a copy; see `sharding.of`."""
-    kinds = {rf".*quantizer/{name}": dimensions for kind in QUANTIZERS.values()
-             for name, dimensions in kind.sharded.items()}
+    sharded = QUANTIZERS[config.model.quantizer.kind].sharded
     return ((r".*(networks|discriminator)/.*", ()),  # small
-            *kinds.items(), *sharding.RULES)
+            *((rf".*quantizer/{re.escape(name)}", dimensions) for name, dimensions in sharded.items()),
+            *sharding.RULES)
 
 
 def items(state: TrainState) -> dict[str, Any]:
@@ -128,7 +130,7 @@ def items(state: TrainState) -> dict[str, Any]:
 
 
 def from_items(saved: Mapping[str, Any]) -> TrainState:
-    """The state again."""
+    """The inverse of `items`."""
     model, training = dict(saved["model"]), dict(saved["training"])
     gan_fields = dict(training.pop("gan"))
     return TrainState(buffers=model.pop("codebook"), gan=GanState(buffers=gan_fields.pop("state"), **gan_fields),

@@ -149,7 +149,7 @@ def load_frozen(workdir: Path, abstract: Any) -> Any:
 
 
 def load_frozen_item(workdir: Path, name: str, abstract: Arrays) -> Arrays:
-    """One field of it."""
+    """One field, by its name, of the frozen arrays that `save_frozen` wrote."""
     if not abstract:
         return {}
     with ocp.StandardCheckpointer() as checkpointer:

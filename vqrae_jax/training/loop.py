@@ -37,13 +37,14 @@ def run(task: Task, workdir: Path) -> dict[str, float]:
     config = task.config
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch_size(mesh, config)
-    abstract_state, abstract_frozen, _ = task.abstract(mesh)
+    abstract_state, abstract_frozen = task.abstract(mesh)
+    batches = task.batches()  # before there is a folder: data that cannot be trained on leaves none behind
     checkpoint.open_run(workdir, config, task.write_files)
     for line in task.describe():
         log.info("%s", line)
     # Whatever ends this block, saving in the background is waited for.
     with (closing(checkpoint.Checkpoints(workdir, task.items(abstract_state), task.best)) as checkpoints,
-          closing(task.batches()) as batches):
+          closing(batches)):
         if steps := checkpoints.steps():
             frozen = checkpoint.load_frozen(workdir, abstract_frozen)
             items, position = checkpoints.restore(steps[-1], task.items(abstract_state))
@@ -109,7 +110,7 @@ def _loop(task: Task, mesh: Mesh, state: Any, frozen: Any, batches: Batches, che
 def _not_finite(state: Any, workdir: Path) -> FloatingPointError:
     return FloatingPointError(
         f"{state.skipped_in_a_row} steps in a row up to step {state.step} had a loss or gradient that was not finite; "
-        f"{workdir} keeps the last good state: lower optim.lr and start a new run with init_from that folder")
+        f"{workdir} keeps the last good state: lower optim.lr and start a new run from it")
 
 
 class _StopSignal:

@@ -33,18 +33,22 @@ def check_patterns(paths: Iterable[str], multipliers: Multipliers, *, key: str) 
             raise ValueError(f"config key {key}: {pattern!r} matches no parameter; paths look like {paths[0]}")
 
 
-def learning_rate(optim: Optim, path: str, *, steps: int) -> optax.Schedule:
-    """The schedule of a parameter in a run of so many steps."""
-    factor = multiplier(path, optim.lr_multipliers)
-    end_factor = multiplier(path, (*optim.end_lr_multipliers, (".*", factor)))
-    return warmup_cosine(lr=factor * optim.lr, end_lr=end_factor * optim.end_lr, warmup_steps=optim.warmup_steps,
-                         steps=steps)
+def rates(optim: Optim, *, steps: int) -> Callable[[str], optax.Schedule]:
+    """The schedule of each parameter, by its path, in a run of so many steps."""
+
+    def rate(path: str) -> optax.Schedule:
+        factor = multiplier(path, optim.lr_multipliers)
+        end_factor = multiplier(path, (*optim.end_lr_multipliers, (".*", factor)))
+        return warmup_cosine(lr=factor * optim.lr, end_lr=end_factor * optim.end_lr, warmup_steps=optim.warmup_steps,
+                             steps=steps)
+
+    return rate
 
 
 def from_config(optim: Optim, *, steps: int) -> optax.GradientTransformation:
     """The optimizer of a run of so many steps."""
-    return adamw(lambda path: learning_rate(optim, path, steps=steps), b1=optim.b1, b2=optim.b2,
-                 weight_decay=optim.weight_decay, clip_norm=optim.clip_norm)
+    return adamw(rates(optim, steps=steps), b1=optim.b1, b2=optim.b2, weight_decay=optim.weight_decay,
+                 clip_norm=optim.clip_norm)
 
 
 @functools.cache  # parameters of one rate share a schedule, which a step then computes once

@@ -23,8 +23,8 @@ class Reporter:
     """Writes a run's metrics. `metrics.jsonl` holds only what is a function of config and step, never times.
 
     So the file of a run that was killed and continued is the same, byte for byte, as that of one that was not. Lines of
-    steps after `first_step`, which an interrupted run may have left, are dropped at the start. Throughput is in batches
-    of `unit`, which is a word: "images".
+    steps after `first_step`, which an interrupted run may have left, are dropped at the start. Throughput is reported
+    in `unit` ("images") a second, `train.batch_size` of them a step.
     """
 
     def __init__(self, workdir: Path, config: Run, *, unit: str, first_step: int):
@@ -52,7 +52,7 @@ class Reporter:
         self._resumed_at = time.perf_counter()
 
     def waited_for_data(self, seconds: float) -> None:
-        """Notes time in which the devices had nothing to do but to wait for images."""
+        """Notes time in which the devices had nothing to do but to wait for data."""
         self._waited += seconds
 
     def train(self, step: int, metrics: Mapping[str, float], shown: str) -> None:

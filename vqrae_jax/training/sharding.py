@@ -133,5 +133,5 @@ def check_batch_size(mesh: Mesh, config: config_lib.Run) -> None:
     micro = config.train.batch_size // config.train.accumulate
     if micro % mesh.size:
         raise ValueError(f"config key train.batch_size {config.train.batch_size} over train.accumulate "
-                         f"{config.train.accumulate} gives {micro} images, which {mesh.size} devices cannot share: "
-                         f"it must be a multiple of {mesh.size * config.train.accumulate}")
+                         f"{config.train.accumulate} gives micro-batches of {micro}, which {mesh.size} devices cannot "
+                         f"share: it must be a multiple of {mesh.size * config.train.accumulate}")

@@ -1,6 +1,6 @@
 """What the training loop asks of a task: the one thing it knows about what is trained."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -25,8 +25,12 @@ class Best(NamedTuple):
     higher: bool
 
 
-class Batches(Iterator[Any], Protocol):
-    """This process's rows of one batch after another, a tree of arrays `[B / processes, ...]`, without end."""
+class Batches(Protocol):
+    """This process's rows of one batch after another, without end."""
+
+    def __next__(self) -> Any:
+        """A tree of arrays `[B / processes, ...]`."""
+        ...
 
     def get_state(self) -> dict[str, int]:
         """The position after the batch that came last, as JSON."""
@@ -68,8 +72,8 @@ class Task(Protocol):
         """Writes the task's own files into a new run's folder."""
         ...
 
-    def abstract(self, mesh: Mesh) -> tuple[Any, Any, Any]:
-        """Shapes and shardings of state, frozen arrays and a batch, `train_step`'s arguments; nothing is allocated."""
+    def abstract(self, mesh: Mesh) -> tuple[Any, Any]:
+        """Shapes and shardings of state and frozen arrays; nothing is allocated."""
         ...
 
     def init(self, mesh: Mesh) -> tuple[Any, Any]:
@@ -77,11 +81,11 @@ class Task(Protocol):
         ...
 
     def items(self, state: Any) -> dict[str, Any]:
-        """What a checkpoint holds of a state, by the name of the file it is in; of shapes as well."""
+        """What a checkpoint holds of a state, a tree for each of its files by name; takes arrays or their shapes."""
         ...
 
     def state(self, items: dict[str, Any]) -> Any:
-        """The state again."""
+        """The inverse of `items`."""
         ...
 
     def batches(self) -> Batches:
@@ -89,7 +93,7 @@ class Task(Protocol):
         ...
 
     def phase(self, step: int) -> str:
-        """Which kind of step the `step`-th one is, from 1; every kind is compiled once."""
+        """The phase that the `step`-th step, counted from 1, belongs to; every phase is compiled once."""
         ...
 
     def train_step(self, phase: str) -> TrainStep:

@@ -1,11 +1,14 @@
 """Weights of the DINO discriminator from PyTorch: the published ViT, and heads that the PyTorch system has trained."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
+from vqrae_jax.models.discriminators import Backbone
 from vqrae_jax.models.vit import ViTSpec
 from vqrae_jax.weights import tensors
 
@@ -190,3 +193,20 @@ def load_dino_heads(file: str | Path) -> tuple[Params, Params]:
             params[f"heads/{i}/{layer}/bias"] = source.take(f"heads.{i}.{name}.bias", (width,))
     source.refuse_rest(unused="")
     return params, state
+
+
+def _load_dino(gan: Any, backbone: Backbone) -> tuple[Params, Params]:
+    params, buffers = {}, {}
+    if not gan.random_weights:
+        spec = backbone.spec
+        params |= load_dino_backbone(gan.backbone or f"facebook/dino-vits{spec.patch_size}", spec=spec,
+                                     image_size=backbone.image_size)
+    if gan.heads:
+        heads, head_buffers = load_dino_heads(gan.heads)
+        params, buffers = params | heads, buffers | head_buffers
+    return params, buffers
+
+
+# By the names of `models.discriminators.DISCRIMINATORS`, of those that start from weights: the config's section `gan`
+# and the frozen ViT -> parameters and buffers.
+LOADERS: dict[str, Callable[[Any, Backbone], tuple[Params, Params]]] = {"dino_s8": _load_dino, "dino_s16": _load_dino}

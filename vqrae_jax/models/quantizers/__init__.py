@@ -15,10 +15,10 @@ All share one interface:
 one out of it. Search, losses and statistics are float32, and every matmul here asks for full float32 precision: TPUs
 and GPUs otherwise round the operands, and the nearest code is decided by small differences.
 
-A new one is a file beside these, which ends in its `Kind`, and a row in `QUANTIZERS`.
+A new one is a file beside these, which ends in its `QuantizerKind`, and a row in `QUANTIZERS`.
 """
 
-from vqrae_jax.models.quantizers.base import Kind, Quantized, Quantizer, with_gradient_of
+from vqrae_jax.models.quantizers.base import Quantized, Quantizer, QuantizerKind, with_gradient_of
 from vqrae_jax.models.quantizers.codebook import rotate_onto
 from vqrae_jax.models.quantizers.ema import EMA, EMAVQ, update_ema_codebook
 from vqrae_jax.models.quantizers.fsq import ADAPTER_FSQ, FSQ, FSQ_KIND, AdapterFSQ
@@ -28,7 +28,7 @@ from vqrae_jax.models.quantizers.search import kmeans, nearest_code
 from vqrae_jax.models.quantizers.simvq import SIMVQ, SimVQ
 
 # By the value of `model.quantizer.kind`.
-QUANTIZERS: dict[str, Kind] = {
+QUANTIZERS: dict[str, QuantizerKind] = {
     "simvq": SIMVQ,
     "ema": EMA,
     "fsq": FSQ_KIND,
@@ -37,5 +37,20 @@ QUANTIZERS: dict[str, Kind] = {
     "none": NONE,
 }
 
-__all__ = ["EMAVQ", "FSQ", "QUANTIZERS", "AdapterFSQ", "Identity", "Kind", "Quantized", "Quantizer", "RankedVQ",
-           "SimVQ", "kmeans", "nearest_code", "rotate_onto", "update_ema_codebook", "with_gradient_of"]
+__all__ = [
+    "EMAVQ",
+    "FSQ",
+    "QUANTIZERS",
+    "AdapterFSQ",
+    "Identity",
+    "Quantized",
+    "Quantizer",
+    "QuantizerKind",
+    "RankedVQ",
+    "SimVQ",
+    "kmeans",
+    "nearest_code",
+    "rotate_onto",
+    "update_ema_codebook",
+    "with_gradient_of",
+]

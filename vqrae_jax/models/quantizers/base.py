@@ -62,7 +62,7 @@ class Quantizer(nnx.Module):
         raise NotImplementedError
 
 
-class Kind(NamedTuple):
+class QuantizerKind(NamedTuple):
     """A row of the table of quantizers: all that the rest of the package asks about one by name.
 
     Attributes:

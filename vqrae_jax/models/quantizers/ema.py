@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 
 from vqrae_jax.models.flat import Buffer
-from vqrae_jax.models.quantizers.base import Kind, Quantized
+from vqrae_jax.models.quantizers.base import Quantized, QuantizerKind
 from vqrae_jax.models.quantizers.codebook import CodebookQuantizer, Gradient, codebook_work
 from vqrae_jax.models.quantizers.search import KMEANS_ITERATIONS, Search
 
@@ -35,7 +35,7 @@ class EMAVQ(CodebookQuantizer):
     def _set_buffers(self, codebook: jax.Array) -> None:
         self.codebook = Buffer(codebook)
         self.counts = Buffer(jnp.ones(len(codebook)))
-        self.sums = Buffer(jnp.copy(codebook))  # a buffer of its own: an aliased one cannot be donated
+        self.sums = Buffer(jnp.copy(codebook))  # an array of its own: an aliased one cannot be donated
 
     def codes(self) -> jax.Array:
         """The codebook, `[K, e]` float32."""
@@ -106,7 +106,7 @@ def update_ema_codebook(state: dict[str, jax.Array], stats: dict[str, jax.Array]
     return {"codebook": codebook, "counts": counts, "sums": sums}
 
 
-EMA = Kind(
+EMA = QuantizerKind(
     build=lambda *, projection, **keys: EMAVQ(project=projection or None, **keys),
     keys=("projection", "search", "gradient", "commitment_weight", "decay", "restart_threshold"),
     work=codebook_work, sharded={"codebook": (0, 1), "sums": (0, 1)}, from_data=True)

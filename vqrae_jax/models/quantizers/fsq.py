@@ -10,7 +10,7 @@ from flax import nnx
 
 from vqrae_jax.models.flat import Buffer
 from vqrae_jax.models.flops import QuantizerWork, Work, dense
-from vqrae_jax.models.quantizers.base import Kind, Quantized, Quantizer, apply_layer, linear, with_gradient_of
+from vqrae_jax.models.quantizers.base import Quantized, Quantizer, QuantizerKind, apply_layer, linear, with_gradient_of
 from vqrae_jax.models.quantizers.search import count_uses
 from vqrae_jax.models.vit import gelu, layer_norm
 
@@ -202,5 +202,5 @@ def _adapter_work(*, width: int, tokens: int, dim: int, **_) -> QuantizerWork:
     return QuantizerWork(into=Work(tokens * into), out=Work(tokens * out))
 
 
-FSQ_KIND = Kind(build=_checked(FSQ), keys=("levels",), work=_fsq_work)
-ADAPTER_FSQ = Kind(build=_checked(AdapterFSQ), keys=("levels",), work=_adapter_work)
+FSQ_KIND = QuantizerKind(build=_checked(FSQ), keys=("levels",), work=_fsq_work)
+ADAPTER_FSQ = QuantizerKind(build=_checked(AdapterFSQ), keys=("levels",), work=_adapter_work)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from vqrae_jax.models.flops import QuantizerWork
-from vqrae_jax.models.quantizers.base import Kind, Quantized, Quantizer
+from vqrae_jax.models.quantizers.base import Quantized, Quantizer, QuantizerKind
 from vqrae_jax.models.quantizers.search import count_uses
 
 
@@ -31,4 +31,4 @@ class Identity(Quantizer):
         return Quantized(z.astype(jnp.float32), indices, {}, {"counts": count_uses(indices, self.num_codes)})
 
 
-NONE = Kind(build=lambda **_: Identity(), keys=(), work=lambda **_: QuantizerWork())
+NONE = QuantizerKind(build=lambda **_: Identity(), keys=(), work=lambda **_: QuantizerWork())

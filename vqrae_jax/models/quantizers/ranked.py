@@ -6,7 +6,7 @@ from flax import nnx
 
 from vqrae_jax.models.flat import Buffer
 from vqrae_jax.models.flops import QuantizerWork, dense
-from vqrae_jax.models.quantizers.base import Kind, Quantized
+from vqrae_jax.models.quantizers.base import Quantized, QuantizerKind
 from vqrae_jax.models.quantizers.codebook import CodebookQuantizer, Gradient, codebook_work
 
 
@@ -64,5 +64,5 @@ def _work(*, tokens: int, dim: int, **keys) -> QuantizerWork:
     return work._replace(search=work.search + tokens * dense(dim, dim))
 
 
-RANKED = Kind(build=RankedVQ, keys=("gradient", "commitment_weight"), work=_work,
+RANKED = QuantizerKind(build=RankedVQ, keys=("gradient", "commitment_weight"), work=_work,
               sharded={"codebook": (0, 1), "keys": (0, 1)})

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from vqrae_jax.models.flat import Buffer
-from vqrae_jax.models.quantizers.base import Kind, Quantized, apply_layer, linear
+from vqrae_jax.models.quantizers.base import Quantized, QuantizerKind, apply_layer, linear
 from vqrae_jax.models.quantizers.codebook import CodebookQuantizer, Gradient, codebook_work
 from vqrae_jax.models.quantizers.search import KMEANS_ITERATIONS, Search, norm
 
@@ -91,7 +91,7 @@ class SimVQ(CodebookQuantizer):
         return {"codebook": centres, "projection": {"kernel": jnp.eye(dim), "bias": jnp.zeros(dim)}}
 
 
-SIMVQ = Kind(
+SIMVQ = QuantizerKind(
     build=lambda *, projection, **keys: SimVQ(project=projection or None, **keys),
     keys=("projection", "input_projection", "l2_normalize", "search", "gradient", "commitment_weight"),
     work=functools.partial(codebook_work, learned_codes=True), sharded={"codebook": (0, 1)}, from_data=True)
