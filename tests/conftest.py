@@ -10,6 +10,7 @@ _cache = tempfile.TemporaryDirectory(prefix="vqrae_jax_test_cache_")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _cache.name)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
+import jax  # noqa: E402
 import pytest  # noqa: E402
 
 from vqrae_jax import config as config_lib  # noqa: E402
@@ -49,6 +50,14 @@ def tiny():
     config.optim.lr_multipliers = (("encoder/.*", 0.0),)
     config.log.tensorboard = False
     return config
+
+
+@pytest.fixture
+def compiled_quickly():
+    """For tests that run a program a few times: less time to compile it, more to run it."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture

@@ -58,11 +58,12 @@ def reduced(name: str) -> config_lib.Config:
 @contextlib.contextmanager
 def compiled_quickly():
     """For what runs once: less time to compile, more to run."""
+    before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", True)
     try:
         yield
     finally:
-        jax.config.update("jax_disable_most_optimizations", False)
+        jax.config.update("jax_disable_most_optimizations", before)
 
 
 class Run:

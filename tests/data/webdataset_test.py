@@ -241,16 +241,24 @@ def test_an_interrupted_conversion_continues_to_the_same_files(tmp_path, monkeyp
     convert(tars, tmp_path / "whole", threads=2)
     out, decode, seen = tmp_path / "out", webdataset.decode_image, []
 
+    noticed = threading.Event()
+
+    def interrupt(*_):
+        noticed.set()
+        raise KeyboardInterrupt
+
     def interrupted(data):
         seen.append(data)
         if len(seen) == 7:
             signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
-            time.sleep(0.5)
+            assert noticed.wait(60)
         return decode(data)
 
+    before = signal.signal(signal.SIGINT, interrupt)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(webdataset, "decode_image", interrupted)
         convert(tars, out)
+    signal.signal(signal.SIGINT, before)
     assert sorted(contents(out)) == ["0.array_record", "0.jsonl"]  # nothing unfinished under a final name, or at all
     (out / "1.jsonl").write_text('{"name": "of a process that was killed between the two files"}\n')
     made = (out / "0.array_record").stat()

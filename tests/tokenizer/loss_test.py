@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.config_test import SHIPPED
-from tests.tiny import Run, compiled_quickly, reduced
+from tests.tiny import Run, reduced
 from vqrae_jax import config as config_lib
 from vqrae_jax.models import flat, losses
 from vqrae_jax.models.quantizers import Quantizer
@@ -19,6 +19,7 @@ from vqrae_jax.tokenizer.loss import gradients, make_train_step
 from vqrae_jax.training import optim, update
 
 pytestmark = pytest.mark.usefixtures("tiny_networks")
+few_steps = pytest.mark.usefixtures("compiled_quickly")
 
 # Per config: patterns of what changes in ten steps; everything else must stay as it is, bit for bit.
 SIMVQ = ("quantizer/(projection|project_in|project_out)/.*", "decoder/.*")
@@ -100,6 +101,7 @@ def test_exactly_the_promised_parameters_learn(config, names):
     assert (run.phase == "gan") == (config.gan.discriminator != "none") == bool(run.state.gan.params)
 
 
+@few_steps
 def test_the_step_is_traced_once(tiny_config):
     chex.clear_trace_counter()
     run = Run(config_lib.parse(tiny_config))
@@ -109,6 +111,7 @@ def test_the_step_is_traced_once(tiny_config):
     assert int(run.state.step) == 3
 
 
+@few_steps
 @pytest.mark.parametrize("kind", ["simvq", "ema"])
 def test_accumulated_micro_batches_equal_one_batch(kind, tiny_config):
     tiny_config.model.quantizer.kind = kind
@@ -124,6 +127,7 @@ def test_accumulated_micro_batches_equal_one_batch(kind, tiny_config):
         np.testing.assert_allclose(value, split.state.buffers[path], rtol=1e-5, atol=1e-6)
 
 
+@few_steps
 def test_losses_are_reported_as_they_are_optimised(tiny_config):
     tiny_config.loss.update(pixel_weight=2.0, vq_weight=0.5, distill_weight=3.0)
     tiny_config.optim.lr_multipliers = ()
@@ -140,6 +144,7 @@ def test_losses_are_reported_as_they_are_optimised(tiny_config):
         sum(metrics[f"grad_norm/{part}"] ** 2 for part in ("encoder", "quantizer", "decoder")) ** 0.5, rel=1e-5)
 
 
+@few_steps
 def test_distillation_compares_the_student_with_its_teacher(tiny_config):
     """Zero where they are the same, and a step of distillation alone brings the student closer."""
     tiny_config.loss.update(pixel_weight=0.0, vq_weight=0.0, distill_weight=1.0)
@@ -163,6 +168,7 @@ def test_distilling_a_frozen_encoder_is_refused(tiny_config):
         Run(config_lib.parse(tiny_config))
 
 
+@few_steps
 def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(tiny_config):
     tiny_config.model.quantizer.kind = "ema"
     run = Run(config_lib.parse(tiny_config))
@@ -180,6 +186,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(tiny_config):
     assert np.isfinite(float(metrics["loss/total"]))
 
 
+@few_steps
 def test_the_weight_average_starts_at_the_weights_and_includes_the_codebook(tiny_config):
     tiny_config.model.quantizer.kind = "ema"
     run = Run(config_lib.parse(tiny_config))
@@ -199,6 +206,7 @@ def test_the_weight_average_starts_at_the_weights_and_includes_the_codebook(tiny
     assert run.state.ema.keys() == run.state.params.keys()  # frozen codes need no average
 
 
+@few_steps
 def test_learning_rates_differ_by_path(tiny_config):
     tiny_config.optim.update(lr=1e-3, end_lr=1e-3, warmup_steps=0, weight_decay=0.0, clip_norm=0.0,
                              lr_multipliers=(("encoder/.*/norm.*", 0.0), ("encoder/.*", 0.1)))
@@ -232,6 +240,7 @@ def adversarial(config, **changes):
 LOSSES = ("pixel", "perceptual", "vq", "distill", "gan")
 
 
+@few_steps
 @pytest.mark.parametrize("on", [*([name] for name in LOSSES), LOSSES], ids="+".join)
 def test_each_loss_reaches_exactly_the_promised_parts(on, tiny_config):
     """By itself, and all together: a step's gradient is the sum of the losses', so that no other mixture is new."""
@@ -247,8 +256,7 @@ def test_each_loss_reaches_exactly_the_promised_parts(on, tiny_config):
         moved = {path: value * 1.05 if path.startswith("encoder/") else value
                  for path, value in run.state.params.items()}
         run.state = run.state._replace(params=moved)
-    with compiled_quickly():
-        metrics = run.train(1)
+    metrics = run.train(1)
     from_pixels = bool({"pixel", "perceptual", "gan"} & set(on))
     promised = {"decoder": from_pixels, "encoder": from_pixels or bool({"vq", "distill"} & set(on)),
                 "quantizer": "vq" in on}
@@ -258,14 +266,14 @@ def test_each_loss_reaches_exactly_the_promised_parts(on, tiny_config):
     assert np.isfinite(metrics["loss/total"])
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_the_adaptive_weight_is_the_ratio_of_two_whole_gradients(accumulate, tiny_config):
+@few_steps
+def test_the_adaptive_weight_is_the_ratio_of_two_whole_gradients(tiny_config):
     """And the step's gradient is that of the losses' weighted sum, differentiated in one go, micro-batch by
     micro-batch."""
     tiny_config.optim.lr_multipliers = ()
     tiny_config.loss.update(vq_weight=0.0, perceptual_weight=2.0)
-    tiny_config.loss.perceptual.update(convnext_s=3.0, lpips=1.0, random_weights=True, remat=accumulate == 2)
-    tiny_config.train.accumulate = accumulate
+    tiny_config.loss.perceptual.update(convnext_s=3.0, lpips=1.0, random_weights=True, remat=True)
+    tiny_config.train.accumulate = accumulate = 2
     run = Run(config_lib.parse(adversarial(tiny_config, adaptive=True)))
     images = run.batch()["image"].astype(np.float32) / 255
     network = lambda name: flat.merge(run.structure.networks.graphdefs[name], flat.under(f"{name}/", run.networks))
@@ -287,13 +295,11 @@ def test_the_adaptive_weight_is_the_ratio_of_two_whole_gradients(accumulate, tin
         weight = norm(first) / norm(second)
         return weight, jax.tree.map(lambda a, b: a + 0.5 * weight * b, first, second)
 
-    with compiled_quickly():
-        wanted = [expected(images[i::accumulate]) for i in range(accumulate)]
+    wanted = [expected(images[i::accumulate]) for i in range(accumulate)]
     weight, wanted_grads = jax.tree.map(lambda *values: sum(values) / accumulate, *wanted)
     one = lambda images, rng: gradients(run.config, run.structure, run.state, run.frozen, images, rng=rng, phase="gan")
-    with compiled_quickly():
-        (grads, _, scalars), _ = jax.jit(lambda: update.accumulate(
-            one, run.batch()["image"], jax.random.key(0), count=accumulate, add=Quantizer.add_stats))()
+    (grads, _, scalars), _ = jax.jit(lambda: update.accumulate(
+        one, run.batch()["image"], jax.random.key(0), count=accumulate, add=Quantizer.add_stats))()
     assert float(scalars["gan/adaptive_weight"]) == pytest.approx(float(weight), rel=1e-3)
     assert float(scalars["weight/gan"]) == pytest.approx(0.5 * float(weight), rel=1e-3)
     for path in run.params:
@@ -331,6 +337,7 @@ def test_the_discriminator_learns_to_tell_reconstructions_from_images(tiny_confi
     assert np.all(run.state.gan.mean_logits != 0)
 
 
+@few_steps
 def test_a_frozen_backbone_and_its_heads(tiny_config):
     """The DINO discriminator: the backbone is frozen, heads and their power iteration move."""
     adversarial(tiny_config)
@@ -348,6 +355,7 @@ def test_a_frozen_backbone_and_its_heads(tiny_config):
         assert path.endswith("logits/u") or np.any(value != run.state.gan.buffers[path]), path  # one number: +-1
 
 
+@few_steps
 def test_a_discriminator_that_is_not_finite_skips_the_step(tiny_config):
     run = Run(config_lib.parse(adversarial(tiny_config)))
     run.train(1)
@@ -360,6 +368,7 @@ def test_a_discriminator_that_is_not_finite_skips_the_step(tiny_config):
     assert float(metrics["skipped_steps"]) == 1
 
 
+@few_steps
 def test_the_discriminator_sees_reconstructions_rounded_to_8_bits(tiny_config):
     """As it sees real images, or it would tell them apart by that."""
     run = Run(config_lib.parse(adversarial(tiny_config)))
@@ -371,6 +380,7 @@ def test_the_discriminator_sees_reconstructions_rounded_to_8_bits(tiny_config):
     assert loss(fakes) == loss(fakes + np.float32(0.2 / 255)) != loss(fakes + np.float32(1 / 255))
 
 
+@few_steps
 def test_usage_is_counted_over_a_window(tiny_config):
     tiny_config.train.log_every = 3
     run = Run(config_lib.parse(tiny_config))
