@@ -70,7 +70,7 @@ class NextCharacter:
         return State(zero, params, self.optimizer.init(params), zero, zero), Frozen(embedding)
 
     def abstract(self, mesh):
-        return sharding.placed(mesh, jax.eval_shape(self._init))
+        return sharding.placed(mesh, jax.eval_shape(self._init), sharding.RULES)
 
     def init(self, mesh):
         return sharding.made(self._init, mesh, sharding.RULES)

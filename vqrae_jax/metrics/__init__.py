@@ -56,7 +56,9 @@ class Metric(NamedTuple):
 
 def _rows(kept: list[Any] | None, measured: Any, valid: np.ndarray) -> list[Any]:
     """Keeps each valid image's values."""
-    return [*(kept or []), jax.tree.map(lambda values: values[valid], measured)]
+    kept = [] if kept is None else kept
+    kept.append(jax.tree.map(lambda values: values[valid], measured))
+    return kept
 
 
 def _sum(kept: Any, measured: Any, valid: np.ndarray) -> Any:

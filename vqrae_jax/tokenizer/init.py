@@ -21,6 +21,7 @@ from vqrae_jax.tokenizer.build import Structure
 from vqrae_jax.training import sharding, update
 from vqrae_jax.training.task import Batches
 from vqrae_jax.weights import discriminators, huggingface, perceptual
+from vqrae_jax.weights.huggingface import EncoderSpec
 
 log = logging.getLogger(__name__)
 KMEANS_TOKENS_PER_CODE = 8
@@ -96,7 +97,7 @@ def initial_arrays(config: Config, structure: Structure, open_batches: Callable[
       mesh: where the arrays are to be.
     """
     shapes = {**structure.params, **structure.buffers}
-    restored = _restored_arrays(config, shapes, mesh) if config.init_from else {}
+    restored = _restored_arrays(config, structure, mesh) if config.init_from else {}
     initial = restored
     if not shapes.keys() <= restored.keys():
         params, buffers = model_arrays(config, structure, mesh)
@@ -136,13 +137,14 @@ def codebook_from_data(config: Config, structure: Structure, arrays: Arrays, ima
     return flat.prefixed("quantizer/", cluster(arrays, tokens))
 
 
-def _restored_arrays(config: Config, shapes: Arrays, mesh: Mesh) -> Arrays:
+def _restored_arrays(config: Config, structure: Structure, mesh: Mesh) -> Arrays:
     """Another run's arrays as far as this model has them, in whole parts: encoder, quantizer, decoder, statistics.
 
     Raises:
       ValueError: a part that both have differs; the message names the first array.
     """
     other, _, arrays = runs.load_run(Path(config.init_from), mesh)
+    shapes = {**structure.params, **structure.buffers}
     theirs, ours = set(flat.parts(arrays)), set(flat.parts(shapes))
     for path in sorted(path for path in arrays.keys() | shapes.keys() if flat.part(path) in theirs & ours):
         if path not in shapes:
@@ -152,7 +154,8 @@ def _restored_arrays(config: Config, shapes: Arrays, mesh: Mesh) -> Arrays:
         if arrays[path].shape != shapes[path].shape:
             raise ValueError(f"init_from: {config.init_from} has {path} of shape {arrays[path].shape}, "
                              f"this config's model {shapes[path].shape}")
-    meanings = _meaning(runs.self_contained(Path(config.init_from), other)), _meaning(config)
+    other_encoder = huggingface.read_encoder_spec(Path(config.init_from) / "encoder")
+    meanings = _meaning(other, other_encoder), _meaning(config, structure.encoder)
     for part in theirs & ours & meanings[0].keys():
         for key, value in meanings[0][part].items():
             if value != meanings[1][part][key]:
@@ -171,10 +174,9 @@ def _restored_arrays(config: Config, shapes: Arrays, mesh: Mesh) -> Arrays:
     return {path: arrays[path] for path in shapes if flat.part(path) in theirs}
 
 
-def _meaning(config: Config) -> dict[str, dict[str, Any]]:
+def _meaning(config: Config, spec: EncoderSpec) -> dict[str, dict[str, Any]]:
     """By part, what its arrays mean beyond their shapes: two models that differ in it compute different things."""
     encoder, quantizer = config.model.encoder, config.model.quantizer
-    spec = huggingface.read_encoder_spec(build.encoder_path(config))
     decoder = build.decoder_spec(config, spec)
     return {
         "encoder": {"model.encoder.final_norm": encoder.final_norm, "model.encoder.layers": encoder.layers,

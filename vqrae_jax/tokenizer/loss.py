@@ -118,17 +118,17 @@ def make_train_step(config: Config, structure: Structure, phase: str) -> TrainSt
 
     def train_step(state: TrainState, frozen: Frozen, batch: dict[str, jax.Array]) -> tuple[TrainState, Metrics]:
         rng, restart_rng = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), state.step))
-        quantizer = flat.merge(structure.graphdef, state.params, frozen.params, state.buffers).quantizer
+        quantizer = lambda params: flat.merge(structure.graphdef, params, frozen.params, state.buffers).quantizer
         (grads, gan_grads, scalars), stats = update.accumulate(
             lambda images, rng: gradients(config, structure, state, frozen, images, rng=rng, phase=phase),
-            batch["image"], rng, count=config.train.accumulate, add=quantizer.add_stats)
+            batch["image"], rng, count=config.train.accumulate, add=quantizer(state.params).add_stats)
         finite, (norm, _) = update.all_finite(scalars, grads, gan_grads)
 
         def new_state() -> TrainState:
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             params: Any = optax.apply_updates(state.params, updates)
-            quantizer = flat.merge(structure.graphdef, params, frozen.params, state.buffers).quantizer
-            buffers = state.buffers | flat.prefixed("quantizer/", quantizer.next_buffers(stats, rng=restart_rng))
+            moved = quantizer(params).next_buffers(stats, rng=restart_rng)
+            buffers = state.buffers | flat.prefixed("quantizer/", moved)
             ema = optim.moving_average(state.ema, {**params, **buffers}, config.optim.ema_decay)
             new_gan = gan.updated(state.gan, frozen.networks, gan_grads, scalars) if phase == "gan" else state.gan
             return state._replace(params=params, buffers=buffers, opt_state=opt_state, ema=ema, gan=new_gan)

@@ -51,13 +51,13 @@ def one_device() -> Mesh:
     return make_mesh(config_lib.Mesh(), jax.local_devices()[:1])
 
 
-def of(mesh: Mesh, tree: Any, rules: Rules = RULES) -> Any:
+def of(mesh: Mesh, tree: Any, rules: Rules) -> Any:
     """The sharding of every array in a tree of arrays or shapes, by its path in `rules`."""
     return jax.tree.map_with_path(
         lambda path, leaf: NamedSharding(mesh, _spec(_name(path), leaf.shape, mesh.shape["fsdp"], rules)), tree)
 
 
-def placed(mesh: Mesh, shapes: Any, rules: Rules = RULES) -> Any:
+def placed(mesh: Mesh, shapes: Any, rules: Rules) -> Any:
     """A tree of shapes with the sharding of each."""
     # Said explicitly, or Orbax would look for the devices that a checkpoint was saved from.
     return jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes,
@@ -69,7 +69,7 @@ def made(init: Callable[..., Any], mesh: Mesh, rules: Rules, *arrays: Any) -> An
     return jax.jit(init, out_shardings=of(mesh, jax.eval_shape(init, *arrays), rules))(*arrays)
 
 
-def put(mesh: Mesh, arrays: Mapping[str, Any], rules: Rules = RULES) -> dict[str, jax.Array]:
+def put(mesh: Mesh, arrays: Mapping[str, Any], rules: Rules) -> dict[str, jax.Array]:
     """The host's arrays `{path: array}`, the same in every process, on the devices."""
     place = lambda array, sharding: jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
     return jax.tree.map(place, dict(arrays), of(mesh, dict(arrays), rules))

@@ -12,7 +12,6 @@ from vqrae_jax.config import Run
 # `(state, frozen, batch) -> (state, metrics)`: pure, to be compiled; metrics are float32 scalars by name.
 TrainStep = Callable[[Any, Any, Any], tuple[Any, dict[str, Any]]]
 
-
 # `(state, frozen) -> (metrics, rows)`: numbers, and for a picture captioned rows of images, float in [0, 1]
 # `[N, H, W, 3]`; perhaps none.
 Evaluator = Callable[[Any, Any], tuple[dict[str, float], dict[str, np.ndarray]]]

@@ -54,8 +54,7 @@ class EMAVQ(CodebookQuantizer):
     @staticmethod
     def add_stats(first: dict[str, jax.Array], second: dict[str, jax.Array]) -> dict[str, jax.Array]:
         """The statistics of two micro-batches of one step: sums, but for `candidates`, which are the second's."""
-        return CodebookQuantizer.add_stats(first, second) | {
-            name: second[name] for name in ("candidates",) if name in second}
+        return CodebookQuantizer.add_stats(first, second) | {"candidates": second["candidates"]}
 
     def next_buffers(self, stats: dict[str, jax.Array], *, rng: jax.Array) -> dict[str, jax.Array]:
         """`codebook`, `counts` and `sums` after a training step whose global batch had these statistics."""

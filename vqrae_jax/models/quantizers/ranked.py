@@ -65,4 +65,4 @@ def _work(*, tokens: int, dim: int, **keys) -> QuantizerWork:
 
 
 RANKED = QuantizerKind(build=RankedVQ, keys=("gradient", "commitment_weight"), work=_work,
-              sharded={"codebook": (0, 1), "keys": (0, 1)})
+                       sharded={"codebook": (0, 1), "keys": (0, 1)})
