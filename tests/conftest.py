@@ -1,5 +1,6 @@
 """What tests share: tiny encoders in the layout of real checkpoints, and the folder of real images."""
 
+import contextlib
 import os
 import shutil
 import tempfile
@@ -52,12 +53,22 @@ def tiny():
     return config
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def compiled_quickly():
-    """For tests that run a program a few times: less time to compile it, more to run it."""
+    """For programs that run a few times: less time to compile them, more to run them."""
+    before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture
+def few_steps():
+    """For a whole test of them."""
+    with compiled_quickly():
+        yield
 
 
 @pytest.fixture

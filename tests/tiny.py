@@ -1,13 +1,12 @@
 """Shipped configs at toy size, and a training step of any config with its state."""
 
-import contextlib
 import importlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tests.conftest import REFERENCE
+from tests.conftest import REFERENCE, compiled_quickly
 from vqrae_jax import config as config_lib
 from vqrae_jax.tokenizer import build, init, train_state
 from vqrae_jax.tokenizer.loss import make_train_step, phase_of
@@ -53,17 +52,6 @@ def reduced(name: str) -> config_lib.Config:
     config.optim.warmup_steps = 1
     config.init_from = ""
     return config_lib.parse(config)
-
-
-@contextlib.contextmanager
-def compiled_quickly():
-    """For what runs once: less time to compile, more to run."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    try:
-        yield
-    finally:
-        jax.config.update("jax_disable_most_optimizations", before)
 
 
 class Run:

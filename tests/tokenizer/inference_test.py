@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType, PartitionSpec
 
-from tests.tiny import compiled_quickly
+from tests.conftest import compiled_quickly
 from vqrae_jax import config as config_lib
 from vqrae_jax.models import flat
 from vqrae_jax.models.decoder import VIT_B, VIT_L, VIT_XL, Decoder, sincos_positions

@@ -19,7 +19,7 @@ from vqrae_jax.tokenizer.loss import gradients, make_train_step
 from vqrae_jax.training import optim, update
 
 pytestmark = pytest.mark.usefixtures("tiny_networks")
-few_steps = pytest.mark.usefixtures("compiled_quickly")
+few_steps = pytest.mark.usefixtures("few_steps")
 
 # Per config: patterns of what changes in ten steps; everything else must stay as it is, bit for bit.
 SIMVQ = ("quantizer/(projection|project_in|project_out)/.*", "decoder/.*")

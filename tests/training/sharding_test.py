@@ -15,8 +15,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from tests.conftest import REPOSITORY
-from tests.tiny import compiled_quickly
+from tests.conftest import REPOSITORY, compiled_quickly
 from vqrae_jax import config as config_lib
 from vqrae_jax.models import flat
 from vqrae_jax.tokenizer import build, init, runs, train_state
