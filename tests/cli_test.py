@@ -30,19 +30,27 @@ NANO = ("vqrae_jax.main", "--config=configs/nano_stage1.py",
 
 
 @pytest.mark.parametrize(("arguments", "says"), [
-    (["--workdir={tmp}", "--config.train.stepz=3"], "config.train.stepz"),
+    (["--workdir={tmp}", "--config.train.stepz=3"], "unknown config key train.stepz: did you mean train.steps? There "),
+    (["--workdir={tmp}", "--config.optm.lr=3"], "unknown config key optm.lr: did you mean optim.lr or gan.lr? There "),
+    (["--workdir={tmp}", "--config.train.steps=30"], "for a short run add --config.optim.warmup_steps=3"),
     (["--workdir={tmp}", "--config.train.steps=many"], "config.train.steps"),
     (["--workdir={tmp}", "--config.train.steps=0"], "error: config key train.steps must be at least 1, not 0"),
     (["--workdir={tmp}", "--config.data.image_size=60"],
      "error: config key data.image_size 60 is not divisible by the encoder's patch size 8"),
-    ([], "--workdir"),
     (["--workdir=/proc/run"], "error: cannot write to /proc/run"),
     (["--workdir={tmp}", "--config.data.source=folder:/no/such/folder"], "error: no folder /no/such/folder"),
+    (["--workdir={tmp}", "--config.data.source=folder:none"], "; --config.data.source=... says where"),
     (["--workdir={tmp}", "--config.data.source=folder:{tmp}"], "error: no image under"),
     (["--workdir={tmp}", "--config.data.source=tfds:nothing@{tmp}"], "error: no TFDS data set 'nothing'"),
     (["--workdir={tmp}", "--config.data.source=webdataset:x"], "error: unknown data 'webdataset:x'"),
-    (["--workdir={tmp}", "--config.init_from={tmp}/none"], "is not the folder of a run"),
-    (["--workdir={tmp}", "--config=configs/typo.py"], "configs/typo.py"),
+    (["--workdir={tmp}", "--config.init_from={tmp}/none"],
+     "is not the folder of a run; --config.init_from=... says where"),
+    (["--workdir={tmp}", "--config.model.encoder.path={tmp}/none"], "; --config.model.encoder.path=... says where"),
+    (["--workdir={tmp}", "--config.loss.perceptual_weight=1.0", "--config.loss.perceptual.convnext_s=1.0",
+      "--config.loss.perceptual.convnext_s_weights=/none.pth"],
+     "; --config.loss.perceptual.convnext_s_weights=... says where"),
+    (["--workdir={tmp}", "--config=configs/nano_stag1.py"],
+     "error: --config=configs/nano_stag1.py: there is no file configs/nano_stag1.py; did you mean configs/nano_stage1"),
     (["--workdir={tmp}", "--config.optim.lr_multipliers=(('encodr/.*',0.0),)"], "'encodr/.*' matches no parameter"),
     (["--workdir={tmp}", "--config.data.flip", "false"], "error: unexpected argument 'false': flags are given as"),
 ])
@@ -55,7 +63,7 @@ def test_main_fails_in_one_line_and_leaves_nothing(arguments, says, tmp_path):
 
 
 @pytest.mark.parametrize(("line", "says"), [
-    ("config.optim.learning_rate = 1.0", "learning_rate"),
+    ("config.optim.learning_rate = 1.0", "unknown config key optim.learning_rate: did you mean optim.lr? There are "),
     ("config.optim.lr = 'fast'", "lr"),
     ("config.optim.lr = undefined", "undefined"),
     ("import nowhere", "nowhere"),

@@ -29,7 +29,8 @@ def changed(**changes):
 
 
 @pytest.mark.parametrize(("changes", "says"), [
-    ({"train__stepz": 3}, "unknown config key train.stepz"),
+    ({"train__stepz": 3}, "unknown config key train.stepz: did you mean train.steps? There are train.steps, train."),
+    ({"optim__learning_rate": 3}, "unknown config key optim.learning_rate: did you mean optim.lr? There are optim.lr"),
     ({"optim__lr": "fast"}, "config key optim.lr must be of type float, not 'fast'"),
     ({"optim__lr": float("inf")}, "config key optim.lr must be a finite number, not inf"),
     ({"optim__b2": 1.0}, "config key optim.b2 must be between 0.0 and 0.999999, not 1.0"),
@@ -48,7 +49,7 @@ def changed(**changes):
     ({"optim__lr_multipliers": [["encoder/.*", -1.0]]}, "negative factor -1.0"),
     ({"optim__lr_multipliers": [["encoder/.*"]]}, "must have 2 entries"),
     ({"optim__end_lr": 1.0}, "optim.end_lr 1.0 must not exceed optim.lr 0.0004"),
-    ({"optim__warmup_steps": 100_000}, "optim.warmup_steps 100000 must be below the 100000 steps"),
+    ({"optim__warmup_steps": 100_000}, "optim.warmup_steps 100000 must be below train.steps 100000"),
     ({"gan__discriminator": "patchgan", "gan__discriminator_start_step": 9, "gan__start_step": 8},
      "gan.start_step 8 is before gan.discriminator_start_step 9"),
     ({"gan__discriminator": "patchgan", "gan__channels": 48}, "gan.channels 48 must be a multiple of 32"),
@@ -101,8 +102,21 @@ def test_a_file_from_before_a_key_existed_has_its_default(tmp_path):
 
 
 def test_differences_are_named():
-    assert config_lib.differences(config_lib.Config(), config_lib.parse(changed(optim__lr=1e-3))) == [
-        "optim.lr: 0.0004 -> 0.001"]
+    new = config_lib.parse(changed(optim__lr=1e-3, train__steps=7, train__accumulate=2, optim__warmup_steps=4))
+    assert config_lib.differences(config_lib.Config(), new) == (
+        {"optim.lr": "0.0004 -> 0.001", "optim.warmup_steps": "2000 -> 4"},
+        {"train.steps": "100000 -> 7", "train.accumulate": "1 -> 2"})
+
+
+def test_a_short_trial_is_told_all_the_flags_it_needs():
+    gan = {"gan__discriminator": "patchgan", "gan__discriminator_start_step": 350, "gan__start_step": 450,
+           "gan__warmup_steps": 20}
+    with pytest.raises(ValueError, match=r"for a short run add (.*)") as error:
+        config_lib.parse(changed(train__steps=30, **gan))
+    flags = dict(flag.removeprefix("--config.").split("=") for flag in str(error.value).split("add ")[1].split())
+    assert flags.keys() == {"optim.warmup_steps", "gan.start_step", "gan.discriminator_start_step", "gan.warmup_steps"}
+    shorter = {key.replace(".", "__"): int(value) for key, value in flags.items()}
+    assert config_lib.parse(changed(train__steps=30, **{**gan, **shorter})).train.steps == 30
 
 
 def test_every_key_is_read_by_something():

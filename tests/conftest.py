@@ -49,7 +49,7 @@ def tiny():
     config.model.quantizer.update(size=32, dim=32)
     config.optim.update(lr=1e-3, end_lr=1e-4, warmup_steps=2, ema_decay=0.9)
     config.optim.lr_multipliers = (("encoder/.*", 0.0),)
-    config.log.tensorboard = False
+    config.log.update(tensorboard=False, compilation_cache="")
     return config
 
 

@@ -13,7 +13,6 @@ import sys
 from pathlib import Path
 
 from absl import flags
-from ml_collections import config_flags
 
 from vqrae_jax import cli
 from vqrae_jax import config as config_lib
@@ -41,7 +40,7 @@ def main(_) -> None:
 
 
 if __name__ == "__main__":
-    _CONFIG = config_flags.DEFINE_config_file("config", help_string="a file of configs/", lock_config=True)
+    _CONFIG = cli.config_file()
     _BATCH = flags.DEFINE_integer("batch", 0, "images at once; 0 is train.batch_size", lower_bound=0)
     _AGAINST = flags.DEFINE_enum("against", None, ["torch"], "also run the same model in PyTorch")
     _JSON = flags.DEFINE_string("json", "", "file for the results")
@@ -49,5 +48,4 @@ if __name__ == "__main__":
     _DATA = flags.DEFINE_string("data", "", "SPEC of the input pipeline's images; empty is data.source")
     _CASES = flags.DEFINE_multi_enum("case", list(bench.CASES), list(bench.CASES), "only this case; may be repeated")
     _CHILD = flags.DEFINE_enum("child", None, list(bench.CASES), "internal: serve one case")
-    flags.mark_flag_as_required("config")
     cli.run(main)

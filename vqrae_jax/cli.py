@@ -1,22 +1,37 @@
 """How every command starts and fails: one line that says what is wrong, and a non-zero exit code."""
 
+import contextlib
+import difflib
 import logging
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
 from absl import app, flags
 from absl import logging as absl_logging
+from ml_collections import config_flags
 
+from vqrae_jax import config as config_lib
 from vqrae_jax.training import distributed
+from vqrae_jax.training.signals import STOPPED
 
 # Without process 0 the others are aborted by JAX, with its stacks: those that fail for the same reason say so before.
 FIRST_LEAVES_LAST_SECONDS = 2
-STOPPED = 75  # EX_TEMPFAIL of sysexits.h: the same command continues
 _TRACEBACK = flags.DEFINE_bool("traceback", False, "show where an error was raised, for reports of bugs")
+flags.disclaim_key_flags()  # a verb's help shows what is defined for it below
+
+
+def config_file() -> flags.FlagHolder:
+    """Defines --config=FILE and --config.key=value; its value is a ConfigDict for `config.parse`."""
+    config = config_flags.DEFINE_config_file("config", help_string="a file of configs/, with arguments after a colon; "
+                                             "with --help its keys are listed", lock_config=True)
+    flags.mark_flag_as_required("config")
+    return config
 
 
 def join_processes() -> Callable[[], None]:
@@ -36,7 +51,7 @@ def run(main: Callable[[Sequence[str]], Any], *, arguments: bool = False) -> Non
 
     Expected are bad values (ValueError), files (OSError), and a training run that stops itself (FloatingPointError).
     Anything else is a bug and shows its traceback; `--traceback` shows it for all. A run that a signal stopped has the
-    exit code `STOPPED`, so that a scheduler can tell it from one that failed.
+    exit code `signals.STOPPED`, so that a scheduler can tell it from one that failed.
     """
 
     def checked(argv: Sequence[str]) -> Any:
@@ -44,19 +59,51 @@ def run(main: Callable[[Sequence[str]], Any], *, arguments: bool = False) -> Non
             raise ValueError(f"unexpected argument {argv[1]!r}: flags are given as --name=value")
         return main(argv)
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as SIGINT does, it raises KeyboardInterrupt
     app.run(lambda argv: _guarded(checked, argv), flags_parser=_parse_flags)
 
 
 def _parse_flags(argv: Sequence[str]) -> Sequence[str]:
     try:
+        _check_config_flags(argv)
+        if "--help" in argv:
+            _help([argument for argument in argv if argument != "--help"])
         return flags.FLAGS(list(argv), known_only=False)
     except Exception as error:  # a config file is arbitrary Python that runs while flags are parsed
         if any(argument.startswith("--traceback") for argument in argv):
             raise
-        # ml_collections names only the last part of an unknown key.
-        culprits = [flag for flag in (argument.split("=")[0] for argument in argv)
-                    if flag.startswith("--") and repr(flag.rpartition(".")[2]) in str(error).replace("\\'", "'")]
-        _fail(error, *culprits)
+        _fail(error)
+
+
+def _check_config_flags(argv: Sequence[str]) -> None:
+    """Says plainly what ml_collections says of a file that is not there and of a key that there is not."""
+    for name, _, value in (argument.partition("=") for argument in argv):
+        file = Path(value.partition(":")[0])
+        if name == "--config" and not file.is_file():
+            siblings = [str(sibling) for folder in (file.parent, Path("configs")) for sibling in folder.glob("*.py")]
+            nearest = difflib.get_close_matches(str(file.with_suffix(".py")), siblings, n=1)
+            raise FileNotFoundError(f"--config={value}: there is no file {file}"
+                                    + (f"; did you mean {nearest[0]}?" if nearest else ""))
+        if name.startswith("--config."):
+            config_lib.check_key(name.removeprefix("--config."))
+
+
+def _help(argv: Sequence[str]) -> NoReturn:
+    """The verb's own words and flags, and where a config file is given all its keys; ends the process."""
+    app.usage(shorthelp=True, writeto_stdout=True)
+    if any(argument.startswith("--config=") for argument in argv):
+        with contextlib.suppress(flags.IllegalFlagValueError):  # another flag that the verb needs is missing
+            flags.FLAGS(list(argv))
+        config = config_lib.parse(flags.FLAGS["config"].value)
+        print(f"\n{flags.FLAGS['config'].config_filename} says, with * where it is not the default:\n")
+        rows = [(f"--config.{name}", key.type, key.range, repr(key.default), repr(value),
+                 "*" if value != key.default else "")
+                for name, key in config_lib.keys().items() for value in [config_lib.value_of(config, name)]]
+        rows.insert(0, ("key", "type", "range", "default", "here", ""))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        for row in rows:
+            print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    sys.exit(0)
 
 
 def _guarded(main: Callable[[Sequence[str]], Any], argv: Sequence[str]) -> None:
@@ -84,18 +131,19 @@ def _guarded(main: Callable[[Sequence[str]], Any], argv: Sequence[str]) -> None:
             _fail(error)
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        _fail(MemoryError("the accelerator's memory is full: lower train.batch_size or eval.batch_size, or raise "
-                          "train.accumulate"))
+        _fail(MemoryError("the accelerator's memory is full: add --config.train.accumulate=N for smaller batches, "
+                          "--config.model.remat=full or a lower --config.eval.batch_size; a run may continue with any "
+                          "of them"))
 
 
-def _fail(error: BaseException, *context: str) -> NoReturn:
+def _fail(error: BaseException) -> NoReturn:
     # str(KeyError) would quote its message.
     message = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
     message = message.replace("\\n", "\n").replace("\\'", "'")  # a KeyError inside a KeyError
     lines = message.strip().splitlines() or [type(error).__name__]
     # absl hands on the traceback of a config file as part of a message.
     text = lines[-1] if "Traceback" in message else " ".join(lines)
-    _leave("error: " + ": ".join([*context, " ".join(text.split())]), 1)
+    _leave("error: " + " ".join(text.split()), 1)
 
 
 def _leave(message: str, code: int) -> NoReturn:

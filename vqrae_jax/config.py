@@ -7,12 +7,15 @@ into the frozen dataclasses below, which the rest of the package reads. Nothing 
 table, such as that of the quantizers, the table says what there is.
 """
 
+import contextlib
 import dataclasses
+import difflib
+import functools
 import json
 import math
 import re
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -36,7 +39,8 @@ def _key(default: Any, *, low: float | None = None, high: float | None = None, a
       low: the least value it may have.
       high: the greatest.
       among: tables, or tuples, of the names that it may be.
-      free: whether it may change when a run continues, because the parameters of later steps do not depend on it.
+      free: whether it may change when a run continues. Of most such keys the parameters of later steps do not depend;
+        of the others it is said beside them what becomes of the run.
     """
     return dataclasses.field(default=default, metadata={"low": low, "high": high, "among": among, "free": free})
 
@@ -54,9 +58,9 @@ class Mesh:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Train:
-    steps: int = _key(100_000, low=1)
+    steps: int = _key(100_000, low=1, free=True)  # another end bends the schedules of the steps that are left
     batch_size: int = _key(256, low=1)  # global: over all devices and accumulation steps
-    accumulate: int = _key(1, low=1)  # micro-batches per optimizer step
+    accumulate: int = _key(1, low=1, free=True)  # micro-batches per optimizer step; sums are made in another order
     log_every: int = _key(50, low=1, free=True)
     checkpoint_every: int = _key(1000, low=1, free=True)
     eval_every: int = _key(5000, low=1, free=True)
@@ -65,7 +69,8 @@ class Train:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Data:
-    source: str = "embedded"  # embedded | folder:PATH | tfds:NAME[:SPLIT][@DATA_DIR] | array_record:GLOB
+    # embedded | folder:PATH | tfds:NAME[:SPLIT][@DATA_DIR] | array_record:GLOB; may move, but must hold the same images
+    source: str = _key("embedded", free=True)
     image_size: int = _key(256, low=8)
     crop_scale_min: float = _key(0.8, low=1e-3, high=1.0)  # least share of the area that a random crop keeps
     flip: bool = True
@@ -83,7 +88,7 @@ class Eval:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Encoder:
-    path: str = "nano"  # a Hugging Face folder or hub id, or `nano`, which ships with the package
+    path: str = _key("nano", free=True)  # a Hugging Face folder or hub id, or `nano`, which ships with the package
     input_size: int = _key(0, low=0)  # side of the image the encoder sees; 0 is data.image_size
     final_norm: Literal["affine", "plain"] = "affine"
     layers: tuple[int, ...] = ()  # whose tokens are the features, 1 is the first block's; empty: the last
@@ -124,7 +129,7 @@ class Decoder:
 class Model:
     dtype: Literal["float32", "bfloat16"] = "float32"  # of computation; parameters are float32
     # What of a block the backward pass recomputes: nothing, all but the matmuls, or everything but the block's input.
-    remat: Literal["none", "minimal", "full"] = "minimal"
+    remat: Literal["none", "minimal", "full"] = _key("minimal", free=True)
     noise_tau: float = _key(0.0, low=0.0)  # of the noise on features in training (RAE); codes want none
     latent_statistics: bool = False  # latents are handed out normalised per channel and position
     encoder: Encoder = Encoder()
@@ -138,9 +143,10 @@ class Perceptual:
 
     lpips: float = _key(0.0, low=0.0)  # share of LPIPS on VGG16
     convnext_s: float = _key(0.0, low=0.0)  # share of the distance of ConvNeXt-S's logits
-    lpips_vgg16: str = "timm/vgg16.tv_in1k"  # weights: a file, a folder or a hub id
-    lpips_linear: str = ""  # LPIPS's own 1x1 weights; empty: those that ship with the package
-    convnext_s_weights: str = "~/.cache/vqrae_jax/convnext_small-0c510722.pth"
+    # Weights, which a run reads once, when it starts: a file, a folder or a hub id.
+    lpips_vgg16: str = _key("timm/vgg16.tv_in1k", free=True)
+    lpips_linear: str = _key("", free=True)  # LPIPS's own 1x1 weights; empty: those that ship with the package
+    convnext_s_weights: str = _key("~/.cache/vqrae_jax/convnext_small-0c510722.pth", free=True)
     random_weights: bool = False  # for tests and measurements
     remat: bool = False  # recompute the networks' activations in the backward pass, to save memory
 
@@ -171,8 +177,9 @@ class Gan:
     augment: bool = False  # DiffAug
     cutout: float = _key(0.0, low=0.0, high=1.0)  # side of DiffAug's hole as a share of the image's
     channels: int = _key(128, low=32)  # PatchGAN: of the first layer, a multiple of 32
-    backbone: str = ""  # DINO: weights of the frozen ViT: a file, a folder or a hub id; empty: the published ones
-    heads: str = ""  # DINO: a PyTorch checkpoint with trained heads; empty: new ones
+    # DINO: weights of the frozen ViT, read once: a file, a folder or a hub id; empty: the published ones
+    backbone: str = _key("", free=True)
+    heads: str = _key("", free=True)  # DINO: a PyTorch checkpoint with trained heads; empty: new ones
     random_weights: bool = False  # DINO: for tests and measurements
     lr: float = _key(4e-5, low=0.0)
     end_lr: float = _key(0.0, low=0.0)
@@ -203,6 +210,8 @@ class Optim:
 class Log:
     tensorboard: bool = _key(True, free=True)
     wandb: bool = _key(False, free=True)
+    # Folder of compiled programs, which later starts read instead of compiling; empty is off.
+    compilation_cache: str = _key("~/.cache/vqrae_jax/compiled", free=True)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -220,7 +229,7 @@ class Run:
 class Config(Run):
     """What training a tokenizer reads."""
 
-    init_from: str = ""  # a run folder whose weights to start from
+    init_from: str = _key("", free=True)  # a run folder whose weights to start from, read once
     data: Data = Data()
     eval: Eval = Eval()
     model: Model = Model()
@@ -248,10 +257,11 @@ def parse(values: ml_collections.ConfigDict | dict[str, Any], config_type: type[
     """
     if not isinstance(values, dict):
         values = values.to_dict()
-    config = _parse_section(config_type, values, prefix="")
+    config = _parse_section(config_type, values, prefix="", root=config_type)
     _check_run(config)
     if issubclass(config_type, Config):
         _check_tokenizer(config)
+    _check_schedules(config)
     return config
 
 
@@ -291,38 +301,123 @@ def _with_defaults(defaults: Any, values: Any) -> Any:
                            for key, value in values.items()}}
 
 
-def differences(old: Run, new: Run) -> list[str]:
-    """`key: old -> new` for every key in which two configs of a kind differ and which is not free to change."""
-    return _differences(old, new, prefix="")
+def differences(old: Run, new: Run) -> tuple[dict[str, str], dict[str, str]]:
+    """`{key: "old -> new"}` of the keys in which two configs of a type differ: those that a run has to keep, and those
+    that are free to change."""
+    changed = {key: f"{value_of(old, key)!r} -> {value_of(new, key)!r}" for key in keys(type(old))
+               if value_of(old, key) != value_of(new, key)}
+    free = {key: change for key, change in changed.items() if keys(type(old))[key].free}
+    return {key: change for key, change in changed.items() if key not in free}, free
 
 
-def _differences(old: Any, new: Any, *, prefix: str) -> list[str]:
-    found = []
-    for field in dataclasses.fields(old):
-        ours, theirs = getattr(old, field.name), getattr(new, field.name)
-        if dataclasses.is_dataclass(ours):
-            found += _differences(ours, theirs, prefix=f"{prefix}{field.name}.")
-        elif ours != theirs and not (field.metadata and field.metadata["free"]):
-            found.append(f"{prefix}{field.name}: {ours!r} -> {theirs!r}")
-    return found
+class Key(typing.NamedTuple):
+    """A key of a config type, for people to read.
+
+    Attributes:
+      type: `int`, `tuple of (str, float)`, ...
+      range: `at least 1`, `simvq | ema`, ...; empty where anything of its type goes.
+      default: its default.
+      free: whether it may change when a run continues.
+    """
+
+    type: str
+    range: str
+    default: Any
+    free: bool
 
 
-def _parse_section(section: type, values: Any, *, prefix: str) -> Any:
+@functools.cache
+def keys(config_type: type[Run] = Config) -> Mapping[str, Key]:
+    """Every key of a config type by its full name, in the order of declaration."""
+    return dict(_keys(config_type, prefix=""))
+
+
+def _keys(section: type, *, prefix: str) -> Iterator[tuple[str, Key]]:
+    types = typing.get_type_hints(section)
+    for field in dataclasses.fields(section):
+        hint, limits = types[field.name], field.metadata
+        if dataclasses.is_dataclass(hint):
+            yield from _keys(typing.cast(type, hint), prefix=f"{prefix}{field.name}.")
+            continue
+        if typing.get_origin(hint) is Literal:
+            kind, allowed = "str", " | ".join(typing.get_args(hint))
+        else:
+            kind = _type_name(hint)
+            allowed = " | ".join(name for names in limits["among"] for name in names) if limits else ""
+            allowed = allowed or (_bounds(limits["low"], limits["high"]) if limits else "")
+        yield prefix + field.name, Key(kind, allowed, field.default, bool(limits) and limits["free"])
+
+
+def _type_name(hint: Any) -> str:
+    if typing.get_origin(hint) is not tuple:
+        return hint.__name__
+    entries = [_type_name(entry) for entry in typing.get_args(hint) if entry is not ...]
+    return f"tuple of {entries[0]}" if ... in typing.get_args(hint) else f"({', '.join(entries)})"
+
+
+def _bounds(low: float | None, high: float | None) -> str:
+    if high is not None:
+        return f"between {low} and {high}"
+    return "" if low is None else f"at least {low}"
+
+
+def value_of(config: Run, key: str) -> Any:
+    """The value of a key by its full name, such as `train.steps`."""
+    for name in key.split("."):
+        config = getattr(config, name)
+    return config
+
+
+def check_key(key: str, config_type: type[Run] = Config) -> None:
+    """Raises ValueError where a config type has neither such a key nor a section of that name."""
+    if not any(known == key or known.startswith(f"{key}.") for known in keys(config_type)):
+        raise ValueError(f"unknown config key {key}: {_instead_of(key, config_type)}")
+
+
+def _instead_of(key: str, config_type: type[Run]) -> str:
+    """What to write instead of a key that there is not."""
+    known, last = list(keys(config_type)), key.rpartition(".")[2]
+    section = key.rpartition(".")[0]
+    beside = [name for name in known if name.rpartition(".")[0] == section]
+    initials = lambda name: "".join(word[:1] for word in name.split("_"))
+
+    def likeness(name: str) -> tuple[bool, float]:
+        other = name.rpartition(".")[2]
+        related = last in other or other in last or last == initials(other) or other == initials(last)
+        return related, difflib.SequenceMatcher(None, key, name).ratio()
+
+    same = [name for name in known if name.rpartition(".")[2] == last]
+    nearest = same or [max(beside if "." in key and beside else known, key=likeness)]
+    there = ", ".join(beside if "." in key and beside else dict.fromkeys(name.partition(".")[0] for name in known))
+    return f"did you mean {' or '.join(nearest)}? There are {there}"
+
+
+@contextlib.contextmanager
+def says_where(*keys: str) -> Iterator[None]:
+    """Lets the error of a file that is not there or cannot be read name the flags that point to it."""
+    try:
+        yield
+    except OSError as error:
+        flags = " or ".join(f"--config.{key}=..." for key in keys)
+        raise type(error)(f"{error}; {flags} says where") from error
+
+
+def _parse_section(section: type, values: Any, *, prefix: str, root: type[Run]) -> Any:
     if not isinstance(values, dict):
         raise ValueError(f"config key {prefix.rstrip('.')} must hold keys, not {values!r}")
     fields = {field.name: field for field in dataclasses.fields(section)}
     if unknown := sorted(values.keys() - fields.keys()):
-        raise ValueError(f"unknown config key {prefix}{unknown[0]}: there are {', '.join(prefix + n for n in fields)}")
+        raise ValueError(f"unknown config key {prefix}{unknown[0]}: {_instead_of(prefix + unknown[0], root)}")
     if missing := sorted(fields.keys() - values.keys()):
         raise ValueError(f"config key {prefix}{missing[0]} is missing")
     types = typing.get_type_hints(section)
-    return section(**{name: _parse_value(types[name], values[name], field.metadata, name=prefix + name)
+    return section(**{name: _parse_value(types[name], values[name], field.metadata, name=prefix + name, root=root)
                    for name, field in fields.items()})
 
 
-def _parse_value(hint: Any, value: Any, limits: Mapping[str, Any], *, name: str) -> Any:
+def _parse_value(hint: Any, value: Any, limits: Mapping[str, Any], *, name: str, root: type[Run]) -> Any:
     if dataclasses.is_dataclass(hint):
-        return _parse_section(typing.cast(type, hint), value, prefix=name + ".")
+        return _parse_section(typing.cast(type, hint), value, prefix=name + ".", root=root)
     value = _convert(hint, value, name=name)
     if not limits:
         return value
@@ -331,8 +426,7 @@ def _parse_value(hint: Any, value: Any, limits: Mapping[str, Any], *, name: str)
         raise ValueError(f"config key {name} must be one of {', '.join(names)}, not {value!r}")
     low, high = limits["low"], limits["high"]
     if (low is not None and value < low) or (high is not None and value > high):
-        bounds = f"at least {low}" if high is None else f"between {low} and {high}"
-        raise ValueError(f"config key {name} must be {bounds}, not {value!r}")
+        raise ValueError(f"config key {name} must be {_bounds(low, high)}, not {value!r}")
     return value
 
 
@@ -365,7 +459,7 @@ def _check_run(config: Run) -> None:
     if 0 in (config.mesh.data, config.mesh.fsdp) or config.mesh.data == config.mesh.fsdp == -1:
         raise ValueError(f"config keys mesh.data {config.mesh.data} and mesh.fsdp {config.mesh.fsdp} must be numbers "
                          "of devices, one of them may be -1, the rest")
-    _check_optimizer("optim", config.optim, steps=train.steps)
+    _check_rates("optim", config.optim)
     for key in ("lr_multipliers", "end_lr_multipliers"):
         _check_multipliers(f"optim.{key}", getattr(config.optim, key))
 
@@ -374,7 +468,7 @@ _CUSTOM_SHAPE = {"custom": ("width", "depth", "heads", "mlp_dim")}
 
 
 def _check_tokenizer(config: Config) -> None:
-    train, quantizer, decoder, gan = config.train, config.model.quantizer, config.model.decoder, config.gan
+    quantizer, decoder, gan = config.model.quantizer, config.model.decoder, config.gan
     _check_kinds("model.quantizer", quantizer, quantizer.kind, {
         name: (*kind.keys, *(("init",) if kind.from_data else ())) for name, kind in QUANTIZERS.items()})
     _check_kinds("model.decoder", decoder, decoder.shape, _CUSTOM_SHAPE)
@@ -398,12 +492,9 @@ def _check_tokenizer(config: Config) -> None:
         if gan.start_step < gan.discriminator_start_step:
             raise ValueError(f"config key gan.start_step {gan.start_step} is before gan.discriminator_start_step "
                              f"{gan.discriminator_start_step}: the decoder would learn from an untrained discriminator")
-        if gan.start_step >= train.steps:
-            raise ValueError(f"config key gan.start_step {gan.start_step} must be below train.steps {train.steps}: the "
-                             "decoder would never learn from the discriminator")
         if gan.channels % 32:
             raise ValueError(f"config key gan.channels {gan.channels} must be a multiple of 32")
-        _check_optimizer("gan", gan, steps=train.steps - gan.discriminator_start_step)
+        _check_rates("gan", gan)
 
 
 def _check_kinds(section: str, values: Any, kind: str, keys_by_kind: dict[str, tuple[str, ...]]) -> None:
@@ -416,10 +507,28 @@ def _check_kinds(section: str, values: Any, kind: str, keys_by_kind: dict[str, t
                              f"only for {' and '.join(kinds)}")
 
 
-def _check_optimizer(section: str, values: Optim | Gan, *, steps: int) -> None:
-    if values.warmup_steps >= steps:
-        raise ValueError(f"config key {section}.warmup_steps {values.warmup_steps} must be below the {steps} steps "
-                         f"that it has")
+def _check_schedules(config: Run) -> None:
+    """A run must be longer than what it schedules in steps; the message has the flags that make a short trial."""
+    steps, optim = config.train.steps, config.optim
+    shorter = {"optim.warmup_steps": steps // 10} if optim.warmup_steps >= steps else {}
+    if isinstance(config, Config) and config.gan.discriminator != "none":
+        gan = config.gan
+        begins = steps // 2
+        if gan.start_step >= steps:  # the decoder would never learn from the discriminator
+            shorter |= {"gan.start_step": begins}
+            shorter |= {"gan.discriminator_start_step": begins} if gan.discriminator_start_step > begins else {}
+        else:
+            begins = gan.discriminator_start_step
+        if gan.warmup_steps >= steps - begins:
+            shorter |= {"gan.warmup_steps": (steps - begins) // 10}
+    if shorter:
+        too_long = ", ".join(f"{key} {value_of(config, key)}" for key in shorter)
+        flags = " ".join(f"--config.{key}={value}" for key, value in shorter.items())
+        raise ValueError(f"config key{'s' if len(shorter) > 1 else ''} {too_long} must be below train.steps {steps}, "
+                         f"or what is left of them: for a short run add {flags}")
+
+
+def _check_rates(section: str, values: Optim | Gan) -> None:
     if values.end_lr > values.lr:
         raise ValueError(f"config key {section}.end_lr {values.end_lr} must not exceed {section}.lr {values.lr}")
 

@@ -1,12 +1,12 @@
-"""Trains: `python -m vqrae_jax.main --config=configs/x.py --workdir=DIR`.
+"""Trains: `python -m vqrae_jax.main --config=configs/x.py [--workdir=DIR] [--config.key=value ...]`.
 
-Continues by itself where DIR holds a checkpoint. `--config.key=value` changes one key. At the end it evaluates.
+Continues by itself where DIR holds a checkpoint. `--config.key=value` changes one key; with `--config=FILE --help` all
+keys are listed. At the end it evaluates.
 """
 
 from pathlib import Path
 
 from absl import flags
-from ml_collections import config_flags
 
 from vqrae_jax import cli, config
 from vqrae_jax.tokenizer import evaluate, task
@@ -14,18 +14,24 @@ from vqrae_jax.training import distributed
 
 
 def main(_) -> None:
-    if "://" in _WORKDIR.value:
-        raise ValueError(f"--workdir={_WORKDIR.value} is no folder: mount the bucket, or choose a file system that all "
+    workdir = _WORKDIR.value or default_workdir(flags.FLAGS["config"].config_filename)
+    if "://" in workdir:
+        raise ValueError(f"--workdir={workdir} is no folder: mount the bucket, or choose a file system that all "
                          "processes share")
     _JOIN_PROCESSES()
-    result = task.train(config.parse(_CONFIG.value), Path(_WORKDIR.value))
-    if result and distributed.is_first():
-        print(evaluate.table({Path(_WORKDIR.value).resolve().name: result}))
+    result = task.train(config.parse(_CONFIG.value), Path(workdir))
+    if distributed.is_first():
+        print(evaluate.table({Path(workdir).resolve().name: result}))
+
+
+def default_workdir(config_file: str) -> str:
+    """`configs/ablation.py:dim=384` -> `runs/ablation-dim=384`."""
+    file, _, arguments = config_file.partition(":")
+    return str(Path("runs") / "-".join(filter(None, (Path(file).stem, arguments.replace("/", "_")))))
 
 
 if __name__ == "__main__":
-    _CONFIG = config_flags.DEFINE_config_file("config", help_string="a file of configs/", lock_config=True)
-    _WORKDIR = flags.DEFINE_string("workdir", None, "the run's folder", required=True)
+    _CONFIG = cli.config_file()
+    _WORKDIR = flags.DEFINE_string("workdir", None, "the run's folder; by default runs/NAME of configs/NAME.py")
     _JOIN_PROCESSES = cli.join_processes()
-    flags.mark_flag_as_required("config")
     cli.run(main)

@@ -12,7 +12,6 @@ import json
 from pathlib import Path
 
 from absl import flags
-from ml_collections import config_flags
 
 from vqrae_jax import cli
 from vqrae_jax import config as config_lib
@@ -41,10 +40,9 @@ def main(_) -> None:
 
 
 if __name__ == "__main__":
-    _CONFIG = config_flags.DEFINE_config_file("config", help_string="a file of configs/", lock_config=True)
+    _CONFIG = cli.config_file()
     _TOPOLOGY = flags.DEFINE_string("topology", None, "a TPU slice, for example v5e:4x4", required=True)
     _BATCH = flags.DEFINE_integer("batch", None, "images a step; the config's if not given", lower_bound=1)
     _SEARCH = flags.DEFINE_bool("search", False, "try meshes, rematerialisation and accumulation until something fits")
     _JSON = flags.DEFINE_string("json", "", "a file for the figures")
-    flags.mark_flag_as_required("config")
     cli.run(main)

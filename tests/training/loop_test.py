@@ -11,6 +11,7 @@ import sys
 import time
 from contextlib import closing
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import orbax.checkpoint as ocp
@@ -19,7 +20,7 @@ import pytest
 from tests.conftest import REPOSITORY
 from tests.training import toy
 from vqrae_jax import config as config_lib
-from vqrae_jax.training import checkpoint, loop, sharding
+from vqrae_jax.training import checkpoint, compilation, loop, sharding
 from vqrae_jax.training.reporting import Reporter
 
 STEPS = 120
@@ -70,11 +71,11 @@ def test_a_signal_stops_any_task_between_two_steps(whole, tmp_path, monkeypatch)
 
     def interrupt(self, step, *rest):
         report(self, step, *rest)
-        if step == STEPS // 2:  # the next step is of another phase
+        if step == STEPS // 2:  # the next step is of another phase, and this one is to be evaluated
             os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(Reporter, "train", interrupt)
-    with pytest.raises(KeyboardInterrupt, match=f"after step {STEPS // 2 + 1}; the same command continues"):
+    with pytest.raises(KeyboardInterrupt, match=f"after step {STEPS // 2}; the same command continues"):
         loop.run(toy.NextCharacter(toy.config(STEPS)), tmp_path)
     monkeypatch.undo()
     loop.run(toy.NextCharacter(toy.config(STEPS)), tmp_path)
@@ -97,7 +98,7 @@ def test_last_and_best_checkpoints_are_kept_and_a_restart_remembers_which_was_be
     kept = lambda: sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
     with pytest.raises(KeyboardInterrupt):
         loop.run(task, tmp_path)
-    assert kept() == [2, 5, 6]
+    assert kept() == [2, 4, 5]
     loop.run(task, tmp_path)
     assert kept() == [2, 7, 8]
 
@@ -108,7 +109,8 @@ def test_an_unfinished_checkpoint_is_ignored(whole, tmp_path, caplog):
     unfinished = tmp_path / "run" / "checkpoints" / f"{STEPS + 10}.orbax-checkpoint-tmp"
     unfinished.mkdir()
     (unfinished / "everything").write_text("half")
-    assert loop.run(toy.NextCharacter(toy.config(STEPS)), tmp_path / "run") == {}
+    last = json.loads(lines(whole)[-1])
+    assert loop.run(toy.NextCharacter(toy.config(STEPS)), tmp_path / "run") == {"bits": last["eval/bits"]}
     assert f"continuing at step {STEPS}\n" in caplog.text
     assert "nothing left to do" in caplog.text
     assert not unfinished.exists()
@@ -133,9 +135,85 @@ def test_a_full_disk_says_so_and_keeps_the_last_checkpoint(whole, tmp_path, monk
 
 def test_a_folder_of_another_config_is_refused(whole):
     before = {file: file.read_bytes() for file in whole.rglob("*") if file.is_file()}
-    with pytest.raises(ValueError, match="another config: train.steps: 120 -> 121; choose another --workdir"):
-        loop.run(toy.NextCharacter(toy.config(STEPS + 1)), whole)
+    other = dataclasses.replace(toy.config(STEPS), seed=1)
+    with pytest.raises(ValueError, match="another config: seed: 0 -> 1; choose another --workdir"):
+        loop.run(toy.NextCharacter(other), whole)
     assert before == {file: file.read_bytes() for file in whole.rglob("*") if file.is_file()}
+
+
+def test_a_phase_that_cannot_be_compiled_ends_the_run_before_its_first_step(tmp_path):
+    class TooLarge(toy.NextCharacter):
+        def train_step(self, phase):
+            if phase == "second half":
+                raise ValueError("too large")
+            return super().train_step(phase)
+
+    with pytest.raises(ValueError, match="too large"):
+        loop.run(TooLarge(toy.config(STEPS)), tmp_path)
+    assert not checkpoint.has_checkpoint(tmp_path)
+
+
+class Memory(NamedTuple):
+    argument_size_in_bytes: int = 3 * 2**30
+    output_size_in_bytes: int = 2 * 2**30
+    alias_size_in_bytes: int = 2 * 2**30
+    temp_size_in_bytes: int = 4 * 2**30
+
+
+def test_a_program_that_is_too_large_for_a_device_says_so():
+    compilation.check_memory(Memory(), {"bytes_limit": 7 * 2**30}, name="the step")
+    compilation.check_memory(Memory(), None, name="the step")
+    compilation.check_memory(None, {"bytes_limit": 7 * 2**30}, name="the step")
+    with pytest.raises(ValueError, match=r"the step needs 7.0 GiB of a device that has 6.0 GiB: .*accumulate=N"):
+        compilation.check_memory(Memory(), {"bytes_limit": 6 * 2**30}, name="the step")
+
+
+def test_compiled_programs_are_kept_for_the_next_start(tmp_path, monkeypatch):
+    run = lambda name: subprocess.run(
+        [sys.executable, "-m", "tests.training.toy", str(tmp_path / name), "10", str(tmp_path / "cache")],
+        cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    run("first")
+    steps = lambda: {file: file.stat().st_mtime_ns for file in tmp_path.glob("cache/*/jit_train_step-*-cache")}
+    written = steps()
+    assert len(written) == 2  # phases
+    run("second")
+    assert steps() == written
+    assert lines(tmp_path / "first") == lines(tmp_path / "second")
+
+
+def test_the_number_of_steps_may_be_raised_and_lowered(tmp_path, caplog):
+    caplog.set_level("INFO", "vqrae_jax")
+    run = lambda steps: loop.run(toy.NextCharacter(toy.config(steps)), tmp_path)
+    run(20)
+    run(40)
+    assert "train.steps: 20 -> 40 from step 20 on" in caplog.text
+    assert "the learning rate goes on at 0.0587 instead of 0.01 and reaches optim.end_lr 0.01 at step 40" in caplog.text
+    records = [json.loads(line) for line in lines(tmp_path)]
+    assert [r["step"] for r in records if "loss/next" in r] == list(range(1, 41))
+    # A run that has more steps than it shall have is finished, and says how good it is.
+    assert run(30) == {"bits": records[-1]["eval/bits"]}
+
+
+def test_a_run_that_died_in_an_evaluation_makes_up_for_it(whole, tmp_path, monkeypatch):
+    evaluator = toy.NextCharacter.evaluator
+    for step in (10, STEPS):
+        def dies(self, mesh, at=step):
+            evaluate = evaluator(self, mesh)
+
+            def evaluated(state, frozen):
+                if state.step == at:
+                    raise KeyboardInterrupt
+                return evaluate(state, frozen)
+            return evaluated
+
+        monkeypatch.setattr(toy.NextCharacter, "evaluator", dies)
+        with pytest.raises(KeyboardInterrupt):
+            loop.run(toy.NextCharacter(toy.config(STEPS)), tmp_path)
+        monkeypatch.undo()
+    result = loop.run(toy.NextCharacter(toy.config(STEPS)), tmp_path)
+    assert lines(tmp_path) == lines(whole)
+    assert result == {"bits": json.loads(lines(whole)[-1])["eval/bits"]}
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_too_many_stop_the_run(tmp_path, monkeypatch):
@@ -153,8 +231,8 @@ def test_a_step_that_is_not_finite_is_skipped_and_too_many_stop_the_run(tmp_path
     monkeypatch.setattr(toy.Batches, "__next__", broken_from_step_11)
     with pytest.raises(FloatingPointError, match="20 steps in a row up to step 30"):
         loop.run(Broken(toy.config(STEPS)), tmp_path)
-    abstract, _ = Broken(toy.config(STEPS)).abstract(sharding.one_device())
-    with closing(checkpoint.Checkpoints(tmp_path, ["everything"], toy.NextCharacter.best, read_only=True)) as saved:
+    abstract, *_ = Broken(toy.config(STEPS)).abstract(sharding.one_device())
+    with closing(checkpoint.Checkpoints(tmp_path, ["everything"], read_only=True)) as saved:
         last, _ = saved.restore(30, {"everything": abstract._asdict()})
     assert np.all(np.isfinite(last["everything"]["params"]["logits/kernel"]))  # the last good state
     for _ in range(2):  # where no step is left, a restart says the same

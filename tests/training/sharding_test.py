@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec
 from tests.conftest import REPOSITORY, compiled_quickly
 from vqrae_jax import config as config_lib
 from vqrae_jax.models import flat
-from vqrae_jax.tokenizer import build, init, runs, train_state
+from vqrae_jax.tokenizer import build, init, train_state
 from vqrae_jax.tokenizer.loss import make_train_step
 from vqrae_jax.training import checkpoint, sharding
 
@@ -84,11 +84,11 @@ def move(configs: list[config_lib.Config], folder: Path) -> None:
     expected = jax.device_get((state, frozen))
     for i, config in enumerate(configs[1:]):
         checkpoint.save_frozen(folder / str(i), frozen)
-        with closing(checkpoint.Checkpoints(folder / str(i), train_state.items(state), runs.BEST)) as checkpoints:
-            checkpoints.save(1, train_state.items(state), {"next_batch": 1}, {})
+        with closing(checkpoint.Checkpoints(folder / str(i), train_state.items(state))) as checkpoints:
+            checkpoints.save(1, train_state.items(state), {"next_batch": 1})
         mesh = make_mesh(config)
         abstract, abstract_frozen = train_state.abstract(config, build.structure(config), mesh)
-        with closing(checkpoint.Checkpoints(folder / str(i), train_state.items(abstract), runs.BEST)) as checkpoints:
+        with closing(checkpoint.Checkpoints(folder / str(i), train_state.items(abstract))) as checkpoints:
             items, _ = checkpoints.restore(1, train_state.items(abstract))
         state = train_state.from_items(items)
         frozen = checkpoint.load_frozen(folder / str(i), abstract_frozen)

@@ -1,6 +1,6 @@
 """A second task for the loop, which shares nothing with the tokenizer: a next-character model of one sentence.
 
-`python -m tests.training.toy WORKDIR STEPS` trains it.
+`python -m tests.training.toy WORKDIR STEPS [COMPILATION_CACHE]` trains it.
 """
 
 import sys
@@ -70,7 +70,10 @@ class NextCharacter:
         return State(zero, params, self.optimizer.init(params), zero, zero), Frozen(embedding)
 
     def abstract(self, mesh):
-        return sharding.placed(mesh, jax.eval_shape(self._init), sharding.RULES)
+        letters = jax.ShapeDtypeStruct((self.config.train.batch_size,), np.uint8,
+                                       sharding=sharding.batch_sharding(mesh))
+        return (*sharding.placed(mesh, jax.eval_shape(self._init), sharding.RULES),
+                {"character": letters, "next": letters})
 
     def init(self, mesh):
         return sharding.made(self._init, mesh, sharding.RULES)
@@ -121,11 +124,11 @@ class NextCharacter:
         return f"loss {metrics['loss/next']:.3f}"
 
 
-def config(steps: int) -> config_lib.Run:
+def config(steps: int, compilation_cache: str = "") -> config_lib.Run:
     train = config_lib.Train(steps=steps, batch_size=8, accumulate=2, log_every=1, checkpoint_every=10, eval_every=10)
-    return config_lib.Run(train=train, log=config_lib.Log(tensorboard=False),
+    return config_lib.Run(train=train, log=config_lib.Log(tensorboard=False, compilation_cache=compilation_cache),
                           optim=config_lib.Optim(lr=0.1, end_lr=0.01, warmup_steps=2))
 
 
 if __name__ == "__main__":
-    loop.run(NextCharacter(config(int(sys.argv[2]))), Path(sys.argv[1]))
+    loop.run(NextCharacter(config(int(sys.argv[2]), *sys.argv[3:])), Path(sys.argv[1]))

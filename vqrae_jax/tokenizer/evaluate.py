@@ -82,6 +82,7 @@ def evaluate(eval_step: EvalStep, arrays: Arrays, mesh: Mesh, batches: Iterable[
     kept: dict[str, Any] = dict.fromkeys(METRICS)
     originals, reconstructions, count = [], [], 0
     for local in batches:
+        distributed.stop_if_preempted()
         batch = sharding.put_batch(mesh, {name: local[name] for name in ("image", "label", "valid")})
         measured, decoded = eval_step(arrays, batch["image"], batch["label"], batch["valid"])
         # Images are large: they are gathered only as long as the picture needs some.

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
+from vqrae_jax import config as config_lib
 from vqrae_jax.config import Config
 from vqrae_jax.models import flat
 from vqrae_jax.models.discriminators import DISCRIMINATORS
@@ -18,7 +19,7 @@ from vqrae_jax.models.flat import Arrays
 from vqrae_jax.models.placement import split_batch
 from vqrae_jax.tokenizer import build, runs, train_state
 from vqrae_jax.tokenizer.build import Structure
-from vqrae_jax.training import sharding, update
+from vqrae_jax.training import distributed, sharding, update
 from vqrae_jax.training.task import Batches
 from vqrae_jax.weights import discriminators, huggingface, perceptual
 from vqrae_jax.weights.huggingface import EncoderSpec
@@ -37,8 +38,9 @@ def model_arrays(config: Config, structure: Structure, mesh: Mesh) -> tuple[Arra
     """
     pretrained = {}
     if not config.model.encoder.random_weights:
-        loaded = huggingface.load_encoder_params(build.encoder_path(config), image_size=structure.input_size,
-                                                 final_norm=config.model.encoder.final_norm)
+        with config_lib.says_where("model.encoder.path"):
+            loaded = huggingface.load_encoder_params(build.encoder_path(config), image_size=structure.input_size,
+                                                     final_norm=config.model.encoder.final_norm)
         pretrained = flat.prefixed("encoder/", loaded)
 
     def init():
@@ -65,11 +67,14 @@ def network_arrays(config: Config, mesh: Mesh) -> tuple[Arrays, Arrays]:
     loaded, loaded_buffers = {}, {}
     if not config.loss.perceptual.random_weights:
         for name in build.perceptual_shares(config):
-            loaded |= flat.prefixed(f"{name}/", perceptual.LOADERS[name](config.loss.perceptual))
+            keys = [key for key in config_lib.keys() if key.startswith(f"loss.perceptual.{name}_")]
+            with config_lib.says_where(*keys):
+                loaded |= flat.prefixed(f"{name}/", perceptual.LOADERS[name](config.loss.perceptual))
     kind = config.gan.discriminator
     if kind in discriminators.LOADERS and (backbone := DISCRIMINATORS[kind].backbone):
-        theirs = [flat.prefixed("discriminator/", arrays)
-                  for arrays in discriminators.LOADERS[kind](config.gan, backbone)]
+        with config_lib.says_where("gan.backbone", "gan.heads"):
+            theirs = [flat.prefixed("discriminator/", arrays)
+                      for arrays in discriminators.LOADERS[kind](config.gan, backbone)]
         for ours, arrays in zip((params, buffers), theirs, strict=True):
             _check_heads(config, ours, arrays)
         loaded, loaded_buffers = loaded | theirs[0], theirs[1]
@@ -107,8 +112,10 @@ def initial_arrays(config: Config, structure: Structure, open_batches: Callable[
     if config.model.quantizer.init == "kmeans" and not any(flat.part(path) == "quantizer" for path in restored):
         batches = open_batches()  # an iterator of its own: training starts at batch 0
         needed = KMEANS_TOKENS_PER_CODE * config.model.quantizer.size
-        images = [sharding.put_batch(mesh, next(batches)["image"])
-                  for _ in range(math.ceil(needed / (structure.tokens * config.train.batch_size)))]
+        images = []
+        for _ in range(math.ceil(needed / (structure.tokens * config.train.batch_size))):
+            distributed.stop_if_preempted()
+            images.append(sharding.put_batch(mesh, next(batches)["image"]))
         batches.close()
         initial = initial | sharding.on(mesh, codebook_from_data)(config, structure, initial, images)
         log.info("codebook initialised by k-means on %d tokens", sum(map(len, images)) * structure.tokens)
@@ -143,7 +150,8 @@ def _restored_arrays(config: Config, structure: Structure, mesh: Mesh) -> Arrays
     Raises:
       ValueError: a part that both have differs; the message names the first array.
     """
-    other, _, arrays = runs.load_run(Path(config.init_from), mesh)
+    with config_lib.says_where("init_from"):
+        other, _, arrays = runs.load_run(Path(config.init_from), mesh)
     shapes = {**structure.params, **structure.buffers}
     theirs, ours = set(flat.parts(arrays)), set(flat.parts(shapes))
     for path in sorted(path for path in arrays.keys() | shapes.keys() if flat.part(path) in theirs & ours):

@@ -16,15 +16,15 @@ from vqrae_jax.models.flat import Arrays
 from vqrae_jax.tokenizer import build, train_state
 from vqrae_jax.training import checkpoint
 from vqrae_jax.training.checkpoint import Checkpoints
-from vqrae_jax.training.task import Best
 from vqrae_jax.weights import huggingface
-
-BEST = Best("psnr", higher=True)
 
 
 def structure(workdir: Path, config: Config) -> build.Structure:
     """`build.structure`, with the encoder's shape from the run's folder once the run has begun."""
-    return build.structure(self_contained(workdir, config) if checkpoint.has_checkpoint(workdir) else config)
+    if checkpoint.has_checkpoint(workdir):
+        return build.structure(self_contained(workdir, config))
+    with config_lib.says_where("model.encoder.path"):
+        return build.structure(config)
 
 
 def self_contained(workdir: Path, config: Config) -> Config:
@@ -55,7 +55,7 @@ def load_run(workdir: Path, mesh: Mesh, *, step: int | None = None) -> tuple[Con
     model_structure = structure(workdir, config)
     abstract, frozen = train_state.abstract(config, model_structure, mesh)
     items = train_state.items(abstract)
-    with closing(Checkpoints(workdir, items, BEST, read_only=True)) as checkpoints:
+    with closing(Checkpoints(workdir, items, read_only=True)) as checkpoints:
         steps = checkpoints.steps()
         if step not in [None, *steps]:
             raise FileNotFoundError(f"{workdir} holds the checkpoints {steps}, not {step}")
@@ -74,8 +74,9 @@ def write_run(workdir: Path, config: Config, params: Arrays, buffers: Arrays) ->
     if checkpoint.has_checkpoint(workdir):
         raise ValueError(f"{workdir} holds a run already: choose another --workdir")
     started, frozen = train_state.init(config, build.structure(config), params, buffers, {}, {})
+    checkpoint.make_folder(workdir)
     checkpoint.open_run(workdir, config, lambda folder: write_files(folder, config))
     checkpoint.save_frozen(workdir, frozen)
     items = train_state.items(started)
-    with closing(Checkpoints(workdir, items, BEST)) as checkpoints:
-        checkpoints.save(0, items, {"next_batch": 0}, {})
+    with closing(Checkpoints(workdir, items)) as checkpoints:
+        checkpoints.save(0, items, {"next_batch": 0})

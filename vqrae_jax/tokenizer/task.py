@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from vqrae_jax import config as config_lib
 from vqrae_jax.config import Config
 from vqrae_jax.data import BadImages, Source, TrainIterator, open_source, train_batches
 from vqrae_jax.models import flat
@@ -17,7 +18,7 @@ from vqrae_jax.tokenizer.gan import learns as discriminator_learns
 from vqrae_jax.tokenizer.loss import make_train_step, phase_of
 from vqrae_jax.tokenizer.train_state import Frozen, TrainState
 from vqrae_jax.training import loop, optim, sharding
-from vqrae_jax.training.task import Evaluator, TrainStep
+from vqrae_jax.training.task import Best, Evaluator, TrainStep
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ class TokenizerTask:
       ValueError, OSError: a config or data that cannot work.
     """
 
-    best, unit = runs.BEST, "images"
+    best, unit = Best("psnr", higher=True), "images"
 
     def __init__(self, config: Config, workdir: Path):
         self.config = config
@@ -51,16 +52,18 @@ class TokenizerTask:
         for key in ("lr_multipliers", "end_lr_multipliers"):
             optim.check_patterns(self.structure.params, getattr(config.optim, key), key=f"optim.{key}")
         self.bad_images = BadImages(workdir / "bad_images.jsonl")
-        self._source = open_source(config.data.source, training=True)
-        self._eval_source = open_source(evaluate.spec(config), training=False)
+        with config_lib.says_where("data.source"):
+            self._source = open_source(config.data.source, training=True)
+        with config_lib.says_where("eval.source" if config.eval.source else "data.source"):
+            self._eval_source = open_source(evaluate.spec(config), training=False)
 
     def write_files(self, workdir: Path) -> None:
         """The encoder's config."""
         runs.write_files(workdir, self.config)
 
-    def abstract(self, mesh: Mesh) -> tuple[TrainState, Frozen]:
-        """Shapes and shardings of state and frozen arrays."""
-        return train_state.abstract(self.config, self.structure, mesh)
+    def abstract(self, mesh: Mesh) -> tuple[TrainState, Frozen, dict[str, Any]]:
+        """Shapes and shardings of state, frozen arrays and a batch."""
+        return (*train_state.abstract(self.config, self.structure, mesh), abstract_batch(self.config, mesh))
 
     def init(self, mesh: Mesh) -> tuple[TrainState, Frozen]:
         """State and frozen arrays at the start of a run."""

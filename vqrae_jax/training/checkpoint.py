@@ -10,27 +10,28 @@ import logging
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import orbax.checkpoint as ocp
-from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from vqrae_jax import config as config_lib
 from vqrae_jax.models.flat import Arrays
 from vqrae_jax.training import distributed
 from vqrae_jax.training.files import disk_errors
-from vqrae_jax.training.task import Best
 
 log = logging.getLogger(__name__)
 
 
-def open_run(workdir: Path, config: config_lib.Run, write_files: Callable[[Path], None]) -> None:
-    """Creates a run's folder, or checks that an existing one belongs to this config.
+def open_run(workdir: Path, config: config_lib.Run, write_files: Callable[[Path], None]) -> dict[str, str]:
+    """Completes a new run's folder, or checks that an existing one belongs to this config.
 
     Args:
       workdir: the folder.
       config: of the run.
       write_files: writes a task's own files into a folder that has no checkpoint yet.
+
+    Returns:
+      `{key: "old -> new"}` of what a run that continues does differently; empty for a new one.
 
     Raises:
       OSError: the folder cannot be written.
@@ -38,17 +39,16 @@ def open_run(workdir: Path, config: config_lib.Run, write_files: Callable[[Path]
     """
     file = workdir / "config.json"
     existing = config_lib.load(file, type(config)) if file.exists() else None  # refuses a file that is not ours
+    changed = {}
     if existing and has_checkpoint(workdir):
-        if changed := config_lib.differences(existing, config):
-            more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
-            raise ValueError(f"{workdir} holds a run with another config: {changed[0]}{more}; choose another "
+        kept, changed = config_lib.differences(existing, config)
+        if kept:
+            key, change = next(iter(kept.items()))
+            more = f" (and {len(kept) - 1} more)" if len(kept) > 1 else ""
+            raise ValueError(f"{workdir} holds a run with another config: {key}: {change}{more}; choose another "
                              "--workdir, or the same config to continue that run")
     if distributed.is_first():
         with disk_errors(workdir):
-            workdir.mkdir(parents=True, exist_ok=True)
-            probe = workdir / ".write_test"
-            probe.touch()
-            probe.unlink()
             if not has_checkpoint(workdir):
                 write_files(workdir)
             if existing != config:
@@ -57,31 +57,43 @@ def open_run(workdir: Path, config: config_lib.Run, write_files: Callable[[Path]
     if not file.exists():
         raise OSError(f"{workdir} is not the same folder for all processes of the run: put it on a file system that "
                       "they share")
+    return changed
+
+
+def make_folder(workdir: Path) -> None:
+    """Creates a run's folder, if there is none, and raises OSError where it cannot be written."""
+    with disk_errors(workdir):
+        workdir.mkdir(parents=True, exist_ok=True)
+        probe = workdir / ".write_test"
+        probe.touch()
+        probe.unlink()
+
+
+def last_step(workdir: Path) -> int:
+    """The step of a folder's last complete checkpoint; -1 where it holds none."""
+    return max((int(path.name) for path in (workdir / "checkpoints").glob("*") if path.name.isdigit()), default=-1)
 
 
 def has_checkpoint(workdir: Path) -> bool:
     """Whether a folder holds at least one complete checkpoint."""
-    return any(path.name.isdigit() for path in (workdir / "checkpoints").glob("*"))
+    return last_step(workdir) >= 0
 
 
 class Checkpoints:
-    """The checkpoints of one run; saving goes on in the background, `close` waits for it.
+    """The checkpoints of one run; saving goes on in the background, `wait` and `close` wait for it.
+
+    When one is saved, of the older ones the last and the best are kept.
 
     Args:
       workdir: the run's folder.
       items: names of what the task saves; see `Task.items`.
-      best: by what the best one is kept.
+      best_step: which of given steps is the best one, or None.
       read_only: for runs of others, which may be going on.
     """
 
-    def __init__(self, workdir: Path, items: Iterable[str], best: Best, *, read_only: bool = False):
-        self.workdir, self._best = workdir, best
-        sign = 1 if best.higher else -1
-        value = lambda metrics: sign * metrics[best.metric]
-        policy = AnyPreservationPolicy([
-            LatestN(2),
-            BestN(get_metric_fn=value, n=1, keep_checkpoints_without_metrics=False),
-        ])
+    def __init__(self, workdir: Path, items: Iterable[str],
+                 best_step: Callable[[list[int]], int | None] = lambda steps: None, *, read_only: bool = False):
+        self.workdir = workdir
         if not read_only and distributed.is_first():
             # Orbax can do this in a thread, which a process that fails early does not wait for.
             for unfinished in (workdir / "checkpoints").glob("*.orbax-checkpoint-tmp*"):
@@ -90,22 +102,20 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(
             (workdir / "checkpoints").absolute(),
             item_names=(*items, "data"),
-            # Without best_fn Orbax keeps metrics in memory only, and a restart would forget which step was best.
-            options=ocp.CheckpointManagerOptions(preservation_policy=policy, best_fn=value, create=not read_only,
+            options=ocp.CheckpointManagerOptions(preservation_policy=_LastAndBest(best_step), create=not read_only,
                                                  read_only=read_only))
 
     def steps(self) -> list[int]:
         """The steps of all complete checkpoints, in order."""
         return sorted(self._manager.all_steps())
 
-    def save(self, step: int, items: dict[str, Any], data_state: dict[str, int], metrics: dict[str, float]) -> None:
+    def save(self, step: int, items: dict[str, Any], data_state: dict[str, int]) -> None:
         """Saves in the background.
 
         Args:
           step: of the state.
           items: by name, trees of arrays.
           data_state: the position in the data.
-          metrics: of an evaluation of this very step; empty if there was none.
         """
         if step in self._manager.all_steps():
             return
@@ -113,8 +123,7 @@ class Checkpoints:
             self._manager.save(
                 step,
                 args=ocp.args.Composite(**{name: ocp.args.StandardSave(tree) for name, tree in items.items()},
-                                        data=ocp.args.JsonSave(data_state)),
-                metrics={self._best.metric: metrics[self._best.metric]} if metrics else None)
+                                        data=ocp.args.JsonSave(data_state)))
 
     def restore(self, step: int, abstract: dict[str, Any]) -> tuple[dict[str, Any], dict[str, int]]:
         """The items and the data position of a step; `abstract` gives shapes, dtypes and shardings."""
@@ -127,11 +136,27 @@ class Checkpoints:
         """One item of a step."""
         return self._manager.restore(step, args=ocp.args.Composite(**{name: ocp.args.StandardRestore(abstract)}))[name]
 
-    def close(self) -> None:
+    def wait(self) -> None:
         """Returns when everything that was saved is on disk."""
         with disk_errors(self.workdir):
             self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """The same; afterwards nothing can be saved."""
+        self.wait()
         self._manager.close()
+
+
+class _LastAndBest(NamedTuple):
+    """Orbax's question which checkpoints to keep, asked when another one is saved."""
+
+    best_step: Callable[[list[int]], int | None]
+
+    def should_preserve(self, checkpoints: Any, *, context: Any) -> list[bool]:
+        del context
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        kept = {*steps[-2:], self.best_step(steps)}
+        return [step in kept for step in steps]
 
 
 def save_frozen(workdir: Path, frozen: Any) -> None:

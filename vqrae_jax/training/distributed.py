@@ -1,8 +1,10 @@
 """Several processes as one run: how they find each other, agree, and end when one of them is gone."""
 
 import faulthandler
+import itertools
 import logging
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +14,11 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+# How often `preempted` was asked: JAX tells the places at which processes can agree to stop by numbers.
+_ASKED = itertools.count(1)
+# What Gloo, NCCL and JAX's coordination service say where another process does not answer any more.
+_OTHERS_ARE_GONE = re.compile("UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED|Gloo|NCCL|[Cc]onnection|[Hh]eartbeat|"
+                              "[Bb]arrier|[Cc]oordination")
 # After so long the others miss a process that died silently, or one that does not come to the end.
 TIMEOUT_SECONDS = 30
 
@@ -67,9 +74,20 @@ def gather(tree: Any) -> Any:
     return jax.tree.map(lambda array: np.asarray(multihost_utils.process_allgather(array, tiled=True)), tree)
 
 
-def preempted(step: int) -> bool:
-    """Whether some process got SIGTERM and all agreed to stop after this step; every process asks at every step."""
-    return jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step)
+def agreed(number: int) -> int:
+    """The first process's number, in every process."""
+    return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
+
+
+def preempted() -> bool:
+    """Whether some process got SIGTERM and all agreed to stop here; every process asks at the same places."""
+    return jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(next(_ASKED))
+
+
+def stop_if_preempted() -> None:
+    """Raises KeyboardInterrupt where all agreed to stop here, in the midst of something that need not be finished."""
+    if preempted():
+        raise KeyboardInterrupt("stopped by a signal; the same command continues")
 
 
 @contextmanager
@@ -81,7 +99,7 @@ def ends_with_the_others() -> Iterator[None]:
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1 or "RESOURCE_EXHAUSTED" in str(error):
+        if jax.process_count() == 1 or not _OTHERS_ARE_GONE.search(str(error)):
             raise
         reason = " ".join(str(error).split())[:200]
         print(f"error: another process of this run is gone ({reason}); start all of them again, and the run continues "

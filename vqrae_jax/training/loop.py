@@ -1,17 +1,16 @@
-"""The training loop: data, step, report, evaluate, save. It knows of what is trained only what `Task` says."""
+"""The training loop: data, step, report, save, evaluate. It knows of what is trained only what `Task` says."""
 
 import logging
-import signal
-import threading
 import time
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
-from vqrae_jax.training import checkpoint, distributed, reporting, sharding
+from vqrae_jax.training import checkpoint, compilation, distributed, lock, optim, reporting, sharding
+from vqrae_jax.training.signals import StopSignal
 from vqrae_jax.training.task import Batches, Task
 
 log = logging.getLogger(__name__)
@@ -27,117 +26,120 @@ def run(task: Task, workdir: Path) -> dict[str, float]:
       workdir: the run's folder; see checkpoint.py for what is in it.
 
     Returns:
-      the metrics of the evaluation at the end; empty if no step was left.
+      the metrics of the evaluation at the end, also where no step was left.
 
     Raises:
-      ValueError, OSError: a config, data or a folder that cannot work, before training starts.
-      KeyboardInterrupt: a signal stopped the run, after it was saved.
+      ValueError, OSError: a config, data or a folder that cannot work, before training starts; another process trains
+        in this folder.
+      KeyboardInterrupt: a signal stopped the run; nothing is lost.
       FloatingPointError: `train.max_skipped` steps in a row had a loss or gradient that was not finite.
     """
     config = task.config
-    mesh = sharding.make_mesh(config.mesh)
-    sharding.check_batch_size(mesh, config)
-    abstract_state, abstract_frozen = task.abstract(mesh)
-    batches = task.batches()  # before there is a folder: data that cannot be trained on leaves none behind
-    checkpoint.open_run(workdir, config, task.write_files)
-    for line in task.describe():
-        log.info("%s", line)
-    # Whatever ends this block, saving in the background is waited for.
-    with (closing(checkpoint.Checkpoints(workdir, task.items(abstract_state), task.best)) as checkpoints,
-          closing(batches)):
-        if steps := checkpoints.steps():
+    compilation.keep_programs(config.log.compilation_cache)
+    with ExitStack() as stack:  # whatever ends the run, it is unwound in the reverse order
+        stop = stack.enter_context(StopSignal())
+        mesh = sharding.make_mesh(config.mesh)
+        sharding.check_batch_size(mesh, config)
+        abstract_state, abstract_frozen, abstract_batch = task.abstract(mesh)
+        batches = stack.enter_context(closing(task.batches()))  # before there is a folder: bad data leaves none behind
+        if distributed.is_first():
+            checkpoint.make_folder(workdir)
+            stack.enter_context(lock.held(workdir))
+        changes = checkpoint.open_run(workdir, config, task.write_files)
+        for line in task.describe():
+            log.info("%s", line)
+        saved_step = distributed.agreed(checkpoint.last_step(workdir))
+        reporter = stack.enter_context(closing(
+            reporting.Reporter(workdir, config, unit=task.unit, first_step=max(saved_step, 0))))
+        checkpoints = stack.enter_context(closing(checkpoint.Checkpoints(
+            workdir, task.items(abstract_state), lambda steps: reporter.best_step(task.best, steps))))
+        stop.finish = checkpoints.wait
+        if saved_step >= 0:
             frozen = checkpoint.load_frozen(workdir, abstract_frozen)
-            items, position = checkpoints.restore(steps[-1], task.items(abstract_state))
+            items, position = checkpoints.restore(saved_step, task.items(abstract_state))
             state = task.state(items)
             batches.set_state(position)
+            _log_changes(task, changes, saved_step)
         else:
             state, frozen = task.init(mesh)
             checkpoint.save_frozen(workdir, frozen)
-        with (closing(reporting.Reporter(workdir, config, unit=task.unit, first_step=int(state.step))) as reporter,
-              distributed.ends_with_the_others()):
-            result = _loop(task, mesh, state, frozen, batches, checkpoints, reporter)
+        stack.enter_context(distributed.ends_with_the_others())
+        result = _loop(task, mesh, state, frozen, batches, abstract_batch, checkpoints, reporter, stop)
     # The first process may have pictures and curves to write: JAX ends those that wait for it too long at their exit.
     distributed.wait_for_all("end of training")
     return result
 
 
-def _loop(task: Task, mesh: Mesh, state: Any, frozen: Any, batches: Batches, checkpoints: checkpoint.Checkpoints,
-          reporter: reporting.Reporter) -> dict[str, float]:
-    """Steps from `state` to the end; returns the metrics of the last evaluation, empty if no step was left."""
-    train, result = task.config.train, {}
-    save = lambda metrics: checkpoints.save(int(state.step), task.items(state), batches.get_state(), metrics)
-    if int(state.step) >= train.steps:
+def _loop(task: Task, mesh: Mesh, state: Any, frozen: Any, batches: Batches, abstract_batch: Any,
+          checkpoints: checkpoint.Checkpoints, reporter: reporting.Reporter, stop: StopSignal) -> dict[str, float]:
+    """Steps from `state` to the end; returns the metrics of the evaluation there."""
+    train, first = task.config.train, int(state.step) + 1
+    steps = range(first, train.steps + 1)
+    save = lambda: checkpoints.save(int(state.step), task.items(state), batches.get_state())
+    if not steps:
         if state.skipped_in_a_row >= train.max_skipped:
             raise _not_finite(state, checkpoints.workdir)
         log.info("step %d of %d is reached: nothing left to do", state.step, train.steps)
-    else:
-        log.info("training to step %d; the first step takes longer, for it is compiled", train.steps)
-    compiled, evaluate = {}, task.evaluator(mesh)
-    with _StopSignal() as stop:
-        for step in range(int(state.step) + 1, train.steps + 1):
-            phase = task.phase(step)
-            if phase not in compiled:
-                compiled[phase] = sharding.jit_step(task.train_step(phase), mesh, state)
+    # All before the first step: what does not fit into memory must not strand the run when its turn comes.
+    compiled = {phase: compilation.compiled(sharding.jit_step(task.train_step(phase), mesh, state), state, frozen,
+                                            abstract_batch, name=f"the {phase} training step".replace("  ", " "))
+                for phase in dict.fromkeys(map(task.phase, steps))}
+    evaluate = task.evaluator(mesh)
+
+    def evaluated(step: int) -> dict[str, float]:
+        result, rows = evaluate(state, frozen)
+        reporter.evaluation(step, result, rows)
+        return result
+
+    # Of a step that was saved, the run may have ended before its evaluation.
+    due = first > 1 and ((first - 1) % train.eval_every == 0 or not steps)
+    if due and not distributed.agreed(first - 1 in reporter.evaluations):
+        evaluated(first - 1)
+    if steps:
+        log.info("training to step %d", train.steps)
+    with stop.deferred():
+        for step in steps:
+            reporter.resume()
+            last = step == train.steps
             asked = time.perf_counter()
             batch = next(batches)
             if state.step.is_ready():  # else the devices still had work, and nothing waited for this batch
                 reporter.waited_for_data(time.perf_counter() - asked)
-            state, metrics = compiled[phase](state, frozen, sharding.put_batch(mesh, batch))
-            last, stopping, evaluated = step == train.steps, stop.requested(step), {}
-            evaluating = step % train.eval_every == 0 or last
-            saving = step % train.checkpoint_every == 0 or last or stopping
+            state, metrics = compiled[task.phase(step)](state, frozen, sharding.put_batch(mesh, batch))
             if step % train.log_every == 0 or last:
                 metrics = {name: float(value) for name, value in metrics.items()}
                 reporter.train(step, metrics, task.shown(metrics))
                 if state.skipped_in_a_row >= train.max_skipped:
-                    save({})
+                    save()
                     raise _not_finite(state, checkpoints.workdir)
-            if evaluating or saving:
+            stopping, evaluating = stop.requested(), step % train.eval_every == 0 or last
+            saving = step % train.checkpoint_every == 0 or evaluating or stopping
+            if saving:
                 jax.block_until_ready(state)  # or the steps under way would count as time of the evaluation
             reporter.pause()
-            if evaluating:
-                result, rows = evaluate(state, frozen)
-                reporter.evaluation(step, result, rows)
-                evaluated = result
             if saving:
-                save(evaluated)
-            reporter.resume()
-            if stopping and not last:
+                save()  # before the evaluation, which a signal may cut short
+            if stopping:
                 raise KeyboardInterrupt(f"stopped by a signal after step {step}; the same command continues")
-    return result
+            if evaluating:
+                with stop.at_once():
+                    evaluated(step)
+    return reporter.evaluations[int(state.step)] if int(state.step) in reporter.evaluations else {}
+
+
+def _log_changes(task: Task, changes: dict[str, str], step: int) -> None:
+    """Says what a run that continues does differently from now on."""
+    for key, change in changes.items():
+        log.info("%s: %s from step %d on", key, change, step)
+    if "train.steps" in changes:
+        old_steps = int(changes["train.steps"].split(" -> ")[0])
+        rates = [float(optim.rates(task.config.optim, steps=steps)("")(step))
+                 for steps in (old_steps, task.config.train.steps)]
+        log.info("the learning rate goes on at %.3g instead of %.3g and reaches optim.end_lr %.3g at step %d", rates[1],
+                 rates[0], task.config.optim.end_lr, task.config.train.steps)
 
 
 def _not_finite(state: Any, workdir: Path) -> FloatingPointError:
     return FloatingPointError(
         f"{state.skipped_in_a_row} steps in a row up to step {state.step} had a loss or gradient that was not finite; "
         f"{workdir} keeps the last good state: lower optim.lr and start a new run from it")
-
-
-class _StopSignal:
-    """Notes SIGTERM and SIGINT, so that the loop can save and end between two steps; a second one ends at once."""
-
-    def __init__(self):
-        self._received = False
-
-    def __enter__(self):
-        # Only a process's main thread may have handlers; a notebook may run elsewhere. Several processes have to stop
-        # at the same step: there JAX notes SIGTERM and agrees on one.
-        alone = threading.current_thread() is threading.main_thread() and jax.process_count() == 1
-        numbers = (signal.SIGTERM, signal.SIGINT) if alone else ()
-        self._before = {number: signal.signal(number, self._note) for number in numbers}
-        return self
-
-    def __exit__(self, *_):
-        self._restore()
-
-    def requested(self, step: int) -> bool:
-        """Whether the run has to stop after this step."""
-        return self._received or distributed.preempted(step)
-
-    def _note(self, number, frame):
-        self._received = True
-        self._restore()
-
-    def _restore(self):
-        for number, handler in self._before.items():
-            signal.signal(number, handler)

@@ -5,7 +5,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,10 @@ from PIL import Image, ImageDraw
 from vqrae_jax.config import Run
 from vqrae_jax.training import distributed
 from vqrae_jax.training.files import disk_errors
+from vqrae_jax.training.task import Best
 
 log = logging.getLogger(__name__)
+_EVALUATION = "eval/"
 
 
 class Reporter:
@@ -25,6 +27,9 @@ class Reporter:
     So the file of a run that was killed and continued is the same, byte for byte, as that of one that was not. Lines of
     steps after `first_step`, which an interrupted run may have left, are dropped at the start. Throughput is reported
     in `unit` ("images") a second, `train.batch_size` of them a step.
+
+    Attributes:
+      evaluations: the metrics of every evaluation so far, by step.
     """
 
     def __init__(self, workdir: Path, config: Run, *, unit: str, first_step: int):
@@ -32,9 +37,14 @@ class Reporter:
         self._workdir, self._config, self._writes = workdir, config, distributed.is_first()
         self._file = workdir / "metrics.jsonl"
         self._tensorboard = self._wandb = None
-        if self._writes:
+        lines = _lines(self._file, first_step)
+        self.evaluations = {line["step"]: evaluation for line in map(json.loads, lines)
+                            if (evaluation := _evaluation(line))}
+        if self._writes and self._file.exists():
             with disk_errors(workdir):
-                _drop_later_lines(self._file, first_step)
+                replacement = self._file.with_suffix(".tmp")
+                replacement.write_text("".join(lines))
+                replacement.replace(self._file)
         if config.log.tensorboard and self._writes:
             from tensorboardX import SummaryWriter
 
@@ -70,9 +80,10 @@ class Reporter:
 
     def evaluation(self, step: int, metrics: Mapping[str, float], rows: Mapping[str, np.ndarray]) -> None:
         """Reports an evaluation, and saves its picture, if it has rows of `image_rows`, under samples/."""
+        self.evaluations[step] = dict(metrics)
         if not self._writes:
             return
-        self.write(step, {f"eval/{name}": value for name, value in metrics.items()}, {})
+        self.write(step, {f"{_EVALUATION}{name}": value for name, value in metrics.items()}, {})
         if rows:
             picture = image_rows(rows)
             with disk_errors(self._workdir):
@@ -94,6 +105,11 @@ class Reporter:
         if self._wandb:
             self._wandb.log({**metrics, **timings}, step=step)
 
+    def best_step(self, best: Best, steps: Iterable[int]) -> int | None:
+        """Which of some steps had the best evaluation; None if none was evaluated."""
+        values = {step: self.evaluations[step][best.metric] for step in steps if step in self.evaluations}
+        return (max if best.higher else min)(values, key=values.__getitem__, default=None)
+
     def close(self) -> None:
         if self._tensorboard:
             self._tensorboard.close()
@@ -111,20 +127,23 @@ def to_json(content: Mapping[str, Any], *, indent: int | None = None) -> str:
     return json.dumps(finite(content), indent=indent)
 
 
-def _drop_later_lines(file: Path, last_step: int) -> None:
-    if not file.exists():
-        return
+def _lines(file: Path, last_step: int) -> list[str]:
+    """The lines of metrics.jsonl up to a step."""
     kept = []
-    for line in file.read_text().splitlines(keepends=True):
+    for line in file.read_text().splitlines(keepends=True) if file.exists() else ():
         try:
             step = json.loads(line)["step"]
         except json.JSONDecodeError:
             break  # the process was killed while it wrote this line
         if step <= last_step:
             kept.append(line)
-    replacement = file.with_suffix(".tmp")
-    replacement.write_text("".join(kept))
-    replacement.replace(file)
+    return kept
+
+
+def _evaluation(line: Mapping[str, Any]) -> dict[str, float]:
+    """The metrics of a line of metrics.jsonl that reports an evaluation; what is null was not finite."""
+    return {name.removeprefix(_EVALUATION): math.nan if value is None else value
+            for name, value in line.items() if name.startswith(_EVALUATION)}
 
 
 def _start_wandb(workdir: Path, config: Run):

@@ -71,8 +71,8 @@ class Task(Protocol):
         """Writes the task's own files into a new run's folder."""
         ...
 
-    def abstract(self, mesh: Mesh) -> tuple[Any, Any]:
-        """Shapes and shardings of state and frozen arrays; nothing is allocated."""
+    def abstract(self, mesh: Mesh) -> tuple[Any, Any, Any]:
+        """Shapes and shardings of state, frozen arrays and a training batch; nothing is allocated."""
         ...
 
     def init(self, mesh: Mesh) -> tuple[Any, Any]:
@@ -92,7 +92,7 @@ class Task(Protocol):
         ...
 
     def phase(self, step: int) -> str:
-        """The phase that the `step`-th step, counted from 1, belongs to; every phase is compiled once."""
+        """The phase of the `step`-th step, counted from 1; each is compiled once, before the first step."""
         ...
 
     def train_step(self, phase: str) -> TrainStep:

@@ -1,0 +1,79 @@
+"""SIGTERM at moments when no Python runs: the process compiles, clusters or evaluates."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.conftest import REPOSITORY
+from vqrae_jax.training import signals
+
+# A call that does not come back to Python, as a compiler's does not.
+BUSY = """
+import sys
+import jax, jax.numpy as jnp
+from pathlib import Path
+from tests.training import toy
+from vqrae_jax.training import loop, signals
+
+signals.PATIENCE_SECONDS = 0.5
+forever = jax.jit(lambda: jax.lax.while_loop(lambda x: x >= 0, lambda x: x * 0.5, 1.0)).lower().compile()
+
+class Busy(toy.NextCharacter):
+    def init(self, mesh):
+        return self.busy("init") or super().init(mesh)
+
+    def train_step(self, phase):
+        return self.busy("compile") or super().train_step(phase)
+
+    def evaluator(self, mesh):
+        evaluate = super().evaluator(mesh)
+        return lambda *state: self.busy("evaluate") or evaluate(*state)
+
+    def busy(self, moment):
+        if sys.argv[2] == moment:
+            print("busy", flush=True)
+            jax.block_until_ready(forever())
+
+loop.run(Busy(toy.config(20)), Path(sys.argv[1]))
+"""
+
+
+@pytest.mark.parametrize("moment", ["init", "compile", "evaluate"])
+def test_a_busy_process_ends_and_loses_nothing(moment, tmp_path):
+    run = lambda folder, moment: subprocess.Popen(
+        [sys.executable, "-c", BUSY, str(tmp_path / folder), moment], cwd=REPOSITORY, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True)
+    process = run("parts", moment)
+    assert process.stdout is not None and process.stdout.readline() == "busy\n"
+    time.sleep(0.5)  # until it has left Python
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == signals.STOPPED, errors
+    assert errors.splitlines()[-1] == signals.MESSAGE
+    assert [path.name for path in (tmp_path / "parts" / "checkpoints").glob("*")] == (
+        ["10"] if moment == "evaluate" else [])
+    for folder in ("parts", "whole"):
+        process = run(folder, "")
+        assert process.communicate(timeout=60) and process.returncode == 0
+    assert (tmp_path / "parts/metrics.jsonl").read_text() == (tmp_path / "whole/metrics.jsonl").read_text()
+
+
+def test_a_signal_is_noted_or_obeyed():
+    send = lambda: (os.kill(os.getpid(), signal.SIGTERM), time.sleep(0))
+    before = signal.getsignal(signal.SIGTERM)
+    with signals.StopSignal() as stop:
+        with pytest.raises(KeyboardInterrupt):
+            send()
+        with stop.deferred():
+            assert not stop.requested()
+            send()
+            assert stop.requested()
+            with pytest.raises(KeyboardInterrupt), stop.at_once():
+                raise AssertionError("never begun")
+            with pytest.raises(KeyboardInterrupt):
+                send()  # a second one
+    assert signal.getsignal(signal.SIGTERM) is before

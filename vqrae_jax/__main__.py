@@ -1,0 +1,12 @@
+"""`python -m vqrae_jax` lists the verbs."""
+
+import ast
+from pathlib import Path
+
+VERBS = ("main", "evaluate", "reconstruct", "convert", "plan", "bench")
+
+if __name__ == "__main__":
+    print("Each of these is a command, python -m vqrae_jax.VERB, and explains itself with --help:\n")
+    for verb in VERBS:
+        summary = ast.get_docstring(ast.parse((Path(__file__).parent / f"{verb}.py").read_text())).splitlines()[0]
+        print(f"  {verb:12s} {summary}")

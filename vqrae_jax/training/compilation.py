@@ -1,0 +1,72 @@
+"""Compiling everything a run will need before it begins, and keeping it for the next start."""
+
+import hashlib
+import logging
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental.compilation_cache import compilation_cache
+
+log = logging.getLogger(__name__)
+GIB = 2**30
+
+
+def keep_programs(folder: str) -> None:
+    """Lets JAX keep compiled programs in a folder, from now on in the whole process; "" changes nothing.
+
+    Where the environment or the program named a folder of JAX's own, that one is used.
+    """
+    if folder and not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser() / _processor()))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+        compilation_cache.reset_cache()  # JAX looks at the setting once, when it first compiles
+
+
+def _processor() -> str:
+    """A name for this kind of processor: programs for a CPU use what it can, and homes are shared between machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        features = next(line for line in lines if line.startswith(("flags", "Features")))
+    except (OSError, StopIteration):
+        features = platform.processor()
+    return f"{platform.machine()}-{hashlib.sha256(features.encode()).hexdigest()[:8]}"
+
+
+def compiled(step: Any, *arguments: Any, name: str) -> Any:
+    """A jitted training step, compiled for abstract arguments, and what it takes.
+
+    Args:
+      step: from `sharding.jit_step`.
+      *arguments: shapes and shardings of what it will be called with.
+      name: what messages call it.
+
+    Raises:
+      ValueError: the devices have too little memory for it.
+    """
+    started = time.perf_counter()
+    program = step.lower(*arguments).compile()
+    log.info("compiled %s in %.1f s", name, time.perf_counter() - started)
+    check_memory(program.memory_analysis(), jax.local_devices()[0].memory_stats(), name=name)
+    return program
+
+
+def check_memory(needed: Any, device: dict[str, int] | None, *, name: str) -> None:
+    """Raises ValueError where a program needs more memory than a device has.
+
+    Args:
+      needed: `memory_analysis()` of the compiled program; None where the platform does not tell.
+      device: `memory_stats()` of a device; None where the platform does not tell, as on a CPU.
+      name: what the message calls the program.
+    """
+    if needed is None or device is None or "bytes_limit" not in device:
+        return
+    # Arguments that come back changed, in the same memory, are counted once.
+    size = (needed.argument_size_in_bytes + needed.output_size_in_bytes - needed.alias_size_in_bytes
+            + needed.temp_size_in_bytes)
+    if size > device["bytes_limit"]:
+        raise ValueError(f"{name} needs {size / GIB:.1f} GiB of a device that has {device['bytes_limit'] / GIB:.1f} "
+                         "GiB: add --config.train.accumulate=N for smaller micro-batches, or "
+                         "--config.model.remat=full; a run may continue with either")
