@@ -14,12 +14,13 @@ from PIL import Image
 
 import vqrae_jax
 from tests.config_test import SHIPPED
-from tests.conftest import tiny
+from tests.conftest import REFERENCE, tiny
 from tests.tiny import Run, reduced
 from vqrae_jax import config as config_lib
 from vqrae_jax.data import BadImages, open_source
 from vqrae_jax.tokenizer import build, evaluate, init, runs, task
 from vqrae_jax.training import reporting, sharding
+from vqrae_jax.weights import huggingface
 
 pytestmark = pytest.mark.usefixtures("tiny_networks")
 
@@ -192,6 +193,59 @@ def test_arrays_that_would_mean_something_else_are_not_taken_over(section, key, 
     tiny_config.model[section][key] = value
     with pytest.raises(ValueError, match=f"init_from: .* has model.{section}.{key} .*, this config "):
         task.train(config_lib.parse(tiny_config), tmp_path / "second")
+
+
+def started_from(first: config_lib.Config, second: config_lib.Config, folder: Path):
+    """The arrays that a second run starts with from those of a first one; and those."""
+    run = Run(first)
+    runs.write_run(folder, first, run.params, run.buffers)
+    second = dataclasses.replace(second, init_from=str(folder))
+    return init.initial_arrays(second, build.structure(second), lambda: None, sharding.one_device()), run
+
+
+@pytest.mark.parametrize(("name", "file", "option", "values", "says"), [
+    ("siglip_vision", "config", "num_attention_heads", (4, 8), "the encoder's heads 4, this config 8"),
+    ("siglip_vision", "config", "hidden_act", ("gelu_pytorch_tanh", "gelu"),
+     "the encoder's activation 'gelu_tanh', this config 'gelu'"),
+    ("siglip_vision", "config", "layer_norm_eps", (1e-6, 1e-5), "the encoder's norm_eps 1e-06, this config 1e-05"),
+    ("dinov3_vit", "config", "rope_theta", (100.0, 10.0), "the encoder's rope_theta 100.0, this config 10.0"),
+    ("siglip_vision", "preprocessor_config", "image_std", ([0.3, 0.2, 0.25], [0.3, 0.2, 0.5]),
+     r"the encoder's std \(0.3, 0.2, 0.25\), this config \(0.3, 0.2, 0.5\)"),
+], ids=["heads", "activation", "norm_eps", "rope_theta", "std"])
+def test_an_encoder_that_computes_something_else_is_refused(name, file, option, values, says, tiny_config, tmp_path):
+    """Arrays of the same shapes, and another line in the encoder's files."""
+    configs = []
+    for i, value in enumerate(values):
+        folder = Path(shutil.copytree(REFERENCE / name, tmp_path / str(i)))
+        content = json.loads((folder / f"{file}.json").read_text())
+        (folder / f"{file}.json").write_text(json.dumps(content | {option: value}))
+        tiny_config.model.encoder.update(path=str(folder), random_weights=True)
+        tiny_config.model.quantizer.dim = huggingface.read_encoder_spec(folder).vit.width
+        configs.append(config_lib.parse(tiny_config))
+    with pytest.raises(ValueError, match=f"^init_from: .* has {says}: with the same encoder it would be another model$"):
+        started_from(*configs, tmp_path / "run")
+
+
+def test_fsq_of_other_levels_is_another_quantizer(tiny_config, tmp_path):
+    tiny_config.model.quantizer.update(kind="adapter_fsq", levels=(4, 2, 4), size=32, dim=3)
+    first = config_lib.parse(tiny_config)
+    tiny_config.model.quantizer.levels = (2, 4, 4)
+    with pytest.raises(ValueError, match=r"has model.quantizer.levels \(4, 2, 4\), this config \(2, 4, 4\)"):
+        started_from(first, config_lib.parse(tiny_config), tmp_path / "run")
+
+
+def test_what_only_training_reads_and_other_words_for_the_same_may_differ(tiny_config, tmp_path):
+    tiny_config.model.quantizer.dim = 8
+    first = config_lib.parse(tiny_config)
+    tiny_config.model.update(noise_tau=0.5, remat="full", dtype="bfloat16")
+    tiny_config.model.encoder.update(layers=(3,), input_size=32)
+    tiny_config.model.quantizer.update(projection=True, gradient="rotation", commitment_weight=1.0)
+    tiny_config.model.decoder.update(shape="custom", width=32, depth=3, heads=4, mlp_dim=48, patch_size=8)
+    with pytest.raises(ValueError, match="has the decoder's activation 'gelu_tanh', this config 'gelu'"):
+        started_from(first, config_lib.parse(tiny_config), tmp_path / "first")
+    tiny_config.model.decoder.update(shape="symmetric", width=0, depth=0, heads=0, mlp_dim=0)
+    started, run = started_from(first, config_lib.parse(tiny_config), tmp_path / "second")
+    chex.assert_trees_all_equal(started, (run.params, run.buffers))
 
 
 def noisy(seed: int, mode: str, size=(40, 36)) -> Image.Image:
