@@ -18,8 +18,8 @@ from tests.conftest import REFERENCE, tiny
 from tests.tiny import Run, reduced
 from vqrae_jax import config as config_lib
 from vqrae_jax.data import BadImages, open_source
-from vqrae_jax.tokenizer import build, evaluate, init, runs, task
-from vqrae_jax.training import reporting, sharding
+from vqrae_jax.tokenizer import build, convert, evaluate, init, runs, task, train_state
+from vqrae_jax.training import checkpoint, reporting, sharding
 from vqrae_jax.weights import huggingface
 
 pytestmark = pytest.mark.usefixtures("tiny_networks")
@@ -29,8 +29,8 @@ def lines(workdir: Path) -> list[str]:
     return (workdir / "metrics.jsonl").read_text().splitlines()
 
 
-def arrays(workdir: Path, step: int | None = None):
-    return runs.load_run(workdir, sharding.one_device(), step=step)[2]
+def arrays(workdir: Path, **options):
+    return runs.load_run(workdir, sharding.one_device(), **options)[2]
 
 
 def stage2(config, stage1: Path):
@@ -113,6 +113,47 @@ def test_a_run_is_loaded_with_its_averaged_weights_from_its_folder_alone(tiny_co
     tiny_config.optim.ema_decay = 0.0
     with pytest.raises(ValueError, match=r"optim.ema_decay: 0.9 -> 0.0"):
         task.train(config_lib.parse(tiny_config), tmp_path / "run")
+
+
+def test_averages_or_the_weights_themselves_are_loaded_and_nothing_else_is_read(tiny_config, tmp_path, monkeypatch):
+    tiny_config.model.quantizer.kind = "ema"  # whose buffers move, and are averaged as well
+    tiny_config.optim.lr_multipliers = ((".*/position_embedding", 0.0),)
+    config = config_lib.parse(tiny_config)
+    run = Run(config)
+    run.train(3)
+    monkeypatch.setattr(train_state, "init", lambda *_: (run.state, run.frozen))
+    runs.write_run(tmp_path, config, run.params, run.buffers)
+    monkeypatch.undo()
+    read, load_item = [], checkpoint.load_item
+    def noted(*arguments):
+        items = load_item(*arguments)
+        read.extend(path for item in items.values() for path, value in item.items() if value is not checkpoint.NOT_READ)
+        return items
+    monkeypatch.setattr(checkpoint, "load_item", noted)
+    raw = {**run.frozen.params, **run.state.params, **run.state.buffers}
+    for weights, expected in (("ema", raw | run.state.ema), ("raw", raw)):
+        chex.assert_trees_all_equal(arrays(tmp_path, weights=weights), expected)
+        assert sorted(read) == sorted(run.state.params | run.state.buffers)  # each once
+        read.clear()
+    assert np.any(run.state.ema["decoder/embedding/kernel"] != raw["decoder/embedding/kernel"])
+    chex.assert_trees_all_equal(arrays(tmp_path), raw | run.state.ema)
+    images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
+    averaged, as_trained = (vqrae_jax.load(tmp_path, weights=weights).reconstruct(images) for weights in ("ema", "raw"))
+    assert np.any(averaged != as_trained)
+    convert.to_hf(tmp_path, tmp_path / "hf", weights="raw")
+    for path, value in huggingface.load_encoder_params(tmp_path / "hf", image_size=32).items():
+        np.testing.assert_array_equal(value, raw[f"encoder/{path}"])
+    with pytest.raises(ValueError, match="weights must be ema or raw, not 'mean'"):
+        vqrae_jax.load(tmp_path, weights="mean")
+
+
+def test_weights_of_a_run_without_averages_are_the_weights(tiny_config, tmp_path):
+    tiny_config.optim.ema_decay = 0.0
+    config = config_lib.parse(tiny_config)
+    run = Run(config)
+    runs.write_run(tmp_path, config, run.params, run.buffers)
+    for weights in ("ema", "raw"):
+        chex.assert_trees_all_equal(arrays(tmp_path, weights=weights), {**run.params, **run.buffers})
 
 
 def test_stage_2_starts_where_stage_1_ended(tiny_config, tmp_path, stage1_run):

@@ -22,6 +22,7 @@ from vqrae_jax.training.files import disk_errors
 from vqrae_jax.training.task import Best
 
 log = logging.getLogger(__name__)
+NOT_READ = ocp.PLACEHOLDER
 
 
 def open_run(workdir: Path, config: config_lib.Run, write_files: Callable[[Path], None]) -> None:
@@ -61,7 +62,27 @@ def open_run(workdir: Path, config: config_lib.Run, write_files: Callable[[Path]
 
 def has_checkpoint(workdir: Path) -> bool:
     """Whether a folder holds at least one complete checkpoint."""
-    return any(path.name.isdigit() for path in (workdir / "checkpoints").glob("*"))
+    return bool(steps(workdir))
+
+
+def steps(workdir: Path) -> list[int]:
+    """The steps of all complete checkpoints, in order."""
+    return sorted(int(path.name) for path in (workdir / "checkpoints").glob("*") if path.name.isdigit())
+
+
+def load_item(workdir: Path, step: int, name: str, abstract: Any) -> Any:
+    """One item of a checkpoint of a run, which may be going on.
+
+    Args:
+      workdir: the run's folder.
+      step: of the checkpoint.
+      name: of the item; see `Task.items`.
+      abstract: shapes, dtypes and shardings of all its arrays. Those that have `NOT_READ` in their place stay on the
+        disk, and have it in the result as well.
+    """
+    arguments = ocp.args.PyTreeRestore(abstract, ocp.checkpoint_utils.construct_restore_args(abstract))
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        return checkpointer.restore((workdir / "checkpoints" / str(step) / name).absolute(), arguments)
 
 
 class Checkpoints:
@@ -71,10 +92,9 @@ class Checkpoints:
       workdir: the run's folder.
       items: names of what the task saves; see `Task.items`.
       best: by what the best one is kept.
-      read_only: for runs of others, which may be going on.
     """
 
-    def __init__(self, workdir: Path, items: Iterable[str], best: Best, *, read_only: bool = False):
+    def __init__(self, workdir: Path, items: Iterable[str], best: Best):
         self.workdir, self._best = workdir, best
         sign = 1 if best.higher else -1
         value = lambda metrics: sign * metrics[best.metric]
@@ -82,7 +102,7 @@ class Checkpoints:
             LatestN(2),
             BestN(get_metric_fn=value, n=1, keep_checkpoints_without_metrics=False),
         ])
-        if not read_only and distributed.is_first():
+        if distributed.is_first():
             # Orbax can do this in a thread, which a process that fails early does not wait for.
             for unfinished in (workdir / "checkpoints").glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(unfinished)
@@ -91,8 +111,7 @@ class Checkpoints:
             (workdir / "checkpoints").absolute(),
             item_names=(*items, "data"),
             # Without best_fn Orbax keeps metrics in memory only, and a restart would forget which step was best.
-            options=ocp.CheckpointManagerOptions(preservation_policy=policy, best_fn=value, create=not read_only,
-                                                 read_only=read_only))
+            options=ocp.CheckpointManagerOptions(preservation_policy=policy, best_fn=value, create=True))
 
     def steps(self) -> list[int]:
         """The steps of all complete checkpoints, in order."""
@@ -122,10 +141,6 @@ class Checkpoints:
         restored = self._manager.restore(step, args=ocp.args.Composite(**arguments, data=ocp.args.JsonRestore()))
         log.info("continuing at step %d", step)
         return {name: restored[name] for name in abstract}, restored["data"]
-
-    def restore_item(self, step: int, name: str, abstract: Any) -> Any:
-        """One item of a step."""
-        return self._manager.restore(step, args=ocp.args.Composite(**{name: ocp.args.StandardRestore(abstract)}))[name]
 
     def close(self) -> None:
         """Returns when everything that was saved is on disk."""
