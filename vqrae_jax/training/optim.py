@@ -117,7 +117,7 @@ def moving_average(average: Mapping[str, jax.Array], new: Mapping[str, jax.Array
     """`d * average + (1 - d) * new`, entry by entry, in float32, with d = min(decay, (1 + updates) / (10 + updates)).
 
     d grows from 0.1 to `decay`: an average with one decay throughout would for the first 1 / (1 - decay) updates be
-    made of the start above all. The formula is that of TensorFlow's `tf.train.ExponentialMovingAverage(num_updates=...)`.
+    made of the start above all. The formula is TensorFlow's, of `tf.train.ExponentialMovingAverage` with `num_updates`.
 
     Args:
       average: what has been averaged so far.
