@@ -102,6 +102,23 @@ def test_evaluate_prints_a_table_and_writes_numbers_and_a_picture(run, tmp_path)
     assert picture.shape == (2 * (14 + 34), 4 * 34, 3)
 
 
+def test_verbs_take_the_weights_themselves(run, tmp_path):
+    """Instead of their moving average, which is another model."""
+    Image.new("RGB", (40, 40), "green").save(tmp_path / "green.png")
+    psnr, shown = {}, {}
+    for weights in ("ema", "raw"):
+        flags, out = (f"--workdir={run}", f"--weights={weights}"), tmp_path / weights
+        result = command("vqrae_jax.evaluate", *flags, f"--out={out}", "--limit=8")
+        assert f"data: embedded, weights: {weights}\n" in result.stdout, result.stderr
+        metrics = json.loads((out / "metrics.json").read_text())
+        psnr[weights] = metrics["psnr"]
+        assert metrics["weights"] == weights
+        shown[weights] = command("vqrae_jax.reconstruct", *flags, f"--out={out}.png", tmp_path / "green.png").stdout
+        assert command("vqrae_jax.convert", "to-hf", *flags, f"--out={out}").returncode == 0
+    assert psnr["ema"] != psnr["raw"]
+    assert shown["ema"].splitlines()[0] != shown["raw"].splitlines()[0]
+
+
 def test_evaluate_puts_runs_side_by_side(run, tmp_path):
     result = command("vqrae_jax.evaluate", f"--workdir={run}", f"--workdir={run}", f"--out={tmp_path}", "--limit=9")
     assert result.returncode == 0, result.stderr

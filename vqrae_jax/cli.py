@@ -44,6 +44,12 @@ def join_processes() -> Callable[[], None]:
     return lambda: distributed.start(address.value, processes.value, process.value)
 
 
+def weights() -> flags.FlagHolder:
+    """Defines the flag of a verb that loads a run."""
+    return flags.DEFINE_enum("weights", "ema", ["ema", "raw"], "of a run: the moving average of the weights, or the "
+                             "weights themselves; the same where optim.ema_decay is 0")
+
+
 def run(main: Callable[[Sequence[str]], Any], *, arguments: bool = False) -> None:
     """Runs `main(argv)` with parsed flags; turns expected errors into one line on stderr and exit code 1.
 

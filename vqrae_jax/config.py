@@ -203,7 +203,7 @@ class Optim:
     lr_multipliers: tuple[tuple[str, float], ...] = ()
     # The same for end_lr; where none matches, the factor on lr counts.
     end_lr_multipliers: tuple[tuple[str, float], ...] = ()
-    ema_decay: float = _key(0.9999, low=0.0, high=BELOW_ONE)  # of the weights; 0 is off
+    ema_decay: float = _key(0.9999, low=0.0, high=BELOW_ONE)  # of the weights, less at the start; 0 is off
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

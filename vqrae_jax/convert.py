@@ -7,7 +7,7 @@ makes a run's folder of a checkpoint of the PyTorch code base hugoycj/RAE: of a 
 alone. FILE is .safetensors, or a PyTorch file (which needs PyTorch, and is read without running anything in it). OUT
 can be evaluated and used like any run, and started from (`init_from`).
 
-    python -m vqrae_jax.convert to-hf --workdir=RUN --out=HF_DIR
+    python -m vqrae_jax.convert to-hf --workdir=RUN --out=HF_DIR [--weights=ema|raw]
 
 writes a run's encoder as a Hugging Face folder, at the run's input size: `transformers` and
 `vqrae_jax.load_encoder` give the same tokens as the run's features.
@@ -94,14 +94,16 @@ if __name__ == "__main__":
     _TARS = flags.DEFINE_string("tars", "", "from-webdataset: the tar files, with *, ? and ** for anything")
     _THREADS = flags.DEFINE_integer("threads", 0, "from-webdataset: tars that are read at once; 0 is one a core",
                                     lower_bound=0)
-    _FLAGS = (_CHECKPOINT, _ENCODER, _HEADS, _NORM, _STATS, _L2, _WORKDIR, _OUT, _TARS, _THREADS)
+    _WEIGHTS = cli.weights()
+    _FLAGS = (_CHECKPOINT, _ENCODER, _HEADS, _NORM, _STATS, _L2, _WORKDIR, _OUT, _WEIGHTS, _TARS, _THREADS)
     _VERBS: dict[str, tuple[Callable[[], None], tuple[str, ...], tuple[str, ...]]] = {
         "from-torch": (lambda: convert.from_torch(
             Path(_CHECKPOINT.value), Path(_WORKDIR.value), encoder=_ENCODER.value, decoder_heads=_HEADS.value,
             encoder_norm=_NORM.value, latent_statistics=Path(_STATS.value) if _STATS.value else None,
             simvq_l2_norm=_L2.value),
             ("checkpoint", "encoder", "decoder-heads", "workdir"), ("encoder-norm", "latent-stats", "simvq-l2-norm")),
-        "to-hf": (lambda: convert.to_hf(Path(_WORKDIR.value), Path(_OUT.value)), ("workdir", "out"), ()),
+        "to-hf": (lambda: convert.to_hf(Path(_WORKDIR.value), Path(_OUT.value), weights=_WEIGHTS.value),
+                  ("workdir", "out"), ("weights",)),
         "from-webdataset": (lambda: from_webdataset(
             _TARS.value, Path(_OUT.value), threads=_THREADS.value or os.cpu_count() or 1), ("tars", "out"),
             ("threads",)),

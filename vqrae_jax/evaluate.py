@@ -1,6 +1,6 @@
 """Evaluates runs: PSNR, SSIM, code usage, kNN on the continuous features, and a picture.
 
-    python -m vqrae_jax.evaluate --workdir=DIR [--data=SPEC] [--out=DIR]
+    python -m vqrae_jax.evaluate --workdir=DIR [--data=SPEC] [--weights=ema|raw] [--out=DIR]
 
 prints a table and writes `metrics.json` and `reconstructions.png`. Given several times, --workdir puts the runs side by
 side, on the same images. Images are resized bicubically to the run's size on the short side and cropped to the centre;
@@ -38,7 +38,7 @@ def main(_) -> None:
     bad_images = BadImages(bad_file)
     columns, rows = {}, {}
     for name, workdir in zip(names, workdirs, strict=True):
-        config, graphdef, arrays = runs.load_run(workdir, mesh, step=_STEP.value)
+        config, graphdef, arrays = runs.load_run(workdir, mesh, step=_STEP.value, weights=_WEIGHTS.value)
         batches = evaluate.open_batches(config, source, bad_images, mesh, limit=_LIMIT.value)
         columns[name], pictures = evaluate.evaluate(evaluate.make_eval_step(graphdef, mesh), arrays, mesh, batches,
                                                     samples=configs[0].eval.samples)
@@ -48,11 +48,11 @@ def main(_) -> None:
     distributed.wait_for_all("end of evaluation")  # and what every process could not read is in the file
     if not distributed.is_first():
         return
-    print(f"data: {data}")
+    print(f"data: {data}, weights: {_WEIGHTS.value}")
     print(evaluate.table(columns))
     for name, reason in bad_images.names().items():
         print(f"left out: {name}: {reason}")
-    shared = {"data": data, "left_out": bad_images.names()}
+    shared = {"data": data, "weights": _WEIGHTS.value, "left_out": bad_images.names()}
     content = {**columns[names[0]], **shared} if len(names) == 1 else {"runs": columns, **shared}
     with disk_errors(out):
         (out / "metrics.json").write_text(reporting.to_json(content, indent=2) + "\n")
@@ -70,6 +70,7 @@ if __name__ == "__main__":
     _DATA = flags.DEFINE_string("data", "", "SPEC of the images; empty is what the first run's config says")
     _OUT = flags.DEFINE_string("out", "", "folder for the results; empty is WORKDIR/evaluation")
     _STEP = flags.DEFINE_integer("step", None, "which checkpoint; the last if not given")
+    _WEIGHTS = cli.weights()
     _LIMIT = flags.DEFINE_integer("limit", 0, "only so many images, always the same; 0 is all", lower_bound=0)
     _JOIN_PROCESSES = cli.join_processes()
     cli.run(main)

@@ -21,7 +21,7 @@ def main(argv: Sequence[str]) -> None:
     out = Path(_OUT.value)
     if out.suffix.lower() != ".png":
         raise ValueError(f"--out must end in .png, not {out.name}")
-    model = inference.load(_WORKDIR.value)
+    model = inference.load(_WORKDIR.value, weights=_WEIGHTS.value)
     images = np.stack([_read(file, model.image_size) for file in files]).astype(np.float32) / 255
     # One image a pass: any number of images fits in memory and compiles once.
     reconstructions = np.concatenate([model.reconstruct(image[None]) for image in images])
@@ -42,4 +42,5 @@ def _read(file: Path, size: int) -> np.ndarray:
 if __name__ == "__main__":
     _WORKDIR = flags.DEFINE_string("workdir", None, "folder of a run", required=True)
     _OUT = flags.DEFINE_string("out", None, "the picture to write", required=True)
+    _WEIGHTS = cli.weights()
     cli.run(main, arguments=True)

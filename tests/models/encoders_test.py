@@ -240,7 +240,7 @@ def test_mean_and_std_come_from_the_folder_or_else_the_family(folder):
     assert huggingface.read_encoder_spec(folder).std == (0.3, 0.2, 0.25)
     file = folder / "preprocessor_config.json"
     file.write_text('{"image_mean": [0.1, 0.2, 0.3]}')
-    with pytest.raises(ValueError, match="preprocessor_config.json: image_std must be a list of 3 numbers"):
+    with pytest.raises(ValueError, match="preprocessor_config.json: option image_std is missing"):
         huggingface.read_encoder_spec(folder)
     file.unlink()
     assert huggingface.read_encoder_spec(folder).mean == (0.5, 0.5, 0.5)
@@ -294,12 +294,81 @@ def test_damaged_or_unreadable_files_are_named(folder):
         huggingface.read_encoder_spec(folder)
 
 
+WRONG = [3, 0, -1, 2.5, 1e300, 1099511627776, float("nan"), "x", "", None, True, [], [3], {}, {"a": 1}]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_whatever_a_foreign_file_says_is_a_model_or_an_error_of_one_line(name, tmp_path):
+    """Every option with every kind of mistake."""
+    folder = Path(shutil.copytree(REFERENCE / name, tmp_path / name))
+    defaults = huggingface.FAMILIES[huggingface.read_encoder_spec(folder).model_type].defaults
+    refused = set()
+    for file in (folder / "config.json", folder / "preprocessor_config.json"):
+        original = json.loads(file.read_text()) if file.exists() else {"image_mean": [0] * 3, "image_std": [1] * 3}
+        more = defaults if file.name == "config.json" else ()
+        for option in {*original, *original.get("vision_config", {}), *more}:
+            for value in WRONG:
+                edited = json.loads(json.dumps(original))
+                inside = edited["vision_config"] if option not in edited and "vision_config" in edited else edited
+                inside[option] = value
+                file.write_text(json.dumps(edited))
+                try:
+                    huggingface.read_encoder_spec(folder)
+                except ValueError as error:
+                    assert str(error).startswith(f"{file}: ") and option in str(error) and "\n" not in str(error)
+                    assert len(str(error)) < len(str(file)) + 300
+                    refused.add(option)
+        file.write_text(json.dumps(original))
+    assert refused >= {*defaults, "model_type", "image_mean", "image_std"}
+
+
+@pytest.mark.parametrize(("file", "content", "says"), [
+    ("preprocessor_config.json", '{"image_mean": 3, "image_std": [1, 1, 1]}',
+     "image_mean must be a list of 3 numbers between 0 and 1, not 3"),
+    ("preprocessor_config.json", '{"image_mean": [0, 0, 0], "image_std": [1, 1, 0]}',
+     "image_std must be a list of 3 numbers between 0.001 and 10, not [1, 1, 0]"),
+    ("config.json", {"layer_norm_eps": "x"}, "layer_norm_eps must be a number between 0 and 1, not 'x'"),
+    ("config.json", {"layer_norm_eps": -1e-6}, "layer_norm_eps must be a number between 0 and 1, not -1e-06"),
+    ("config.json", {"num_hidden_layers": 1099511627776},
+     "num_hidden_layers must be a whole number between 1 and 1024, not 1099511627776"),
+    ("config.json", {"hidden_size": 0}, "hidden_size must be a whole number between 1 and 65536, not 0"),
+    ("config.json", {"hidden_size": [32]}, "hidden_size must be a whole number between 1 and 65536, not [32]"),
+    ("config.json", {"intermediate_size": None},
+     "intermediate_size must be a whole number between 1 and 262144, not None"),
+    ("config.json", {"hidden_act": ["gelu"]}, "hidden_act=['gelu'] is not supported, only gelu, gelu_pytorch_tanh"),
+    ("config.json", {"patch_size": [8, 8, 8]}, "patch_size must be a whole number between 1 and 1024, not [8, 8, 8]"),
+    ("config.json", {"patch_size": 41}, "patch_size 41 is larger than image_size 40"),
+    ("config.json", {"num_attention_heads": 5},
+     "hidden_size and num_attention_heads: width 32 is not divisible by heads 5"),
+    ("config.json", {"model_type": {}}, "model_type={} is not supported, only siglip, "),
+    ("config.json", '{"model_type": "siglip", "vision_config": 3}', "vision_config must be a JSON object, not 3"),
+    ("config.json", '{"model_type": "siglip", "vision_config": {"hidden_size": "wide"}}',
+     "vision_config.hidden_size must be a whole number between 1 and 65536, not 'wide'"),
+    ("config.json", "[1, 2]", "must hold a JSON object, not [1, 2]"),
+    ("config.json", "null", "must hold a JSON object, not None"),
+    ("config.json", b'{"model_type": "\xff\xfe"}', "is not valid JSON"),
+    ("config.json", "[" * 100_000, "is not valid JSON"),
+    ("model.safetensors.index.json", '{"weight_map": ["a"]}', "weight_map must be a JSON object, not ['a']"),
+    ("model.safetensors.index.json", '{"weight_map": {"a": 3}}', "weight_map.a must be a string, not 3"),
+])
+def test_foreign_files_of_other_types_and_sizes_are_named(folder, file, content, says):
+    if isinstance(content, dict):
+        edit_config(folder, **content)
+    else:
+        (folder / file).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError) as error:
+        huggingface.load_encoder_params(folder)
+    assert str(error.value).startswith(f"{folder / file}")
+    assert says in str(error.value)
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize("name, options, message", [
     ("dinov2", {"use_swiglu_ffn": True}, "config.json: use_swiglu_ffn=True is not supported"),
     ("vit_mae", {"qkv_bias": False}, "config.json: qkv_bias=False is not supported"),
     ("dinov2", {"hidden_act": "relu"}, "config.json: hidden_act='relu' is not supported"),
     ("dinov2", {"image_size": [35, 42]}, r"config.json: image_size=\[35, 42\] is not supported, only squares"),
-    ("siglip", {"model_type": "siglip2"}, "config.json: model_type 'siglip2' is not supported"),
+    ("siglip", {"model_type": "siglip2"}, "config.json: model_type='siglip2' is not supported"),
     ("dinov3_vit", {"use_gated_mlp": True}, "config.json: use_gated_mlp=True is not supported"),
     ("dinov3_vit", {"key_bias": True}, "config.json: key_bias=True is not supported, only False"),
     ("dinov3_vit", {"mlp_bias": False}, "config.json: mlp_bias=False is not supported, only True"),

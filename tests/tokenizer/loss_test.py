@@ -193,17 +193,30 @@ def test_the_weight_average_starts_at_the_weights_and_includes_the_codebook(tiny
     averaged = lambda state: {**state.params, **state.buffers}
     before = averaged(run.state)
     chex.assert_trees_all_equal(run.state.ema, before)
-    run.train(1)
-    run.train(1)
+    run.train(2)
+    run.state, _ = run.jitted(run.state, run.frozen, run.batch())
+    run.state = run.state._replace(step=run.state.step + 5)  # as if as many had been skipped: no updates
     first = run.state
     run.train(1)
     for path, value in averaged(run.state).items():
-        expected = 0.9 * first.ema[path] + 0.1 * value
+        expected = 4 / 13 * first.ema[path] + 9 / 13 * value  # the fourth update
         np.testing.assert_allclose(run.state.ema[path], expected, rtol=1e-5, atol=1e-7)
     assert np.any(run.state.ema["quantizer/codebook"] != before["quantizer/codebook"])
     tiny_config.model.quantizer.kind = "simvq"
     run = Run(config_lib.parse(tiny_config))
     assert run.state.ema.keys() == run.state.params.keys()  # frozen codes need no average
+
+
+@few_steps
+def test_the_weight_average_of_a_short_run_is_near_its_weights(tiny_config):
+    tiny_config.optim.update(ema_decay=0.9999, warmup_steps=0)
+    run = Run(config_lib.parse(tiny_config))
+    started = run.state.params
+    run.train(6)
+    distance = lambda x, y: sum(float(np.sum((np.asarray(x[path]) - y[path]) ** 2)) for path in x) ** 0.5
+    moved = distance(run.state.params, started)
+    assert distance(run.state.ema, run.state.params) < 0.3 * moved
+    assert moved > 0
 
 
 @few_steps

@@ -14,12 +14,13 @@ from PIL import Image
 
 import vqrae_jax
 from tests.config_test import SHIPPED
-from tests.conftest import tiny
+from tests.conftest import REFERENCE, tiny
 from tests.tiny import Run, reduced
 from vqrae_jax import config as config_lib
 from vqrae_jax.data import BadImages, open_source
-from vqrae_jax.tokenizer import build, evaluate, init, runs, task
-from vqrae_jax.training import reporting, sharding
+from vqrae_jax.tokenizer import build, convert, evaluate, init, runs, task, train_state
+from vqrae_jax.training import checkpoint, reporting, sharding
+from vqrae_jax.weights import huggingface
 
 pytestmark = pytest.mark.usefixtures("tiny_networks")
 
@@ -28,8 +29,8 @@ def lines(workdir: Path) -> list[str]:
     return (workdir / "metrics.jsonl").read_text().splitlines()
 
 
-def arrays(workdir: Path, step: int | None = None):
-    return runs.load_run(workdir, sharding.one_device(), step=step)[2]
+def arrays(workdir: Path, **options):
+    return runs.load_run(workdir, sharding.one_device(), **options)[2]
 
 
 def stage2(config, stage1: Path):
@@ -114,6 +115,47 @@ def test_a_run_is_loaded_with_its_averaged_weights_from_its_folder_alone(tiny_co
         task.train(config_lib.parse(tiny_config), tmp_path / "run")
 
 
+def test_averages_or_the_weights_themselves_are_loaded_and_nothing_else_is_read(tiny_config, tmp_path, monkeypatch):
+    tiny_config.model.quantizer.kind = "ema"  # whose buffers move, and are averaged as well
+    tiny_config.optim.lr_multipliers = ((".*/position_embedding", 0.0),)
+    config = config_lib.parse(tiny_config)
+    run = Run(config)
+    run.train(3)
+    monkeypatch.setattr(train_state, "init", lambda *_: (run.state, run.frozen))
+    runs.write_run(tmp_path, config, run.params, run.buffers)
+    monkeypatch.undo()
+    read, load_item = [], checkpoint.load_item
+    def noted(*arguments):
+        items = load_item(*arguments)
+        read.extend(path for item in items.values() for path, value in item.items() if value is not checkpoint.NOT_READ)
+        return items
+    monkeypatch.setattr(checkpoint, "load_item", noted)
+    raw = {**run.frozen.params, **run.state.params, **run.state.buffers}
+    for weights, expected in (("ema", raw | run.state.ema), ("raw", raw)):
+        chex.assert_trees_all_equal(arrays(tmp_path, weights=weights), expected)
+        assert sorted(read) == sorted(run.state.params | run.state.buffers)  # each once
+        read.clear()
+    assert np.any(run.state.ema["decoder/embedding/kernel"] != raw["decoder/embedding/kernel"])
+    chex.assert_trees_all_equal(arrays(tmp_path), raw | run.state.ema)
+    images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
+    averaged, as_trained = (vqrae_jax.load(tmp_path, weights=weights).reconstruct(images) for weights in ("ema", "raw"))
+    assert np.any(averaged != as_trained)
+    convert.to_hf(tmp_path, tmp_path / "hf", weights="raw")
+    for path, value in huggingface.load_encoder_params(tmp_path / "hf", image_size=32).items():
+        np.testing.assert_array_equal(value, raw[f"encoder/{path}"])
+    with pytest.raises(ValueError, match="weights must be ema or raw, not 'mean'"):
+        vqrae_jax.load(tmp_path, weights="mean")
+
+
+def test_weights_of_a_run_without_averages_are_the_weights(tiny_config, tmp_path):
+    tiny_config.optim.ema_decay = 0.0
+    config = config_lib.parse(tiny_config)
+    run = Run(config)
+    runs.write_run(tmp_path, config, run.params, run.buffers)
+    for weights in ("ema", "raw"):
+        chex.assert_trees_all_equal(arrays(tmp_path, weights=weights), {**run.params, **run.buffers})
+
+
 def test_stage_2_starts_where_stage_1_ended(tiny_config, tmp_path, stage1_run):
     stage2(tiny_config, stage1_run)
     tiny_config.train.steps = 3
@@ -192,6 +234,59 @@ def test_arrays_that_would_mean_something_else_are_not_taken_over(section, key, 
     tiny_config.model[section][key] = value
     with pytest.raises(ValueError, match=f"init_from: .* has model.{section}.{key} .*, this config "):
         task.train(config_lib.parse(tiny_config), tmp_path / "second")
+
+
+def started_from(first: config_lib.Config, second: config_lib.Config, folder: Path):
+    """The arrays that a second run starts with from those of a first one; and those."""
+    run = Run(first)
+    runs.write_run(folder, first, run.params, run.buffers)
+    second = dataclasses.replace(second, init_from=str(folder))
+    return init.initial_arrays(second, build.structure(second), lambda: None, sharding.one_device()), run
+
+
+@pytest.mark.parametrize(("name", "file", "option", "values", "says"), [
+    ("siglip_vision", "config", "num_attention_heads", (4, 8), "the encoder's heads 4, this config 8"),
+    ("siglip_vision", "config", "hidden_act", ("gelu_pytorch_tanh", "gelu"),
+     "the encoder's activation 'gelu_tanh', this config 'gelu'"),
+    ("siglip_vision", "config", "layer_norm_eps", (1e-6, 1e-5), "the encoder's norm_eps 1e-06, this config 1e-05"),
+    ("dinov3_vit", "config", "rope_theta", (100.0, 10.0), "the encoder's rope_theta 100.0, this config 10.0"),
+    ("siglip_vision", "preprocessor_config", "image_std", ([0.3, 0.2, 0.25], [0.3, 0.2, 0.5]),
+     r"the encoder's std \(0.3, 0.2, 0.25\), this config \(0.3, 0.2, 0.5\)"),
+], ids=["heads", "activation", "norm_eps", "rope_theta", "std"])
+def test_an_encoder_that_computes_something_else_is_refused(name, file, option, values, says, tiny_config, tmp_path):
+    """Arrays of the same shapes, and another line in the encoder's files."""
+    configs = []
+    for i, value in enumerate(values):
+        folder = Path(shutil.copytree(REFERENCE / name, tmp_path / str(i)))
+        content = json.loads((folder / f"{file}.json").read_text())
+        (folder / f"{file}.json").write_text(json.dumps(content | {option: value}))
+        tiny_config.model.encoder.update(path=str(folder), random_weights=True)
+        tiny_config.model.quantizer.dim = huggingface.read_encoder_spec(folder).vit.width
+        configs.append(config_lib.parse(tiny_config))
+    with pytest.raises(ValueError, match=f"^init_from: .* has {says}: with the same encoder it would be"):
+        started_from(*configs, tmp_path / "run")
+
+
+def test_fsq_of_other_levels_is_another_quantizer(tiny_config, tmp_path):
+    tiny_config.model.quantizer.update(kind="adapter_fsq", levels=(4, 2, 4), size=32, dim=3)
+    first = config_lib.parse(tiny_config)
+    tiny_config.model.quantizer.levels = (2, 4, 4)
+    with pytest.raises(ValueError, match=r"has model.quantizer.levels \(4, 2, 4\), this config \(2, 4, 4\)"):
+        started_from(first, config_lib.parse(tiny_config), tmp_path / "run")
+
+
+def test_what_only_training_reads_and_other_words_for_the_same_may_differ(tiny_config, tmp_path):
+    tiny_config.model.quantizer.dim = 8
+    first = config_lib.parse(tiny_config)
+    tiny_config.model.update(noise_tau=0.5, remat="full", dtype="bfloat16")
+    tiny_config.model.encoder.update(layers=(3,), input_size=32)
+    tiny_config.model.quantizer.update(projection=True, gradient="rotation", commitment_weight=1.0)
+    tiny_config.model.decoder.update(shape="custom", width=32, depth=3, heads=4, mlp_dim=48, patch_size=8)
+    with pytest.raises(ValueError, match="has the decoder's activation 'gelu_tanh', this config 'gelu'"):
+        started_from(first, config_lib.parse(tiny_config), tmp_path / "first")
+    tiny_config.model.decoder.update(shape="symmetric", width=0, depth=0, heads=0, mlp_dim=0)
+    started, run = started_from(first, config_lib.parse(tiny_config), tmp_path / "second")
+    chex.assert_trees_all_equal(started, (run.params, run.buffers))
 
 
 def noisy(seed: int, mode: str, size=(40, 36)) -> Image.Image:

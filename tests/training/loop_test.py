@@ -232,7 +232,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_too_many_stop_the_run(tmp_path
     with pytest.raises(FloatingPointError, match="20 steps in a row up to step 30"):
         loop.run(Broken(toy.config(STEPS)), tmp_path)
     abstract, *_ = Broken(toy.config(STEPS)).abstract(sharding.one_device())
-    with closing(checkpoint.Checkpoints(tmp_path, ["everything"], read_only=True)) as saved:
+    with closing(checkpoint.Checkpoints(tmp_path, ["everything"])) as saved:
         last, _ = saved.restore(30, {"everything": abstract._asdict()})
     assert np.all(np.isfinite(last["everything"]["params"]["logits/kernel"]))  # the last good state
     for _ in range(2):  # where no step is left, a restart says the same

@@ -34,3 +34,12 @@ def test_the_schedule_warms_up_and_ends_at_the_end_rate():
     assert [float(schedule(step)) for step in (0, 5, 10)] == [0.0, 0.5, 1.0]
     assert float(schedule(60)) == pytest.approx(0.55)
     assert float(schedule(110)) == pytest.approx(0.1)
+
+
+def test_the_moving_average_has_a_warm_up():
+    """Its decay is min(decay, (1 + t) / (10 + t)), t updates having been made before."""
+    average = {"x": jnp.float32(0)}
+    for t, decay in ((0, 1 / 10), (1, 2 / 11), (90, 91 / 100), (1000, 0.99)):
+        new = optim.moving_average(average, {"x": jnp.float32(1)}, decay=0.99, updates=jnp.int32(t))
+        assert float(new["x"]) == pytest.approx(1 - decay, rel=1e-6)
+        assert new["x"].dtype == jnp.float32 and not new["x"].weak_type

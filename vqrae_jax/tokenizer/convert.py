@@ -15,6 +15,7 @@ from vqrae_jax.config import Config, Data, Decoder, Encoder, Model, Optim, Quant
 from vqrae_jax.models import flat
 from vqrae_jax.models.decoder import DECODER_SHAPES
 from vqrae_jax.tokenizer import build, runs
+from vqrae_jax.tokenizer.runs import Weights
 from vqrae_jax.training import checkpoint, sharding
 from vqrae_jax.training.files import disk_errors
 from vqrae_jax.weights import huggingface, pytorch
@@ -81,8 +82,13 @@ def _check_fits(arrays: pytorch.Params, shapes, file: Path) -> None:
             raise ValueError(f"{file}: parameter {path} would have the shape {theirs}, but the model needs {ours}")
 
 
-def to_hf(workdir: Path, out: Path) -> None:
-    """Writes a run's encoder, the moving average of its weights when there is one, as a Hugging Face folder.
+def to_hf(workdir: Path, out: Path, *, weights: Weights = "ema") -> None:
+    """Writes a run's encoder as a Hugging Face folder.
+
+    Args:
+      workdir: the run's folder.
+      out: the folder to write.
+      weights: see `runs.load_run`.
 
     Raises:
       OSError: not the folder of a run, or `out` cannot be written.
@@ -90,7 +96,7 @@ def to_hf(workdir: Path, out: Path) -> None:
     """
     if (out / "model.safetensors").exists():
         raise ValueError(f"{out} holds a model already: choose another --out")
-    config, _, arrays = runs.load_run(workdir, sharding.one_device())
+    config, _, arrays = runs.load_run(workdir, sharding.one_device(), weights=weights)
     spec = dataclasses.replace(huggingface.read_encoder_spec(workdir / "encoder"),
                                image_size=build.encoder_input_size(config))
     params = {path.removeprefix("encoder/"): np.asarray(value) for path, value in arrays.items()

@@ -14,6 +14,7 @@ from vqrae_jax.models.encoders import Encoder
 from vqrae_jax.models.flat import Arrays
 from vqrae_jax.models.vit import FinalNorm
 from vqrae_jax.tokenizer import runs
+from vqrae_jax.tokenizer.runs import Weights
 from vqrae_jax.training import sharding
 from vqrae_jax.weights import huggingface
 
@@ -96,17 +97,20 @@ class Tokenizer:
         return images.astype(jnp.float32)
 
 
-def load(workdir: str | os.PathLike, *, step: int | None = None) -> Tokenizer:
-    """The model of a run's folder, with the moving average of its weights when there is one.
+def load(workdir: str | os.PathLike, *, step: int | None = None, weights: Weights = "ema") -> Tokenizer:
+    """The model of a run's folder.
 
     Args:
       workdir: the folder.
       step: which checkpoint; None is the last.
+      weights: `ema` is the moving average of the weights, `raw` the weights as they were trained. In a run without
+        averages (`optim.ema_decay` 0) both are the same.
 
     Raises:
-      OSError: not the folder of a run, or no checkpoint in it.
+      OSError: not the folder of a run, or no checkpoint in it, or not that one.
+      ValueError: other `weights`.
     """
-    return Tokenizer(*runs.load_run(Path(workdir), sharding.one_device(), step=step))
+    return Tokenizer(*runs.load_run(Path(workdir), sharding.one_device(), step=step, weights=weights))
 
 
 def load_encoder(hf_dir_or_hub_id: str | os.PathLike, image_size: int | None = None,

@@ -1,5 +1,6 @@
 """The arrays that a tokenizer starts from: pretrained, another run's, found in the data by k-means, or random."""
 
+import dataclasses
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -164,7 +165,7 @@ def _restored_arrays(config: Config, structure: Structure, mesh: Mesh) -> Arrays
                              f"this config's model {shapes[path].shape}")
     other_encoder = huggingface.read_encoder_spec(Path(config.init_from) / "encoder")
     meanings = _meaning(other, other_encoder), _meaning(config, structure.encoder)
-    for part in theirs & ours & meanings[0].keys():
+    for part in sorted(theirs & ours & meanings[0].keys(), key=list(meanings[0]).index):
         for key, value in meanings[0][part].items():
             if value != meanings[1][part][key]:
                 raise ValueError(f"init_from: {config.init_from} has {key} {value!r}, this config "
@@ -182,15 +183,28 @@ def _restored_arrays(config: Config, structure: Structure, mesh: Mesh) -> Arrays
     return {path: arrays[path] for path in shapes if flat.part(path) in theirs}
 
 
+# Keys of the config that do not change what restored arrays compute, or that their shapes tell. `patch_size` and the
+# decoder's shape have several spellings of one value, and stage 2 may spell them otherwise; so has `projection`, which
+# is on by itself where the widths differ.
+_WITHOUT_MEANING = {
+    "encoder": ("path", "input_size", "random_weights", "layers"),  # layers: below, for the last has two spellings
+    "quantizer": ("projection", "gradient", "init", "commitment_weight", "decay", "restart_threshold"),
+    "decoder": ("shape", "width", "depth", "heads", "mlp_dim", "patch_size"),  # the shape's fields are compared
+}
+
+
 def _meaning(config: Config, spec: EncoderSpec) -> dict[str, dict[str, Any]]:
-    """By part, what its arrays mean beyond their shapes: two models that differ in it compute different things."""
-    encoder, quantizer = config.model.encoder, config.model.quantizer
-    decoder = build.decoder_spec(config, spec)
-    return {
-        "encoder": {"model.encoder.final_norm": encoder.final_norm, "model.encoder.layers": encoder.layers,
-                    "model.encoder.combine": encoder.combine, "the encoder's mean and std": (spec.mean, spec.std)},
-        "quantizer": {f"model.quantizer.{name}": getattr(quantizer, name)
-                      for name in ("kind", "search", "l2_normalize", "levels")},
-        "decoder": {"the decoder's heads": decoder.heads, "the decoder's activation": decoder.activation,
-                    "the decoder's norm_eps": decoder.norm_eps},
-    }
+    """By part, what its arrays mean beyond their shapes: two models that differ in it compute different things.
+
+    Size, type of computation, noise and what only training reads may differ; everything else that a spec or a section
+    of the config says is compared, what comes later included.
+    """
+    fields = lambda value, name, without=(): {name(field.name): getattr(value, field.name)
+                                              for field in dataclasses.fields(value) if field.name not in without}
+    meaning = {part: fields(getattr(config.model, part), f"model.{part}.{{}}".format, without)
+               for part, without in _WITHOUT_MEANING.items()}
+    meaning["encoder"] |= {"model.encoder.layers": config.model.encoder.layers or (spec.vit.depth,),
+                           **fields(spec, "the encoder's {}".format, ("model_type", "vit", "image_size")),
+                           **fields(spec.vit, "the encoder's {}".format)}
+    meaning["decoder"] |= fields(build.decoder_spec(config, spec), "the decoder's {}".format)
+    return meaning

@@ -129,7 +129,8 @@ def make_train_step(config: Config, structure: Structure, phase: str) -> TrainSt
             params: Any = optax.apply_updates(state.params, updates)
             moved = quantizer(params).next_buffers(stats, rng=restart_rng)
             buffers = state.buffers | flat.prefixed("quantizer/", moved)
-            ema = optim.moving_average(state.ema, {**params, **buffers}, config.optim.ema_decay)
+            ema = optim.moving_average(state.ema, {**params, **buffers}, decay=config.optim.ema_decay,
+                                       updates=optim.updates_made(state.opt_state))
             new_gan = gan.updated(state.gan, frozen.networks, gan_grads, scalars) if phase == "gan" else state.gan
             return state._replace(params=params, buffers=buffers, opt_state=opt_state, ema=ema, gan=new_gan)
 

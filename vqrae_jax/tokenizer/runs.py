@@ -6,6 +6,7 @@ Besides that it holds `encoder/`, the encoder's Hugging Face config, which says 
 import dataclasses
 from contextlib import closing
 from pathlib import Path
+from typing import Literal, get_args
 
 from flax import nnx
 from jax.sharding import Mesh
@@ -17,6 +18,8 @@ from vqrae_jax.tokenizer import build, train_state
 from vqrae_jax.training import checkpoint
 from vqrae_jax.training.checkpoint import Checkpoints
 from vqrae_jax.weights import huggingface
+
+Weights = Literal["ema", "raw"]
 
 
 def structure(workdir: Path, config: Config) -> build.Structure:
@@ -38,30 +41,39 @@ def write_files(workdir: Path, config: Config) -> None:
     huggingface.copy_encoder_config(build.encoder_path(config), workdir / "encoder")
 
 
-def load_run(workdir: Path, mesh: Mesh, *, step: int | None = None) -> tuple[Config, nnx.GraphDef, Arrays]:
-    """A run's config, its model's structure, and all parameters and buffers: their moving averages, if any.
+def load_run(workdir: Path, mesh: Mesh, *, step: int | None = None,
+             weights: Weights = "ema") -> tuple[Config, nnx.GraphDef, Arrays]:
+    """A run's config, its model's structure, and all parameters and buffers; nothing else is read.
 
     Args:
       workdir: the run's folder.
       mesh: where the arrays are to be; it need not be the mesh that the run was trained on.
       step: which checkpoint; None is the last.
+      weights: `ema` for the moving average of what has one, `raw` for the arrays as they were trained. In a run
+        without averages (`optim.ema_decay` 0) both are the same.
 
     Raises:
       OSError: not the folder of a run, or it has no checkpoint, or not that one.
+      ValueError: other `weights`.
     """
+    if weights not in get_args(Weights):
+        raise ValueError(f"weights must be {' or '.join(get_args(Weights))}, not {weights!r}")
     config = config_lib.load(workdir / "config.json")
-    if not checkpoint.has_checkpoint(workdir):
+    steps = checkpoint.steps(workdir)
+    if not steps:
         raise FileNotFoundError(f"{workdir} holds no checkpoint: train it first")
+    if step not in [None, *steps]:
+        raise FileNotFoundError(f"{workdir} holds the checkpoints {steps}, not {step}")
     model_structure = structure(workdir, config)
     abstract, frozen = train_state.abstract(config, model_structure, mesh)
-    items = train_state.items(abstract)
-    with closing(Checkpoints(workdir, items, read_only=True)) as checkpoints:
-        steps = checkpoints.steps()
-        if step not in [None, *steps]:
-            raise FileNotFoundError(f"{workdir} holds the checkpoints {steps}, not {step}")
-        model = checkpoints.restore_item(steps[-1] if step is None else step, "model", items["model"])
-    frozen_params = checkpoint.load_frozen_item(workdir, "params", frozen.params)
-    return config, model_structure.graphdef, {**frozen_params, **model["params"], **model["codebook"], **model["ema"]}
+    model = train_state.items(abstract)["model"]
+    averaged = model["ema"].keys() if weights == "ema" else ()
+    needed = {item: {path: array if (path in averaged) == (item == "ema") else checkpoint.NOT_READ
+                     for path, array in arrays.items()} for item, arrays in model.items()}
+    items = checkpoint.load_item(workdir, steps[-1] if step is None else step, "model", needed)
+    arrays = {path: array for item in items.values() for path, array in item.items()
+              if array is not checkpoint.NOT_READ}
+    return config, model_structure.graphdef, arrays | checkpoint.load_frozen_item(workdir, "params", frozen.params)
 
 
 def write_run(workdir: Path, config: Config, params: Arrays, buffers: Arrays) -> None:

@@ -20,6 +20,7 @@ from vqrae_jax.training import distributed
 from vqrae_jax.training.files import disk_errors
 
 log = logging.getLogger(__name__)
+NOT_READ = ocp.PLACEHOLDER
 
 
 def open_run(workdir: Path, config: config_lib.Run, write_files: Callable[[Path], None]) -> dict[str, str]:
@@ -69,14 +70,29 @@ def make_folder(workdir: Path) -> None:
         probe.unlink()
 
 
-def last_step(workdir: Path) -> int:
-    """The step of a folder's last complete checkpoint; -1 where it holds none."""
-    return max((int(path.name) for path in (workdir / "checkpoints").glob("*") if path.name.isdigit()), default=-1)
-
-
 def has_checkpoint(workdir: Path) -> bool:
     """Whether a folder holds at least one complete checkpoint."""
-    return last_step(workdir) >= 0
+    return bool(steps(workdir))
+
+
+def steps(workdir: Path) -> list[int]:
+    """The steps of all complete checkpoints, in order."""
+    return sorted(int(path.name) for path in (workdir / "checkpoints").glob("*") if path.name.isdigit())
+
+
+def load_item(workdir: Path, step: int, name: str, abstract: Any) -> Any:
+    """One item of a checkpoint of a run, which may be going on.
+
+    Args:
+      workdir: the run's folder.
+      step: of the checkpoint.
+      name: of the item; see `Task.items`.
+      abstract: shapes, dtypes and shardings of all its arrays. Those that have `NOT_READ` in their place stay on the
+        disk, and have it in the result as well.
+    """
+    arguments = ocp.args.PyTreeRestore(abstract, ocp.checkpoint_utils.construct_restore_args(abstract))
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        return checkpointer.restore((workdir / "checkpoints" / str(step) / name).absolute(), arguments)
 
 
 class Checkpoints:
@@ -88,13 +104,12 @@ class Checkpoints:
       workdir: the run's folder.
       items: names of what the task saves; see `Task.items`.
       best_step: which of given steps is the best one, or None.
-      read_only: for runs of others, which may be going on.
     """
 
     def __init__(self, workdir: Path, items: Iterable[str],
-                 best_step: Callable[[list[int]], int | None] = lambda steps: None, *, read_only: bool = False):
+                 best_step: Callable[[list[int]], int | None] = lambda steps: None):
         self.workdir = workdir
-        if not read_only and distributed.is_first():
+        if distributed.is_first():
             # Orbax can do this in a thread, which a process that fails early does not wait for.
             for unfinished in (workdir / "checkpoints").glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(unfinished)
@@ -102,12 +117,7 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(
             (workdir / "checkpoints").absolute(),
             item_names=(*items, "data"),
-            options=ocp.CheckpointManagerOptions(preservation_policy=_LastAndBest(best_step), create=not read_only,
-                                                 read_only=read_only))
-
-    def steps(self) -> list[int]:
-        """The steps of all complete checkpoints, in order."""
-        return sorted(self._manager.all_steps())
+            options=ocp.CheckpointManagerOptions(preservation_policy=_LastAndBest(best_step), create=True))
 
     def save(self, step: int, items: dict[str, Any], data_state: dict[str, int]) -> None:
         """Saves in the background.
@@ -131,10 +141,6 @@ class Checkpoints:
         restored = self._manager.restore(step, args=ocp.args.Composite(**arguments, data=ocp.args.JsonRestore()))
         log.info("continuing at step %d", step)
         return {name: restored[name] for name in abstract}, restored["data"]
-
-    def restore_item(self, step: int, name: str, abstract: Any) -> Any:
-        """One item of a step."""
-        return self._manager.restore(step, args=ocp.args.Composite(**{name: ocp.args.StandardRestore(abstract)}))[name]
 
     def wait(self) -> None:
         """Returns when everything that was saved is on disk."""

@@ -48,7 +48,7 @@ def run(task: Task, workdir: Path) -> dict[str, float]:
         changes = checkpoint.open_run(workdir, config, task.write_files)
         for line in task.describe():
             log.info("%s", line)
-        saved_step = distributed.agreed(checkpoint.last_step(workdir))
+        saved_step = distributed.agreed(max(checkpoint.steps(workdir), default=-1))
         reporter = stack.enter_context(closing(
             reporting.Reporter(workdir, config, unit=task.unit, first_step=max(saved_step, 0))))
         checkpoints = stack.enter_context(closing(checkpoint.Checkpoints(

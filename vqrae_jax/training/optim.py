@@ -96,9 +96,13 @@ def rates_by_part(rates: Callable[[str], optax.Schedule], paths: Iterable[str],
       paths: of the learned parameters.
       opt_state: of `adamw`, before the step.
     """
-    count = opt_state[-1].count  # of updates made, by which the optimizer reads its schedules
-    by_path = _rates_at(count, rates, paths)
+    by_path = _rates_at(updates_made(opt_state), rates, paths)
     return {part: jnp.max(jnp.stack(list(flat.under(f"{part}/", by_path).values()))) for part in flat.parts(by_path)}
+
+
+def updates_made(opt_state: Any) -> jax.Array:
+    """int32: how many updates `adamw` has made, by which it reads its schedules. Skipped steps made none."""
+    return opt_state[-1].count
 
 
 def _rates_at(count: jax.Array, rates: Callable[[str], optax.Schedule], paths: Iterable[str]) -> dict[str, jax.Array]:
@@ -108,7 +112,18 @@ def _rates_at(count: jax.Array, rates: Callable[[str], optax.Schedule], paths: I
     return {path: values[schedule] for path, schedule in schedules.items()}
 
 
-def moving_average(average: Mapping[str, jax.Array], new: Mapping[str, jax.Array],
-                   decay: float) -> dict[str, jax.Array]:
-    """`decay * average + (1 - decay) * new`, entry by entry, in float32."""
-    return {path: decay * old + (1 - decay) * new[path].astype(jnp.float32) for path, old in average.items()}
+def moving_average(average: Mapping[str, jax.Array], new: Mapping[str, jax.Array], *, decay: float,
+                   updates: jax.Array) -> dict[str, jax.Array]:
+    """`d * average + (1 - d) * new`, entry by entry, in float32, with d = min(decay, (1 + updates) / (10 + updates)).
+
+    d grows from 0.1 to `decay`: an average with one decay throughout would for the first 1 / (1 - decay) updates be
+    made of the start above all. The formula is TensorFlow's, of `tf.train.ExponentialMovingAverage` with `num_updates`.
+
+    Args:
+      average: what has been averaged so far.
+      new: the values that are to be added to it.
+      decay: the d of a long run, in [0, 1).
+      updates: int32, how many came before this one; see `updates_made`.
+    """
+    d = jnp.minimum(decay, (1 + updates) / (10 + updates))
+    return {path: d * old + (1 - d) * new[path].astype(jnp.float32) for path, old in average.items()}

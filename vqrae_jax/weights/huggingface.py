@@ -23,6 +23,7 @@ from safetensors.numpy import save_file
 
 from vqrae_jax.models.encoders import Combine, Encoder, interpolate_positions
 from vqrae_jax.models.vit import IMAGENET_MEAN, IMAGENET_STD, Activation, FinalNorm, ViTSpec
+from vqrae_jax.weights.options import Options
 from vqrae_jax.weights.tensors import local_folder
 
 Params = dict[str, np.ndarray]
@@ -54,7 +55,7 @@ class Family:
     processor: str
     defaults: dict[str, Any]
     required: dict[str, Any]
-    read: Callable[[Mapping[str, Any]], dict[str, Any]]
+    read: Callable[[Options], dict[str, Any]]
     write: Callable[[ViTSpec], dict[str, Any]]
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
@@ -65,6 +66,19 @@ class Family:
     keys: dict[str, str | tuple[str, ...]]
 
 
+# The greatest values are far beyond any model, and small enough that no mistake asks for absurd amounts of memory.
+def _width(config: Options) -> int:
+    return config.whole("hidden_size", 1, 2**16)
+
+
+def _mlp_dim(config: Options) -> int:
+    return config.whole("intermediate_size", 1, 2**18)
+
+
+def _registers(config: Options) -> int:
+    return config.whole("num_register_tokens", 0, 2**10)
+
+
 _DEFAULTS = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "num_channels": 3,
              "image_size": 224, "patch_size": 16, "hidden_act": "gelu", "layer_norm_eps": 1e-6}
 
@@ -73,7 +87,7 @@ SIGLIP = Family(
     processor="SiglipImageProcessor",
     defaults=_DEFAULTS | {"intermediate_size": 3072, "hidden_act": "gelu_pytorch_tanh"},
     required={"num_channels": 3},
-    read=lambda config: {"mlp_dim": config["intermediate_size"]},
+    read=lambda config: {"mlp_dim": _mlp_dim(config)},
     write=lambda spec: {"intermediate_size": spec.mlp_dim, "vision_use_head": False},
     mean=(0.5, 0.5, 0.5),
     std=(0.5, 0.5, 0.5),
@@ -110,7 +124,7 @@ DINOV2 = Family(
     processor="ViTImageProcessor",
     defaults=_DEFAULTS | {"patch_size": 14, "mlp_ratio": 4, "qkv_bias": True, "use_swiglu_ffn": False},
     required={"num_channels": 3, "qkv_bias": True, "use_swiglu_ffn": False},
-    read=lambda config: {"mlp_dim": int(config["hidden_size"] * config["mlp_ratio"]), "layer_scale": True,
+    read=lambda config: {"mlp_dim": int(_width(config) * config.number("mlp_ratio", 1, 64)), "layer_scale": True,
                          "prefix_tokens": 1},
     write=lambda spec: {"mlp_ratio": _exact_ratio(spec), "use_mask_token": False},
     mean=IMAGENET_MEAN,
@@ -134,7 +148,7 @@ DINOV2_WITH_REGISTERS = dataclasses.replace(
     architecture="Dinov2WithRegistersModel",
     # The number of registers has no default on purpose: it must come from the config.
     defaults=DINOV2.defaults | {"patch_size": 16},
-    read=lambda config: DINOV2.read(config) | {"prefix_tokens": 1 + config["num_register_tokens"]},
+    read=lambda config: DINOV2.read(config) | {"prefix_tokens": 1 + _registers(config)},
     write=lambda spec: {"mlp_ratio": _exact_ratio(spec), "num_register_tokens": spec.prefix_tokens - 1},
     antialias=True,
     prefix="dinov2_with_registers.",
@@ -152,8 +166,8 @@ DINOV3 = Family(
     defaults=_DEFAULTS | _DINOV3_OPTIONS | {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536,
                                             "layer_norm_eps": 1e-5, "rope_theta": 100.0},
     required=_DINOV3_OPTIONS,
-    read=lambda config: {"mlp_dim": config["intermediate_size"], "layer_scale": True,
-                         "prefix_tokens": 1 + config["num_register_tokens"], "rope_theta": config["rope_theta"]},
+    read=lambda config: {"mlp_dim": _mlp_dim(config), "layer_scale": True, "prefix_tokens": 1 + _registers(config),
+                         "rope_theta": config.number("rope_theta", 1, 1e9)},
     write=lambda spec: {"intermediate_size": spec.mlp_dim, "num_register_tokens": spec.prefix_tokens - 1,
                         "rope_theta": spec.rope_theta},
     mean=IMAGENET_MEAN,
@@ -184,7 +198,7 @@ MAE = Family(
     processor="ViTImageProcessor",
     defaults=_DEFAULTS | {"intermediate_size": 3072, "qkv_bias": True, "layer_norm_eps": 1e-12},
     required={"num_channels": 3, "qkv_bias": True},
-    read=lambda config: {"mlp_dim": config["intermediate_size"], "prefix_tokens": 1},
+    read=lambda config: {"mlp_dim": _mlp_dim(config), "prefix_tokens": 1},
     write=lambda spec: {"intermediate_size": spec.mlp_dim},
     mean=IMAGENET_MEAN,
     std=IMAGENET_STD,
@@ -212,7 +226,7 @@ INTERN_VIT = Family(
                           "intermediate_size": 12800, "qkv_bias": False, "qk_normalization": True,
                           "norm_type": "rms_norm"},
     required={"num_channels": 3, "qkv_bias": True, "qk_normalization": False, "norm_type": "layer_norm"},
-    read=lambda config: {"mlp_dim": config["intermediate_size"], "layer_scale": True, "prefix_tokens": 1,
+    read=lambda config: {"mlp_dim": _mlp_dim(config), "layer_scale": True, "prefix_tokens": 1,
                          "has_final_norm": False},
     write=lambda spec: {"intermediate_size": spec.mlp_dim, "use_flash_attn": False,  # which refuses float32
                         "auto_map": {"AutoConfig": _INTERN_VIT_CODE + "configuration_intern_vit.InternVisionConfig",
@@ -327,20 +341,22 @@ def params_from_tensors(found: Mapping[str, tuple[str, Any]], spec: EncoderSpec,
     """
     family, run_size = FAMILIES[spec.model_type], _run_size(spec, image_size)
     paths = _shapes(spec, run_size, final_norm)
-    arrays = _allocate(spec)
-    views = _views(family, arrays)
+    # Names and shapes are compared before there is memory for them, which a wrong config.json may ask any amount of.
+    expected = {key: view.shape for key, view in _views(family, _allocate(spec, empty=True)).items()}
     for key, (called, tensor) in found.items():
-        if key in views:
-            value = tensor[:]
-            if value.shape != views[key].shape:
-                raise ValueError(f"{called} has shape {value.shape}, but config.json implies {views[key].shape}")
-            views[key][...] = value
-        elif not re.fullmatch(family.unused, key):
-            raise ValueError(f"{called} is unexpected: {family.architecture} does not have it")
+        if key not in expected:
+            if not re.fullmatch(family.unused, key):
+                raise ValueError(f"{called} is unexpected: {family.architecture} does not have it")
+        elif (shape := _shape(tensor)) != expected[key]:
+            raise ValueError(f"{called} has shape {shape}, but config.json implies {expected[key]}")
     optional = set() if final_norm == "affine" else final_norm_tensors(spec)
-    if missing := sorted(views.keys() - found.keys() - optional):
+    if missing := sorted(expected.keys() - found.keys() - optional):
         raise ValueError(f"{origin}{missing[0]} is missing, which {family.architecture} has" +
                          (f", and {len(missing) - 1} more" if len(missing) > 1 else ""))
+    arrays = _allocate(spec)
+    views = _views(family, arrays)
+    for key in found.keys() & expected.keys():
+        views[key][...] = found[key][1][:]
 
     params = _fold_prefix(arrays)
     if (path := "vit/position_embedding") in params:
@@ -441,65 +457,40 @@ def _local_folder(path_or_id: str | Path, *, weights: bool) -> Path:
     return local_folder(path_or_id, files)
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        return json.loads(file.read_text())
-    except FileNotFoundError:
-        raise OSError(f"{file} does not exist: {file.parent} is not a complete Hugging Face model folder") from None
-    except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON ({error}): download it again") from None
-
-
 def _read_spec(folder: Path) -> EncoderSpec:
-    file = folder / "config.json"
-    given = _read_json(file)
-    if (whole := given.get("model_type")) in _WHOLE_MODELS:
-        given = {"model_type": _WHOLE_MODELS[whole], **(given.get("vision_config") or {})}
-    model_type = given.get("model_type")
-    if model_type not in FAMILIES:
-        raise ValueError(f"{file}: model_type {model_type!r} is not supported; "
-                         f"supported are {', '.join([*_WHOLE_MODELS, *FAMILIES])}")
+    given = Options.read(folder / "config.json")
+    model_type = given.with_defaults({"model_type": None}).one_of("model_type", [*_WHOLE_MODELS, *FAMILIES])
+    if model_type in _WHOLE_MODELS:
+        given = given.section("vision_config").with_defaults({"model_type": _WHOLE_MODELS[model_type]})
+        model_type = given.one_of("model_type", FAMILIES)
     family = FAMILIES[model_type]
-    config = {**family.defaults, **given}
+    config = given.with_defaults(family.defaults)
     for option, value in family.required.items():
-        if config[option] != value:
-            raise ValueError(f"{file}: {option}={config[option]!r} is not supported, only {value!r}")
-    if config["hidden_act"] not in ACTIVATIONS:
-        raise ValueError(f"{file}: hidden_act={config['hidden_act']!r} is not supported, only {', '.join(ACTIVATIONS)}")
+        config.require(option, value)
+    image_size, patch_size = config.side("image_size", 2**14), config.side("patch_size", 2**10)
+    if patch_size > image_size:
+        raise ValueError(f"{config.where}patch_size {patch_size} is larger than image_size {image_size}")
+    sizes = {"width": _width(config), "depth": config.whole("num_hidden_layers", 1, 2**10),
+             "heads": config.whole("num_attention_heads", 1, 2**10), "patch_size": patch_size,
+             "activation": ACTIVATIONS[config.one_of("hidden_act", ACTIVATIONS)],
+             "norm_eps": config.number("layer_norm_eps", 0, 1), **family.read(config)}
     try:
-        family_specific = family.read(config)
-    except KeyError as error:
-        raise ValueError(f"{file}: option {error.args[0]} is missing") from None
-    vit = ViTSpec(width=config["hidden_size"], depth=config["num_hidden_layers"], heads=config["num_attention_heads"],
-                  activation=ACTIVATIONS[config["hidden_act"]], norm_eps=config["layer_norm_eps"],
-                  patch_size=_side(config, "patch_size", file), **family_specific)
-    mean, std = _read_mean_std(folder / "preprocessor_config.json", family)
-    return EncoderSpec(model_type=model_type, vit=vit, image_size=_side(config, "image_size", file), mean=mean, std=std)
-
-
-def _side(config: Mapping[str, Any], option: str, file: Path) -> int:
-    """An option that may be an int or a pair; only squares are supported."""
-    sides = config[option] if isinstance(config[option], list) else [config[option]]
-    if len(set(sides)) != 1:
-        raise ValueError(f"{file}: {option}={config[option]} is not supported, only squares")
-    return sides[0]
-
-
-def _read_mean_std(file: Path, family: Family):
-    if not file.exists():
-        return family.mean, family.std
-    config = _read_json(file)
-    for key in ("image_mean", "image_std"):
-        if len(config.get(key) or []) != 3:
-            raise ValueError(f"{file}: {key} must be a list of 3 numbers, found {config.get(key)}")
-    return tuple(config["image_mean"]), tuple(config["image_std"])
+        vit = ViTSpec(**sizes)
+    except ValueError as error:
+        raise ValueError(f"{config.where}hidden_size and num_attention_heads: {error}") from None
+    mean, std = family.mean, family.std
+    if (file := folder / "preprocessor_config.json").exists():
+        preprocessor = Options.read(file)
+        mean, std = preprocessor.triple("image_mean", 0, 1), preprocessor.triple("image_std", 1e-3, 10)
+    return EncoderSpec(model_type=model_type, vit=vit, image_size=image_size, mean=mean, std=std)
 
 
 def _tensors(folder: Path) -> Iterator[tuple[Path, str, Any]]:
     """(file, name, lazy tensor) of every tensor in the folder's weight files."""
     files = [folder / "model.safetensors"]
     if (index := folder / "model.safetensors.index.json").exists():
-        files = [folder / name for name in sorted(set(_read_json(index)["weight_map"].values()))]
+        shards = Options.read(index).section("weight_map")
+        files = [folder / name for name in sorted({shards.text(tensor) for tensor in shards.values})]
     for file in files:
         if not file.exists():
             hint = ""
@@ -525,10 +516,16 @@ def _shapes(spec: EncoderSpec, image_size: int, final_norm: FinalNorm) -> dict[s
     return {"/".join(map(str, path)): variable.shape for path, variable in nnx.to_flat_state(state)}
 
 
-def _allocate(spec: EncoderSpec) -> Params:
+def _shape(tensor: Any) -> tuple[int, ...]:
+    """Of an array, or of a lazy slice."""
+    return tensor.shape if isinstance(tensor, np.ndarray) else tuple(tensor.get_shape())
+
+
+def _allocate(spec: EncoderSpec, *, empty: bool = False) -> Params:
     """Arrays for the encoder at its native size, with cls, registers and positions apart, as checkpoints have
     them: the keys are the paths of the Encoder's parameters, except that `vit/prefix` is `vit/cls` and
-    `vit/registers`, and `vit/position_embedding` begins with the cls token's row where there is one."""
+    `vit/registers`, and `vit/position_embedding` begins with the cls token's row where there is one. With `empty` they
+    have their shapes only, and no memory."""
     shapes = _shapes(spec, spec.image_size, "affine")
     if spec.vit.prefix_tokens:
         prefix, width = shapes.pop("vit/prefix")
@@ -538,7 +535,8 @@ def _allocate(spec: EncoderSpec) -> Params:
             shapes["vit/position_embedding"] = (1, 1 + positions, width)
         if "registers" in FAMILIES[spec.model_type].keys:
             shapes["vit/registers"] = (1, prefix - 1, width)
-    return {path: np.zeros(shape, np.float32) for path, shape in shapes.items()}
+    zeros = lambda shape: np.broadcast_to(np.float32(0), shape) if empty else np.zeros(shape, np.float32)
+    return {path: zeros(shape) for path, shape in shapes.items()}
 
 
 def _fold_prefix(arrays: Params) -> Params:
