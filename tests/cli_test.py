@@ -94,6 +94,23 @@ def test_evaluate_prints_a_table_and_writes_numbers_and_a_picture(run, tmp_path)
     assert picture.shape == (2 * (14 + 34), 4 * 34, 3)
 
 
+def test_evaluate_shows_the_held_out_images_of_a_folder_and_all_of_data_that_are_named(tmp_path):
+    (tmp_path / "images").mkdir()
+    for i in range(40):
+        Image.new("RGB", (32, 32), (6 * i, 0, 0)).save(tmp_path / "images" / f"{i}.png")
+    config, data = tiny(), f"folder:{tmp_path / 'images'}"
+    config.train.update(steps=2, batch_size=2)
+    config.optim.warmup_steps = 1
+    config.data.update(source=data, holdout=0.2)
+    shown = task.train(config_lib.parse(config), tmp_path / "run")
+    for flags, part, count in (([], "held out", shown["num_images"]), ([f"--data={data}"], "all", 40)):
+        result = command("vqrae_jax.evaluate", f"--workdir={tmp_path / 'run'}", *flags)
+        assert f"data: {data}, {part}\n" in result.stdout
+        metrics = json.loads((tmp_path / "run" / "evaluation" / "metrics.json").read_text())
+        assert (metrics["num_images"], metrics["part"]) == (count, part)
+    assert 0 < shown["num_images"] < 20
+
+
 def test_evaluate_puts_runs_side_by_side(run, tmp_path):
     result = command("vqrae_jax.evaluate", f"--workdir={run}", f"--workdir={run}", f"--out={tmp_path}", "--limit=9")
     assert result.returncode == 0, result.stderr

@@ -13,7 +13,7 @@ from absl import flags
 
 from vqrae_jax import cli
 from vqrae_jax import config as config_lib
-from vqrae_jax.data import BadImages, open_source
+from vqrae_jax.data import BadImages, open_parts, open_source
 from vqrae_jax.tokenizer import evaluate, runs
 from vqrae_jax.training import distributed, reporting, sharding
 from vqrae_jax.training.files import disk_errors
@@ -28,8 +28,15 @@ def main(_) -> None:
     configs = [config_lib.load(workdir / "config.json") for workdir in workdirs]
     if len(sizes := {config.data.image_size for config in configs}) > 1:
         raise ValueError(f"runs for images of different sizes, {sorted(sizes)}, cannot be compared: one at a time")
-    data = _DATA.value or evaluate.spec(configs[0])
-    source, bad_file = open_source(data, training=False), out / "bad_images.jsonl"
+    data, part = _DATA.value or configs[0].eval.source, "all"
+    if data:
+        source = open_source(data, training=False)
+    else:
+        data = configs[0].data.source
+        training, held_out = open_parts(data, holdout=configs[0].data.holdout)
+        source = evaluate.choose_source(configs[0], training, held_out)
+        part = "held out" if source is held_out else part
+    bad_file = out / "bad_images.jsonl"
     with disk_errors(out):
         out.mkdir(parents=True, exist_ok=True)  # before the work, and after what may be misspelt
         if distributed.is_first():
@@ -48,11 +55,11 @@ def main(_) -> None:
     distributed.wait_for_all("end of evaluation")  # and what every process could not read is in the file
     if not distributed.is_first():
         return
-    print(f"data: {data}")
+    print(f"data: {data}, {part}")
     print(evaluate.table(columns))
     for name, reason in bad_images.names().items():
         print(f"left out: {name}: {reason}")
-    shared = {"data": data, "left_out": bad_images.names()}
+    shared = {"data": data, "part": part, "left_out": bad_images.names()}
     content = {**columns[names[0]], **shared} if len(names) == 1 else {"runs": columns, **shared}
     with disk_errors(out):
         (out / "metrics.json").write_text(reporting.to_json(content, indent=2) + "\n")
@@ -67,7 +74,7 @@ def _labels(workdirs: list[Path]) -> list[str]:
 
 if __name__ == "__main__":
     _WORKDIR = flags.DEFINE_multi_string("workdir", None, "folder of a run; several are compared", required=True)
-    _DATA = flags.DEFINE_string("data", "", "SPEC of the images; empty is what the first run's config says")
+    _DATA = flags.DEFINE_string("data", "", "SPEC of the images; empty is what the first run was evaluated on")
     _OUT = flags.DEFINE_string("out", "", "folder for the results; empty is WORKDIR/evaluation")
     _STEP = flags.DEFINE_integer("step", None, "which checkpoint; the last if not given")
     _LIMIT = flags.DEFINE_integer("limit", 0, "only so many images, always the same; 0 is all", lower_bound=0)

@@ -23,10 +23,13 @@ from vqrae_jax.data import (
     TfdsSource,
     decode_image,
     eval_batches,
+    hold_out,
+    open_parts,
     random_resized_crop,
     resize_and_center_crop,
     train_batches,
 )
+from vqrae_jax.data.sources import serialize_example
 
 SHARED = REPOSITORY.parent / "shared" / "data"
 RED, GREEN, BLUE, GREY = (230, 20, 30), (10, 200, 40), (20, 30, 220), (100, 100, 100)
@@ -402,6 +405,78 @@ def test_a_corrupt_array_record_costs_its_images_only(tmp_path):
     assert batch["valid"].sum() == 7
     (reason,) = bad_images.names().values()
     assert "corrupt record" in reason
+
+
+# Held-out images
+
+
+def write_images(folder, count) -> None:
+    for i in range(count):
+        (folder / f"class{i % 3}").mkdir(parents=True, exist_ok=True)
+        (folder / f"class{i % 3}" / f"{i}.jpg").write_bytes(jpeg())
+
+
+def local_names(part, folder) -> set[str]:
+    return {os.path.relpath(part.name(i), folder) for i in range(len(part))}
+
+
+def test_held_out_images_stay_held_out_when_files_are_added_and_the_folder_moves(tmp_path):
+    write_images(tmp_path / "first", 300)
+    training, held_out = open_parts(f"folder:{tmp_path / 'first'}", holdout=0.1)
+    assert len(training) + len(held_out) == 300 and 10 < len(held_out) < 60
+    assert training.num_classes == held_out.num_classes == 3
+    assert held_out[0].name == held_out.name(0) and {held_out[i].label for i in range(len(held_out))} == {0, 1, 2}
+    before = [local_names(part, tmp_path / "first") for part in (training, held_out)]
+    assert not before[0] & before[1]
+    (tmp_path / "first").rename(tmp_path / "second")
+    write_images(tmp_path / "second", 400)
+    parts = open_parts(f"folder:{tmp_path / 'second'}", holdout=0.1)
+    after = [local_names(part, tmp_path / "second") for part in parts]
+    assert before[0] < after[0] and before[1] < after[1]
+    # Whoever holds out more keeps what was held out.
+    assert after[1] < local_names(open_parts(f"folder:{tmp_path / 'second'}", holdout=0.3)[1], tmp_path / "second")
+
+
+def test_held_out_records_stay_held_out_when_shards_are_added(tmp_path):
+    def labels(part):
+        return {part[i].label for i in range(len(part))}
+
+    for shard in ("b", "c"):
+        write_array_record(tmp_path / f"{shard}.array_record",
+                           [serialize_example(jpeg(), ord(shard) * 1000 + i) for i in range(100)])
+    before = open_parts(f"array_record:{tmp_path}/*", holdout=0.1)
+    assert len(before[0]) + len(before[1]) == 200 and 5 < len(before[1]) < 40
+    write_array_record(tmp_path / "a.array_record", [serialize_example(jpeg(), i) for i in range(77)])
+    after = open_parts(f"array_record:{tmp_path}/*", holdout=0.1)
+    assert labels(before[0]) < labels(after[0]) and labels(before[1]) < labels(after[1])
+
+
+def test_sources_with_a_held_out_part_of_their_own_keep_it():
+    training, held_out = open_parts("embedded", holdout=0.1)
+    assert (len(training), len(held_out)) == (4096, 512)
+    assert training.name(0) == "embedded/train/0" and held_out.name(0) == "embedded/validation/0"
+
+
+def test_of_a_tfds_set_its_own_split_is_held_out_and_of_a_named_split_a_part(shared_data):
+    training, held_out = open_parts(f"tfds:cifar10@{shared_data / 'tfds'}", holdout=0.1)
+    assert (training.name(0), held_out.name(0), len(held_out)) == ("cifar10/train/0", "cifar10/test/0", 10_000)
+    training, held_out = open_parts(f"tfds:cifar10:test@{shared_data / 'tfds'}", holdout=0.1)
+    assert len(training) + len(held_out) == 10_000 and 800 < len(held_out) < 1200
+
+
+def test_parts_can_be_pickled_and_something_is_left_to_train_on():
+    training, held_out = hold_out(Numbers(200), 0.2)
+    again, held_out_again = pickle.loads(pickle.dumps((training, held_out)))
+    assert [again.name(i) for i in range(len(again))] == [training.name(i) for i in range(len(training))]
+    assert held_out_again[3].label == held_out[3].label
+    for share in (0.0, 0.2):
+        training, held_out = hold_out(Numbers(200), share)
+        assert len(pickle.dumps(held_out)) < 4 * len(held_out) + 1000
+    for seed in range(20):  # of some the only image would be held out
+        one = Numbers(1)
+        one.name = f"{seed} {{}}".format
+        training, held_out = hold_out(one, 0.5)
+        assert (len(training), len(held_out)) == (1, 0)
 
 
 # Training

@@ -1,11 +1,16 @@
 """Random-access image sources. All can be pickled: Grain starts its workers with `spawn`."""
 
+import bisect
+import dataclasses
 import functools
 import glob
+import hashlib
 import importlib.resources
+import itertools
 import os
 import pathlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -30,6 +35,9 @@ class Record(NamedTuple):
 
 class Source(Protocol):
     """What the pipeline reads from; the same index always gives the same record.
+
+    A source may also have `local_name(index)`, a name that does not say where the source lies: `hold_out` goes by it,
+    and by `name` where there is none.
 
     Attributes:
       num_classes: labels lie in [0, num_classes); None where the source has no labels.
@@ -153,6 +161,10 @@ class FolderSource:
     def __len__(self) -> int:
         return len(self._names)
 
+    def local_name(self, index: int) -> str:
+        """The path relative to the folder, which may have been moved."""
+        return self._names[index]
+
     def name(self, index: int) -> str:
         return os.path.join(self.path, self._names[index])
 
@@ -248,24 +260,38 @@ class ArrayRecordSource:
     def __init__(self, pattern: str):
         import grain
 
-        self.paths = sorted(glob.glob(os.path.expanduser(pattern), recursive=True))
-        if not self.paths:
+        paths = sorted(glob.glob(os.path.expanduser(pattern), recursive=True))
+        if not paths:
             raise FileNotFoundError(f"no file matches {pattern}: give ArrayRecord files, as data/train-*.array_record")
         try:
-            self._data: Any = grain.sources.ArrayRecordDataSource(self.paths)
+            with ThreadPoolExecutor(min(len(paths), 64)) as pool:  # the files may be far away
+                self._files: list[Any] = list(pool.map(lambda path: grain.sources.ArrayRecordDataSource([path]), paths))
         except (RuntimeError, ValueError) as error:
             raise ValueError(f"cannot read {pattern} as ArrayRecord: {' '.join(str(error).split())}") from error
+        self._file_names = [os.path.basename(path) for path in paths]
+        self._ends = list(itertools.accumulate(map(len, self._files)))
         self._pattern = pattern
 
     def __len__(self) -> int:
-        return len(self._data)
+        return self._ends[-1]
+
+    def _place(self, index: int) -> tuple[int, int]:
+        """Number of the file, and position in it."""
+        file = bisect.bisect_right(self._ends, index)
+        return file, index - (self._ends[file - 1] if file else 0)
+
+    def local_name(self, index: int) -> str:
+        """File name and position in the file, wherever the files lie and however many there are."""
+        file, position = self._place(index)
+        return f"{self._file_names[file]}/{position}"
 
     def name(self, index: int) -> str:
         return f"{self._pattern}/{index}"
 
     def __getitem__(self, index: int) -> Record:
+        file, position = self._place(index)
         try:
-            record = self._data[index]
+            record = self._files[file][position]
         except RuntimeError as error:
             raise ValueError(f"corrupt record: {' '.join(str(error).split())}") from error
         # Field 1, length-delimited: so begins every Example, and no image format.
@@ -301,13 +327,74 @@ def _parse_example(record: bytes) -> tuple[bytes, int]:
     return images[0][0], int(labels[0][0]) if labels and labels[0] else -1
 
 
-def _open_tfds(rest: str, *, training: bool) -> Source:
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """Some images of a source."""
+
+    source: Source
+    indices: np.ndarray  # uint32, ascending
+
+    @property
+    def num_classes(self) -> int | None:
+        return self.source.num_classes
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def name(self, index: int) -> str:
+        return self.source.name(int(self.indices[index]))
+
+    def __getitem__(self, index: int) -> Record:
+        return self.source[int(self.indices[index])]
+
+
+def hold_out(source: Source, share: float) -> tuple[Source, Source]:
+    """Parts a source into images to train on and images that are never trained on.
+
+    An image is held out when the hash of its name, as a number in [0, 1), is below `share`. So it stays in its part
+    when other images come or go, and when the source is moved: the name is the source's `local_name`, where it has one.
+
+    Args:
+      source: of the images.
+      share: of the images that are held out, in [0, 0.5]; of few images it may be none. They are never all of them.
+
+    Returns:
+      the images to train on and the held-out ones, in the order that they have in the source.
+    """
+    name = getattr(source, "local_name", source.name)
+    held_out = np.zeros(len(source), bool)
+    if share:
+        held_out[:] = np.fromiter((_hash(name(index)) < share for index in range(len(source))), bool, len(source))
+    if held_out.all():
+        held_out[:] = False
+    held_out, trained_on = (np.flatnonzero(part).astype(np.uint32) for part in (held_out, ~held_out))
+    return (_Part(source, trained_on) if len(held_out) else source), _Part(source, held_out)
+
+
+def _hash(name: str) -> float:
+    """Uniform in [0, 1), and always the same."""
+    digest = hashlib.blake2b(name.encode(errors="surrogatepass"), digest_size=6).digest()
+    return int.from_bytes(digest, "big") / 2**48
+
+
+def _tfds_spec(rest: str) -> tuple[str, str, str | None]:
+    """Data set, split, which may be empty, and folder."""
     name_and_split, _, data_dir = rest.partition("@")
     name, _, split = name_and_split.partition(":")
+    return name, split, data_dir or None
+
+
+def _tfds_held_out(rest: str) -> list[str]:
+    """The splits that hold out images, best first; none where the SPEC names the split that it means."""
+    name, split, data_dir = _tfds_spec(rest)
+    return [] if split else [held_out for held_out in ("validation", "test") if held_out in tfds_splits(name, data_dir)]
+
+
+def _open_tfds(rest: str, *, training: bool) -> Source:
+    name, split, data_dir = _tfds_spec(rest)
     if not split:
-        held_out = [s for s in ("validation", "test") if s in tfds_splits(name, data_dir or None)]
-        split = "train" if training or not held_out else held_out[0]
-    return TfdsSource(name, split=split, data_dir=data_dir or None)
+        split = "train" if training else (*_tfds_held_out(rest), "train")[0]
+    return TfdsSource(name, split=split, data_dir=data_dir)
 
 
 class SourceKind(NamedTuple):
@@ -316,24 +403,27 @@ class SourceKind(NamedTuple):
     Attributes:
       spec: how a SPEC of this kind is written.
       open: `(what follows the colon, training=) -> Source`.
+      holds_out: `(what follows the colon) -> bool`, whether the data themselves hold images out, which `open` gives
+        when it is not for training.
     """
 
     spec: str
     open: Callable[..., Source]
+    holds_out: Callable[[str], bool] = lambda rest: False
 
 
 # By the first word of a SPEC.
 SOURCES = {
     "embedded": SourceKind(
-        "embedded", lambda rest, *, training: EmbeddedSource("train" if training else "validation")),
+        "embedded", lambda rest, *, training: EmbeddedSource("train" if training else "validation"), lambda rest: True),
     "folder": SourceKind("folder:PATH", lambda rest, *, training: FolderSource(rest)),
-    "tfds": SourceKind("tfds:NAME[:SPLIT][@DATA_DIR]", _open_tfds),
+    "tfds": SourceKind("tfds:NAME[:SPLIT][@DATA_DIR]", _open_tfds, lambda rest: bool(_tfds_held_out(rest))),
     "array_record": SourceKind("array_record:GLOB", lambda rest, *, training: ArrayRecordSource(rest)),
 }
 
 
 def open_source(spec: str, *, training: bool) -> Source:
-    """Opens `embedded`, `folder:PATH`, `tfds:NAME[:SPLIT][@DATA_DIR]` or `array_record:GLOB`.
+    """Opens all images of `embedded`, `folder:PATH`, `tfds:NAME[:SPLIT][@DATA_DIR]` or `array_record:GLOB`.
 
     Where a SPEC names no split, training reads `train`, and evaluation what is held out: `validation` or else `test`.
 
@@ -341,9 +431,34 @@ def open_source(spec: str, *, training: bool) -> Source:
       ValueError: not a SPEC, or no such split.
       OSError: the data is not there.
     """
+    kind, rest = _kind(spec)
+    return kind.open(rest, training=training)
+
+
+def open_parts(spec: str, *, holdout: float) -> tuple[Source, Source]:
+    """Opens the images to train on and those that are held out, reading once what the data consist of.
+
+    `embedded`, and a TFDS data set of which no split is named and which has `validation` or `test`, hold out images of
+    their own. Of everything else it is `hold_out`'s choice.
+
+    Args:
+      spec: as for `open_source`.
+      holdout: share of the images that `hold_out` holds out.
+
+    Raises:
+      ValueError, OSError: as from `open_source`.
+    """
+    kind, rest = _kind(spec)
+    if kind.holds_out(rest):
+        return kind.open(rest, training=True), kind.open(rest, training=False)
+    return hold_out(kind.open(rest, training=True), holdout)
+
+
+def _kind(spec: str) -> tuple[SourceKind, str]:
+    """The row of a SPEC, and what follows the colon."""
     name, _, rest = spec.partition(":")
     kind = SOURCES[name] if name in SOURCES else None
     if kind is None or bool(rest) != (":" in kind.spec):
         *others, last = (kind.spec for kind in SOURCES.values())
         raise ValueError(f"unknown data {spec!r}: give {', '.join(others)} or {last}")
-    return kind.open(rest, training=training)
+    return kind, rest

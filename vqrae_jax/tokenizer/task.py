@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from vqrae_jax.config import Config
-from vqrae_jax.data import BadImages, Source, TrainIterator, open_source, train_batches
+from vqrae_jax.data import BadImages, Source, TrainIterator, open_parts, train_batches
 from vqrae_jax.models import flat
 from vqrae_jax.tokenizer import evaluate, init, runs, train_state
 from vqrae_jax.tokenizer.gan import learns as discriminator_learns
@@ -51,8 +51,8 @@ class TokenizerTask:
         for key in ("lr_multipliers", "end_lr_multipliers"):
             optim.check_patterns(self.structure.params, getattr(config.optim, key), key=f"optim.{key}")
         self.bad_images = BadImages(workdir / "bad_images.jsonl")
-        self._source = open_source(config.data.source, training=True)
-        self._eval_source = open_source(evaluate.spec(config), training=False)
+        self._source, held_out = open_parts(config.data.source, holdout=config.data.holdout)
+        self._eval_source = evaluate.choose_source(config, self._source, held_out)
 
     def write_files(self, workdir: Path) -> None:
         """The encoder's config."""
