@@ -111,6 +111,23 @@ def test_evaluate_shows_the_held_out_images_of_a_folder_and_all_of_data_that_are
     assert 0 < shown["num_images"] < 20
 
 
+def test_too_many_bad_images_end_in_one_line(run, tmp_path):
+    (tmp_path / "images").mkdir()
+    for i in range(20):
+        file = tmp_path / "images" / f"{i}.png"
+        Image.new("RGB", (32, 32)).save(file)
+        if i % 5 == 1:
+            file.write_text("no picture")
+    data, out = f"folder:{tmp_path / 'images'}", tmp_path / "out"
+    evaluate = ("vqrae_jax.evaluate", f"--workdir={run}", f"--data={data}", f"--out={out}")
+    assert_one_line_error(command(*evaluate), f"{out}/bad_images.jsonl names them all; mend or remove them, or allow")
+    assert command(*evaluate, "--max_bad=0.2").returncode == 0
+    assert json.loads((out / "metrics.json").read_text())["num_images"] == 16
+    train = (*NANO, f"--workdir={tmp_path / 'run'}", f"--config.data.source={data}", "--config.train.steps=4",
+             "--config.optim.warmup_steps=0", "--config.model.quantizer.init=random")
+    assert_one_line_error(command(*train), f"{tmp_path}/run/bad_images.jsonl names them all; mend or remove them, or")
+
+
 def test_evaluate_puts_runs_side_by_side(run, tmp_path):
     result = command("vqrae_jax.evaluate", f"--workdir={run}", f"--workdir={run}", f"--out={tmp_path}", "--limit=9")
     assert result.returncode == 0, result.stderr

@@ -71,6 +71,7 @@ class Data:
     flip: bool = True
     # Share of the images that is never trained on and that evaluation shows, where the data hold out none themselves.
     holdout: float = _key(0.01, low=0.0, high=0.5)
+    max_bad: float = _key(0.01, low=0.0, high=1.0, free=True)  # share of images that may be unreadable
     threads: int = _key(4, low=0, free=True)
     workers: int = _key(0, low=0, free=True)  # processes; 0 decodes in the training process's threads
 

@@ -46,7 +46,8 @@ def main(_) -> None:
     columns, rows = {}, {}
     for name, workdir in zip(names, workdirs, strict=True):
         config, graphdef, arrays = runs.load_run(workdir, mesh, step=_STEP.value)
-        batches = evaluate.open_batches(config, source, bad_images, mesh, limit=_LIMIT.value)
+        max_bad = config.data.max_bad if _MAX_BAD.value is None else _MAX_BAD.value
+        batches = evaluate.open_batches(config, source, bad_images, mesh, limit=_LIMIT.value, max_bad=max_bad)
         columns[name], pictures = evaluate.evaluate(evaluate.make_eval_step(graphdef, mesh), arrays, mesh, batches,
                                                     samples=configs[0].eval.samples)
         rows.setdefault("original", pictures["original"])
@@ -78,5 +79,7 @@ if __name__ == "__main__":
     _OUT = flags.DEFINE_string("out", "", "folder for the results; empty is WORKDIR/evaluation")
     _STEP = flags.DEFINE_integer("step", None, "which checkpoint; the last if not given")
     _LIMIT = flags.DEFINE_integer("limit", 0, "only so many images, always the same; 0 is all", lower_bound=0)
+    _MAX_BAD = flags.DEFINE_float("max_bad", None, "share of the images that may be unreadable; the run's data.max_bad "
+                                  "if not given", lower_bound=0.0, upper_bound=1.0)
     _JOIN_PROCESSES = cli.join_processes()
     cli.run(main)

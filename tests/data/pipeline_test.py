@@ -1,11 +1,13 @@
 """The input pipeline: what is read, in what order, and what a bad image costs."""
 
+import errno
 import io
 import json
 import math
 import os
 import pathlib
 import pickle
+import resource
 import subprocess
 import sys
 import time
@@ -23,6 +25,7 @@ from vqrae_jax.data import (
     TfdsSource,
     decode_image,
     eval_batches,
+    faults,
     hold_out,
     open_parts,
     random_resized_crop,
@@ -83,8 +86,14 @@ class Numbers:
 
 
 def training(source, bad_images=None, **changes):
-    options = dict(image_size=16, batch_size=4, seed=3, crop_scale_min=0.3, flip=True, threads=2, workers=0)
+    options = dict(image_size=16, batch_size=4, seed=3, crop_scale_min=0.3, flip=True, threads=2, workers=0,
+                   max_bad=0.01)
     return train_batches(source, bad_images=bad_images or BadImages(None), **(options | changes))
+
+
+def evaluation(source, bad_images=None, **changes):
+    options = dict(image_size=8, batch_size=4, max_bad=0.01, threads=2)
+    return eval_batches(source, bad_images=bad_images or BadImages(None), **(options | changes))
 
 
 def take(batches, count):
@@ -401,7 +410,7 @@ def test_a_corrupt_array_record_costs_its_images_only(tmp_path):
     data[20_000:20_100] = bytes(100)
     path.write_bytes(data)
     bad_images = BadImages(None)
-    (batch,) = eval_batches(ArrayRecordSource(str(path)), image_size=50, batch_size=8, bad_images=bad_images)
+    (batch,) = evaluation(ArrayRecordSource(str(path)), bad_images, image_size=50, batch_size=8)
     assert batch["valid"].sum() == 7
     (reason,) = bad_images.names().values()
     assert "corrupt record" in reason
@@ -568,7 +577,8 @@ def test_a_new_process_continues_exactly(tmp_path):
         import json, numpy as np
         from vqrae_jax.data import BadImages, FolderSource, train_batches
         batches = train_batches(FolderSource({str(tmp_path / "images")!r}), image_size=16, batch_size=4, seed=3,
-                                crop_scale_min=0.3, flip=True, threads=1, workers=0, bad_images=BadImages(None))
+                                crop_scale_min=0.3, flip=True, threads=1, workers=0, max_bad=0.01,
+                                bad_images=BadImages(None))
         batches.set_state(json.loads({state!r}))
         batches = [next(batches) for _ in range(6)]
         np.savez({str(tmp_path / "out.npz")!r}, **{{k: np.stack([b[k] for b in batches]) for k in batches[0]}})
@@ -585,7 +595,8 @@ def test_a_program_that_never_closes_its_workers_ends_quietly(tmp_path):
     program.write_text(f"""if __name__ == "__main__":
         from vqrae_jax.data import BadImages, EmbeddedSource, train_batches
         batches = train_batches(EmbeddedSource("train"), image_size=16, batch_size=4, seed=3, crop_scale_min=0.3,
-                                flip=True, threads=1, workers=1, bad_images=BadImages({str(tmp_path / "bad")!r}))
+                                flip=True, threads=1, workers=1, max_bad=0.01,
+                                bad_images=BadImages({str(tmp_path / "bad")!r}))
         next(batches)
     """)
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
@@ -631,7 +642,7 @@ def folder_with_bad_images(path) -> dict[str, str]:
 def test_evaluation_skips_and_names_bad_images(tmp_path):
     expected = folder_with_bad_images(tmp_path)
     bad_images = BadImages(None)
-    batches = list(eval_batches(FolderSource(tmp_path), image_size=32, batch_size=4, bad_images=bad_images))
+    batches = list(evaluation(FolderSource(tmp_path), bad_images, image_size=32))
     images, valid, index = (np.concatenate([b[key] for b in batches]) for key in ("image", "valid", "index"))
     assert images.shape == (12, 32, 32, 3)
     assert index.tolist() == [*range(9), -1, -1, -1]
@@ -689,13 +700,134 @@ def test_bad_images_survive_the_process_and_are_named_once(tmp_path):
     assert len(path.read_text().splitlines()) == 4 and third.names() == expected
 
 
-@pytest.mark.parametrize("make", [training, lambda source: eval_batches(
-    source, image_size=8, batch_size=2, bad_images=BadImages(None))])
+@pytest.mark.parametrize("make", [training, evaluation])
 def test_only_bad_images_end_in_an_error(make):
     with pytest.raises(ValueError, match="none of the 3 images.*number 0: not a readable image") as error:
         for _ in make(Numbers(3, bad=(0, 1, 2))):
             pass
     assert "\n" not in str(error.value)
+
+
+# Too many bad images
+
+
+@pytest.mark.parametrize("make", [training, evaluation])
+def test_more_bad_images_than_allowed_stop_the_run(make, tmp_path):
+    source = Numbers(100, bad=tuple(range(0, 100, 4)))
+    bad_images = BadImages(tmp_path / "bad_images.jsonl")
+    with pytest.raises(ValueError, match=rf"[4-9] of \d+ images .* number \d+: not a readable image: unknown format; "
+                       rf"{tmp_path}/bad_images.jsonl names .* than 0.01 .*--config.data.max_bad=") as error:
+        take(iter(make(source, bad_images)), 25)
+    assert "\n" not in str(error.value)
+    take(iter(make(source, max_bad=0.5)), 25)
+
+
+def test_a_few_bad_images_are_tolerated_however_often_they_are_met():
+    take(training(Numbers(20, bad=(0, 5, 19))), 50)
+    list(evaluation(Numbers(20, bad=(0, 5, 19))))
+    many = Numbers(200, bad=(0, 50, 100, 150))
+    with pytest.raises(ValueError, match=r"4 of \d+ images"):
+        take(training(many), 150)
+    take(training(many, max_bad=0.05), 300)  # each counts once, whatever the epoch
+
+
+def test_where_all_are_bad_not_all_are_tried():
+    source = Numbers(10_000, bad=tuple(range(10_000)))
+    bad_images = BadImages(None)
+    with pytest.raises(ValueError, match="101 of 10000 images cannot be read"):
+        next(training(source, bad_images, threads=0, batch_size=1))
+    assert len(bad_images.names()) <= 102
+
+
+# Faults of the machine
+
+
+class Failing(Numbers):
+    """Reading image 3 fails so many times."""
+
+    def __init__(self, size, error, times):
+        super().__init__(size)
+        self.error, self.times = error, times
+
+    def __getitem__(self, index):
+        if index == 3 and self.times:
+            self.times -= 1
+            raise self.error
+        return super().__getitem__(index)
+
+    def __setstate__(self, state):  # in a worker process
+        faults.RETRY_AFTER_SECONDS = (0, 0)
+        self.__dict__.update(state)
+
+
+@pytest.fixture
+def no_pauses(monkeypatch):
+    monkeypatch.setattr(faults, "RETRY_AFTER_SECONDS", (0, 0))
+
+
+FAULTS = [OSError(getattr(errno, name), os.strerror(getattr(errno, name))) for name in (
+    "EMFILE", "ENFILE", "EIO", "ESTALE", "EACCES", "EPERM", "ETIMEDOUT", "ENOMEM", "ECONNRESET")]
+
+
+@pytest.mark.parametrize("fault", [*FAULTS, MemoryError(), TimeoutError("too late")], ids=repr)
+def test_a_fault_of_the_machine_is_tried_again_and_then_ends_the_run(fault, no_pauses):
+    expected = take(training(Numbers(8)), 8)
+    bad_images = BadImages(None)
+    assert_same(expected, take(training(Failing(8, fault, times=2), bad_images), 8))
+    assert all(batch["valid"].all() for batch in evaluation(Failing(8, fault, times=2), bad_images))
+    for make in (training, evaluation):
+        with pytest.raises(OSError, match="^cannot read number 3: .*; that is no fault of the image: ") as error:
+            take(iter(make(Failing(8, fault, times=-1), bad_images)), 2)
+        assert "\n" not in str(error.value)
+    assert not bad_images.names()
+
+
+def test_a_fault_in_a_worker_process_ends_the_run_in_the_same_line(tmp_path):
+    source = Failing(8, OSError(errno.EIO, os.strerror(errno.EIO)), times=-1)
+    batches = training(source, BadImages(tmp_path / "bad.jsonl"), workers=1, threads=1)
+    with pytest.raises(OSError, match="^cannot read number 3: Input/output error; that is no fault of the image: look"):
+        take(batches, 2)
+    batches.close()
+    assert not (tmp_path / "bad.jsonl").exists()
+
+
+@pytest.fixture
+def shards(tmp_path) -> str:
+    for i in range(40):
+        write_array_record(tmp_path / f"{i:02}.array_record", [serialize_example(jpeg(), i)])
+    return f"{tmp_path}/*.array_record"
+
+
+@pytest.fixture
+def few_descriptors():
+    """Twenty more than are open; a function that sets this anew."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    yield lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 20, before[1]))
+    resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_more_shards_than_descriptors_are_no_bad_images(shards, few_descriptors, no_pauses):
+    source, bad_images = ArrayRecordSource(shards), BadImages(None)
+    few_descriptors()
+    with pytest.raises(OSError, match=r"cannot read .*/\d\d.array_record/0: .*Too many open files.*\(ulimit -n\)"):
+        list(evaluation(source, bad_images))
+    assert not bad_images.names()
+
+
+@pytest.mark.parametrize("kind", ["array_record", "folder"])
+def test_as_many_files_may_be_open_as_the_system_allows(kind, shards, tmp_path, few_descriptors):
+    (tmp_path / "x.jpg").write_bytes(jpeg())
+    few_descriptors()
+    open_parts(f"array_record:{shards}" if kind == "array_record" else f"folder:{tmp_path}", holdout=0.0)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    assert soft == hard
+
+
+def test_a_shard_that_vanished_is_bad_images(shards, tmp_path):
+    source, bad_images = ArrayRecordSource(shards), BadImages(None)
+    (tmp_path / "07.array_record").unlink()
+    assert sum(batch["valid"].sum() for batch in evaluation(source, bad_images)) == 39
+    assert list(bad_images.names()) == [f"{tmp_path}/07.array_record/0"]
 
 
 # Evaluation
@@ -704,8 +836,7 @@ def test_only_bad_images_end_in_an_error(make):
 @pytest.mark.parametrize("shards", [1, 3])
 @pytest.mark.parametrize("size, limit", [(10, None), (12, None), (20, 7), (1, None), (5, 100)])
 def test_evaluation_covers_each_image_exactly_once(shards, size, limit):
-    parts = [list(eval_batches(Numbers(size), image_size=8, batch_size=4, bad_images=BadImages(None), limit=limit,
-                               shard_index=i, shard_count=shards)) for i in range(shards)]
+    parts = [list(evaluation(Numbers(size), limit=limit, shard_index=i, shard_count=shards)) for i in range(shards)]
     assert len({len(part) for part in parts}) == 1
     assert {batch["image"].shape for part in parts for batch in part} == {(4, 8, 8, 3)}
     in_order = [batch for group in zip(*parts, strict=True) for batch in group]
@@ -730,4 +861,4 @@ def test_impossible_arguments_are_refused():
     with pytest.raises(ValueError, match="shard_index 3"):
         training(Numbers(2), shard_index=3, shard_count=3)
     with pytest.raises(ValueError, match="limit"):
-        eval_batches(Numbers(2), image_size=8, batch_size=2, bad_images=BadImages(None), limit=0)
+        evaluation(Numbers(2), limit=0)

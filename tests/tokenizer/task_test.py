@@ -242,7 +242,7 @@ def test_evaluation_numbers_are_those_of_the_images(tiny_config, tmp_path):
     model = vqrae_jax.load(tmp_path)
     bad = BadImages(None)
     batches = list(evaluate.open_batches(model.config, open_source("embedded", training=False), bad,
-                                         sharding.one_device(), limit=12))
+                                         sharding.one_device(), limit=12, max_bad=0.0))
     images = np.concatenate([b["image"][b["valid"]] for b in batches])
     assert len(images) == result["num_images"] == 12
     error = (np.asarray(model.reconstruct(images), np.float64) - images / 255) ** 2

@@ -16,6 +16,8 @@ from typing import Any, Literal, NamedTuple, Protocol
 import numpy as np
 from PIL import Image
 
+from vqrae_jax.data import faults
+
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
 
@@ -49,7 +51,13 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Record:
-        """The record at `index` in [0, len); raises OSError where it cannot be read, ValueError where it is bad."""
+        """The record at `index` in [0, len).
+
+        Raises:
+          ValueError, FileNotFoundError: the image is bad, or gone.
+          OSError: the machine cannot read it (too many open files, no permission, an I/O error): it is tried again, and
+            then ends the run.
+        """
         ...
 
     def name(self, index: int) -> str:
@@ -137,6 +145,7 @@ class FolderSource:
 
     def __init__(self, path: str | os.PathLike):
         self.path = os.fspath(path)
+        faults.allow_open_files()
         if not os.path.isdir(self.path):
             raise FileNotFoundError(f"no folder {self.path}: give an existing folder of images")
         self._names = []
@@ -213,6 +222,7 @@ class TfdsSource:
     def __init__(self, name: str, split: str, data_dir: str | os.PathLike | None = None):
         import tensorflow_datasets as tfds
 
+        faults.allow_open_files()
         builder, folder = _tfds_builder(name, data_dir)
         features = builder.info.features
         if "image" not in features:
@@ -236,7 +246,9 @@ class TfdsSource:
 
         try:
             example = self._data[index]
-        except (RuntimeError, DecodeError) as error:
+        except RuntimeError as error:
+            raise faults.from_text(error) from error
+        except DecodeError as error:
             raise ValueError(f"corrupt record: {' '.join(str(error).split())}") from error
         return Record(example["image"], -1 if self.num_classes is None else int(example["label"]), self.name(index))
 
@@ -253,24 +265,19 @@ class ArrayRecordSource:
     Raises:
       FileNotFoundError: when no file matches.
       ValueError: when a file is not an ArrayRecord file.
+      OSError: when a file cannot be opened.
     """
 
     num_classes = None
 
     def __init__(self, pattern: str):
-        import grain
-
-        paths = sorted(glob.glob(os.path.expanduser(pattern), recursive=True))
-        if not paths:
+        self._paths = sorted(glob.glob(os.path.expanduser(pattern), recursive=True))
+        if not self._paths:
             raise FileNotFoundError(f"no file matches {pattern}: give ArrayRecord files, as data/train-*.array_record")
-        try:
-            with ThreadPoolExecutor(min(len(paths), 64)) as pool:  # the files may be far away
-                self._files: list[Any] = list(pool.map(lambda path: grain.sources.ArrayRecordDataSource([path]), paths))
-        except (RuntimeError, ValueError) as error:
-            raise ValueError(f"cannot read {pattern} as ArrayRecord: {' '.join(str(error).split())}") from error
-        self._file_names = [os.path.basename(path) for path in paths]
+        faults.allow_open_files()
+        with ThreadPoolExecutor(min(len(self._paths), 64)) as pool:  # the files may be far away
+            self._files: list[Any] = list(pool.map(_open_records, self._paths))
         self._ends = list(itertools.accumulate(map(len, self._files)))
-        self._pattern = pattern
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -283,22 +290,38 @@ class ArrayRecordSource:
     def local_name(self, index: int) -> str:
         """File name and position in the file, wherever the files lie and however many there are."""
         file, position = self._place(index)
-        return f"{self._file_names[file]}/{position}"
+        return f"{os.path.basename(self._paths[file])}/{position}"
 
     def name(self, index: int) -> str:
-        return f"{self._pattern}/{index}"
+        file, position = self._place(index)
+        return f"{self._paths[file]}/{position}"
 
     def __getitem__(self, index: int) -> Record:
         file, position = self._place(index)
         try:
             record = self._files[file][position]
         except RuntimeError as error:
-            raise ValueError(f"corrupt record: {' '.join(str(error).split())}") from error
+            raise faults.from_text(error) from error
         # Field 1, length-delimited: so begins every Example, and no image format.
         if not record.startswith(b"\x0a"):
             return Record(record, -1, self.name(index))
         image, label = _parse_example(record)
         return Record(image, label, self.name(index))
+
+
+def _open_records(path: str) -> Any:
+    import grain
+
+    def open_file() -> Any:
+        try:
+            return grain.sources.ArrayRecordDataSource([path])
+        except RuntimeError as error:
+            raise faults.from_text(error) from error
+
+    try:
+        return faults.retried(open_file, path)
+    except ValueError as error:
+        raise ValueError(f"cannot read {path} as ArrayRecord: {error}") from error
 
 
 def serialize_example(image: bytes, label: int | None) -> bytes:

@@ -43,20 +43,21 @@ def choose_source(config: Config, training: Source, held_out: Source) -> Source:
 
 
 def open_batches(config: Config, source: Source, bad_images: BadImages, mesh: Mesh, *,
-                 limit: int) -> Iterable[dict[str, Any]]:
+                 limit: int, max_bad: float) -> Iterable[dict[str, Any]]:
     """This process's share of the images of a source, at a config's size.
 
     Args:
-      config: of the run; `eval.batch_size` is rounded up to a multiple of the devices.
+      config: of the run; `eval.batch_size` is rounded up to a multiple of the devices, `data.threads` threads read.
       source: of the images.
       bad_images: collects the images that cannot be read.
       mesh: whose devices evaluate.
       limit: > 0 takes only so many images, always the same.
+      max_bad: share of the images that may be bad.
     """
     batch_size = math.ceil(config.eval.batch_size / mesh.size) * mesh.size
     return eval_batches(source, image_size=config.data.image_size, batch_size=batch_size // jax.process_count(),
-                        bad_images=bad_images, limit=limit or None, shard_index=jax.process_index(),
-                        shard_count=jax.process_count())
+                        bad_images=bad_images, max_bad=max_bad, threads=config.data.threads, limit=limit or None,
+                        shard_index=jax.process_index(), shard_count=jax.process_count())
 
 
 def make_eval_step(graphdef: nnx.GraphDef, mesh: Mesh) -> EvalStep:

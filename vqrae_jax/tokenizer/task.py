@@ -95,7 +95,7 @@ class TokenizerTask:
         def evaluate_state(state: TrainState, frozen: Frozen) -> tuple[dict[str, float], dict[str, np.ndarray]]:
             arrays = {**frozen.params, **state.params, **state.buffers, **state.ema}
             batches = evaluate.open_batches(self.config, self._eval_source, self.bad_images, mesh,
-                                            limit=self.config.eval.limit)
+                                            limit=self.config.eval.limit, max_bad=self.config.data.max_bad)
             return evaluate.evaluate(eval_step, arrays, mesh, batches, samples=self.config.eval.samples)
 
         return evaluate_state
@@ -133,7 +133,7 @@ def open_train_batches(config: Config, source: Source, bad_images: BadImages) ->
     return train_batches(
         source, image_size=data.image_size, batch_size=config.train.batch_size // processes, seed=config.seed,
         crop_scale_min=data.crop_scale_min, flip=data.flip, threads=data.threads, workers=data.workers,
-        bad_images=bad_images, shard_index=jax.process_index(), shard_count=processes)
+        bad_images=bad_images, max_bad=data.max_bad, shard_index=jax.process_index(), shard_count=processes)
 
 
 def abstract_batch(config: Config, mesh: Mesh) -> dict[str, Any]:
