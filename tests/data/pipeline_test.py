@@ -1,6 +1,7 @@
 """The input pipeline: what is read, in what order, and what a bad image costs."""
 
 import errno
+import gc
 import io
 import json
 import math
@@ -336,6 +337,67 @@ def test_folder_labels_and_order(tmp_path):
     assert source.num_classes == 3 and source.class_names == ["a", "a-b", "b"]
     (tmp_path / "top.jpg").write_bytes(jpeg())
     assert {record.label for record in FolderSource(tmp_path)} == {-1} and FolderSource(tmp_path).num_classes is None
+
+
+def names_by_walk_and_sort(path) -> list[str]:
+    """As it was done when all names were a list."""
+    names, visited = [], set()
+    for folder, subfolders, files in os.walk(path, followlinks=True):
+        if os.path.realpath(folder) in visited:
+            subfolders.clear()
+            continue
+        visited.add(os.path.realpath(folder))
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        names += [os.path.relpath(os.path.join(folder, name), path) for name in files
+                  if name.lower().endswith((".jpg", ".png")) and not name.startswith(".")]
+    return sorted(names, key=lambda name: name.split(os.sep))
+
+
+def test_folders_are_read_once_in_the_order_of_their_names_parts(tmp_path, monkeypatch):
+    for name in ["b.jpg", "b/x.jpg", "b-c/x.jpg", "b/a.jpg", "b/a/1.png", "b/a-/2.png", "b/c.jpg", "b/.h/x.jpg",
+                 "c.png", "a.jpg/in.png", "é/\udcff.jpg", "é/ü.jpg", "é/z.JPG", "é/text", "z/deep/er/x.png", "B/y.jpg"]:
+        path = tmp_path / "root" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "w.jpg").write_bytes(b"")
+    for link, target in [("aa", "elsewhere"), ("z/again", "elsewhere"), ("b/up", "root"), ("broken.jpg", "nowhere"),
+                         ("linked.jpg", "root/c.png"), ("self", "root/self")]:
+        (tmp_path / "root" / link).symlink_to(tmp_path / target)
+    listed, scandir = [], os.scandir
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", lambda path: listed.append(os.path.realpath(path)) or scandir(path))
+        source = FolderSource(tmp_path / "root")
+    assert len(listed) == len(set(listed))
+    expected = names_by_walk_and_sort(tmp_path / "root")
+    assert list(source.local_names()) == expected and len(expected) == 17
+    assert [source.name(i) for i in range(len(source))] == [str(tmp_path / "root" / name) for name in expected]
+
+
+def test_workers_share_the_names_of_a_folder(tmp_path):
+    write_images(tmp_path, 400)
+    parts = open_parts(f"folder:{tmp_path}", holdout=0.1)
+    assert len(pickle.dumps(parts)) < 3000  # where they are, not what they are
+    before = os.listdir("/proc/self/fd")
+    again = pickle.loads(pickle.dumps(parts))
+    for part, copy in zip(parts, again, strict=True):
+        assert [copy.name(i) for i in range(len(copy))] == [part.name(i) for i in range(len(part))]
+    names = [parts[0].name(i) for i in range(5)]
+    del parts, part  # the copies hold the memory
+    assert [again[0].name(i) for i in range(5)] == names
+    assert pickle.loads(pickle.dumps(again))[0].name(3) == names[3]
+    del again, copy
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) < len(before)
+
+
+def test_worker_processes_read_a_part_of_a_folder(tmp_path):
+    write_images(tmp_path / "images", 40)
+    part = open_parts(f"folder:{tmp_path / 'images'}", holdout=0.2)[0]
+    expected = take(training(part), 3)
+    batches = training(part, BadImages(tmp_path / "bad.jsonl"), workers=1, threads=0)
+    assert_same(expected, take(batches, 3))
+    batches.close()
 
 
 def test_missing_data_says_what_to_do(tmp_path):
