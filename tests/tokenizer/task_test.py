@@ -8,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 
 import chex
+import grain
 import jax
 import numpy as np
 import pytest
@@ -253,6 +254,25 @@ def test_evaluation_numbers_are_those_of_the_images(tiny_config, tmp_path):
     assert result["code_perplexity"] == pytest.approx(np.exp(-(share * np.log(share)).sum()), rel=1e-4)
 
 
+def recording(function, calls):
+    """The function, which notes its arguments."""
+    def recorded(*arguments, **options):
+        calls.append(options or arguments)
+        return function(*arguments, **options)
+    return recorded
+
+
+@pytest.mark.parametrize("threads", [0, 7])
+def test_evaluation_reads_with_the_threads_of_the_config(threads, tiny_config, monkeypatch):
+    asked = []
+    monkeypatch.setattr(grain, "ReadOptions", recording(grain.ReadOptions, asked))
+    tiny_config.data.threads = threads
+    batches = evaluate.open_batches(config_lib.parse(tiny_config), open_source("embedded", training=False),
+                                    BadImages(None), sharding.one_device(), limit=8, max_bad=0.0)
+    assert sum(batch["valid"].sum() for batch in batches) == 8
+    assert [options["num_threads"] for options in asked] == [threads]
+
+
 @pytest.fixture
 def folder(tmp_path) -> Path:
     """Forty images, some of which are held out at a share of 0.2."""
@@ -275,13 +295,6 @@ def test_evaluation_shows_images_that_were_not_trained_on(tiny_config, tmp_path,
     once = {index for index, count in reads.items() if count == 1}  # by the evaluation
     assert set(reads) == set(range(40)) and 0 < len(once) == result["num_images"] < 16
     assert min(reads[index] for index in set(range(40)) - once) >= 3  # in as many epochs
-
-
-def recording(function, calls):
-    def recorded(*arguments):
-        calls.append(arguments)
-        return function(*arguments)
-    return recorded
 
 
 def test_an_explicit_evaluation_source_is_shown_whole(tiny_config, tmp_path, folder):

@@ -129,4 +129,4 @@ def table(columns: dict[str, dict[str, float]]) -> str:
 def _cell(metrics: dict[str, float], name: str) -> str:
     if name not in metrics:
         return "-"
-    return str(metrics[name]) if name == "num_images" else f"{metrics[name]:.4f}"
+    return str(metrics[name]) if isinstance(metrics[name], int) else f"{metrics[name]:.4f}"
