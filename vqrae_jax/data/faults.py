@@ -10,7 +10,7 @@ from typing import TypeVar
 
 Result = TypeVar("Result")
 
-RETRY_AFTER_SECONDS = (0.1, 1.0, 5.0)
+RETRY_AFTER_SECONDS = (0.1, 0.5, 2.0)
 
 # The file is gone, or never was one. Whatever else the system says is no matter of the image.
 _OF_THE_IMAGE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG}

@@ -4,7 +4,7 @@ import mmap
 import os
 import weakref
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -48,7 +48,7 @@ def _attached(path: str, kind: str) -> SharedArray:
     return array
 
 
-class SharedNames(Sequence[str]):
+class SharedNames:
     """Names of files, as one run of bytes and where each ends.
 
     Args:
@@ -70,3 +70,6 @@ class SharedNames(Sequence[str]):
     def __getitem__(self, index: int) -> str:
         start = self._ends.values[index - 1] if index else 0
         return os.fsdecode(bytes(self._text.values[start:self._ends.values[index]]))
+
+    def __iter__(self) -> Iterator[str]:
+        return (self[index] for index in range(len(self)))
