@@ -109,7 +109,7 @@ def test_verbs_take_the_weights_themselves(run, tmp_path):
     for weights in ("ema", "raw"):
         flags, out = (f"--workdir={run}", f"--weights={weights}"), tmp_path / weights
         result = command("vqrae_jax.evaluate", *flags, f"--out={out}", "--limit=8")
-        assert f"data: embedded, weights: {weights}\n" in result.stdout, result.stderr
+        assert f"data: embedded, held out; weights: {weights}\n" in result.stdout, result.stderr
         metrics = json.loads((out / "metrics.json").read_text())
         psnr[weights] = metrics["psnr"]
         assert metrics["weights"] == weights
@@ -117,6 +117,40 @@ def test_verbs_take_the_weights_themselves(run, tmp_path):
         assert command("vqrae_jax.convert", "to-hf", *flags, f"--out={out}").returncode == 0
     assert psnr["ema"] != psnr["raw"]
     assert shown["ema"].splitlines()[0] != shown["raw"].splitlines()[0]
+
+
+def test_evaluate_shows_the_held_out_images_of_a_folder_and_all_of_data_that_are_named(tmp_path):
+    (tmp_path / "images").mkdir()
+    for i in range(40):
+        Image.new("RGB", (32, 32), (6 * i, 0, 0)).save(tmp_path / "images" / f"{i}.png")
+    config, data = tiny(), f"folder:{tmp_path / 'images'}"
+    config.train.update(steps=2, batch_size=2)
+    config.optim.warmup_steps = 1
+    config.data.update(source=data, holdout=0.2)
+    shown = task.train(config_lib.parse(config), tmp_path / "run")
+    for flags, part, count in (([], "held out", shown["num_images"]), ([f"--data={data}"], "all", 40)):
+        result = command("vqrae_jax.evaluate", f"--workdir={tmp_path / 'run'}", *flags)
+        assert f"data: {data}, {part}; weights: ema\n" in result.stdout
+        metrics = json.loads((tmp_path / "run" / "evaluation" / "metrics.json").read_text())
+        assert (metrics["num_images"], metrics["part"]) == (count, part)
+    assert 0 < shown["num_images"] < 20
+
+
+def test_too_many_bad_images_end_in_one_line(run, tmp_path):
+    (tmp_path / "images").mkdir()
+    for i in range(20):
+        file = tmp_path / "images" / f"{i}.png"
+        Image.new("RGB", (32, 32)).save(file)
+        if i % 5 == 1:
+            file.write_text("no picture")
+    data, out = f"folder:{tmp_path / 'images'}", tmp_path / "out"
+    evaluate = ("vqrae_jax.evaluate", f"--workdir={run}", f"--data={data}", f"--out={out}")
+    assert_one_line_error(command(*evaluate), f"{out}/bad_images.jsonl names them all; mend or remove them, or allow")
+    assert command(*evaluate, "--max_bad=0.2").returncode == 0
+    assert json.loads((out / "metrics.json").read_text())["num_images"] == 16
+    train = (*NANO, f"--workdir={tmp_path / 'run'}", f"--config.data.source={data}", "--config.train.steps=4",
+             "--config.optim.warmup_steps=0", "--config.model.quantizer.init=random")
+    assert_one_line_error(command(*train), f"{tmp_path}/run/bad_images.jsonl names them all; mend or remove them, or")
 
 
 def test_evaluate_puts_runs_side_by_side(run, tmp_path):

@@ -101,6 +101,18 @@ def test_a_file_from_before_a_key_existed_has_its_default(tmp_path):
         config_lib.load(tmp_path / "config.json")
 
 
+def test_a_run_from_before_images_were_held_out_trained_on_all(tmp_path):
+    values = changed()
+    del values["data"]["holdout"]
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert config_lib.load(tmp_path / "config.json") == config_lib.parse(changed(data__holdout=0.0))
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_an_evaluation_during_training_is_limited(name):
+    assert 0 < importlib.import_module(f"configs.{name}").get_config().eval.limit <= 5000
+
+
 def test_differences_are_named():
     new = config_lib.parse(changed(optim__lr=1e-3, train__steps=7, train__accumulate=2, optim__warmup_steps=4))
     assert config_lib.differences(config_lib.Config(), new) == (

@@ -106,7 +106,7 @@ def test_twenty_seeds_with_a_gan_in_bfloat16_meet_no_nan(shared_data):
         parsed = config_lib.parse(config)
         params, buffers = init.model_arrays(parsed, structure, mesh)
         batches = train_batches(source, image_size=64, batch_size=8, seed=seed, crop_scale_min=0.6, flip=True,
-                                threads=1, workers=0, bad_images=BadImages(None))
+                                threads=1, workers=0, max_bad=0.0, bad_images=BadImages(None))
         tokens = [np.concatenate([next(batches)["image"] for _ in range(32)])]
         arrays = {**params, **buffers} | init.codebook_from_data(parsed, structure, {**params, **buffers}, tokens)
         state, frozen = train_state.init(parsed, structure, {path: arrays[path] for path in params},

@@ -74,15 +74,18 @@ class Data:
     image_size: int = _key(256, low=8)
     crop_scale_min: float = _key(0.8, low=1e-3, high=1.0)  # least share of the area that a random crop keeps
     flip: bool = True
+    # Share of the images that is never trained on and that evaluation shows, where the data hold out none themselves.
+    holdout: float = _key(0.01, low=0.0, high=0.5)
+    max_bad: float = _key(0.01, low=0.0, high=1.0, free=True)  # share of images that may be unreadable
     threads: int = _key(4, low=0, free=True)
     workers: int = _key(0, low=0, free=True)  # processes; 0 decodes in the training process's threads
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Eval:
-    source: str = _key("", free=True)  # empty: the held-out part of data.source where it has one, else data.source
+    source: str = _key("", free=True)  # all its images; empty: the held-out part of data.source, see data.holdout
     batch_size: int = _key(64, low=1, free=True)
-    limit: int = _key(0, low=0, free=True)  # images per evaluation during training; 0 is all
+    limit: int = _key(5000, low=0, free=True)  # images per evaluation during training; 0 is all
     samples: int = _key(8, low=1, free=True)  # images in the picture
 
 
@@ -273,7 +276,7 @@ def save(config: Run, file: Path) -> None:
 
 
 def load(file: Path, config_type: type[ConfigType] = Config) -> ConfigType:
-    """Reads what `save` wrote; keys that came later than the file have their defaults.
+    """Reads what `save` wrote; keys that came later than the file have their defaults, but nothing was held out then.
 
     Args:
       file: `config.json` in the folder of a run.
@@ -288,8 +291,11 @@ def load(file: Path, config_type: type[ConfigType] = Config) -> ConfigType:
         raise FileNotFoundError(f"{file} does not exist: {file.parent} is not the folder of a run") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{file} is damaged: {error}") from None
+    defaults = dataclasses.asdict(config_type())
+    if "data" in defaults:
+        defaults["data"]["holdout"] = 0.0  # version 0.3 trained on all images
     try:
-        return parse(_with_defaults(dataclasses.asdict(config_type()), values), config_type)
+        return parse(_with_defaults(defaults, values), config_type)
     except ValueError as error:
         raise ValueError(f"{file} is not the config of a run of this version: {error}") from None
 
@@ -400,6 +406,13 @@ def says_where(*keys: str) -> Iterator[None]:
     except OSError as error:
         flags = " or ".join(f"--config.{key}=..." for key in keys)
         raise type(error)(f"{error}; {flags} says where") from error
+
+
+def differing(configs: Mapping[str, Run]) -> dict[str, dict[str, Any]]:
+    """Of configs of a type by name: `{name: {key: value}}` of the keys that have not the same value in all."""
+    unequal = [key for key in keys(type(next(iter(configs.values()))))
+               if len({value_of(config, key) for config in configs.values()}) > 1]
+    return {name: {key: value_of(config, key) for key in unequal} for name, config in configs.items()}
 
 
 def _parse_section(section: type, values: Any, *, prefix: str, root: type[Run]) -> Any:

@@ -1,11 +1,14 @@
 """The input pipeline: what is read, in what order, and what a bad image costs."""
 
+import errno
+import gc
 import io
 import json
 import math
 import os
 import pathlib
 import pickle
+import resource
 import subprocess
 import sys
 import time
@@ -23,10 +26,14 @@ from vqrae_jax.data import (
     TfdsSource,
     decode_image,
     eval_batches,
+    faults,
+    hold_out,
+    open_parts,
     random_resized_crop,
     resize_and_center_crop,
     train_batches,
 )
+from vqrae_jax.data.sources import serialize_example
 
 SHARED = REPOSITORY.parent / "shared" / "data"
 RED, GREEN, BLUE, GREY = (230, 20, 30), (10, 200, 40), (20, 30, 220), (100, 100, 100)
@@ -80,8 +87,14 @@ class Numbers:
 
 
 def training(source, bad_images=None, **changes):
-    options = dict(image_size=16, batch_size=4, seed=3, crop_scale_min=0.3, flip=True, threads=2, workers=0)
+    options = dict(image_size=16, batch_size=4, seed=3, crop_scale_min=0.3, flip=True, threads=2, workers=0,
+                   max_bad=0.01)
     return train_batches(source, bad_images=bad_images or BadImages(None), **(options | changes))
+
+
+def evaluation(source, bad_images=None, **changes):
+    options = dict(image_size=8, batch_size=4, max_bad=0.01, threads=2)
+    return eval_batches(source, bad_images=bad_images or BadImages(None), **(options | changes))
 
 
 def take(batches, count):
@@ -326,6 +339,67 @@ def test_folder_labels_and_order(tmp_path):
     assert {record.label for record in FolderSource(tmp_path)} == {-1} and FolderSource(tmp_path).num_classes is None
 
 
+def names_by_walk_and_sort(path) -> list[str]:
+    """As it was done when all names were a list."""
+    names, visited = [], set()
+    for folder, subfolders, files in os.walk(path, followlinks=True):
+        if os.path.realpath(folder) in visited:
+            subfolders.clear()
+            continue
+        visited.add(os.path.realpath(folder))
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        names += [os.path.relpath(os.path.join(folder, name), path) for name in files
+                  if name.lower().endswith((".jpg", ".png")) and not name.startswith(".")]
+    return sorted(names, key=lambda name: name.split(os.sep))
+
+
+def test_folders_are_read_once_in_the_order_of_their_names_parts(tmp_path, monkeypatch):
+    for name in ["b.jpg", "b/x.jpg", "b-c/x.jpg", "b/a.jpg", "b/a/1.png", "b/a-/2.png", "b/c.jpg", "b/.h/x.jpg",
+                 "c.png", "a.jpg/in.png", "é/\udcff.jpg", "é/ü.jpg", "é/z.JPG", "é/text", "z/deep/er/x.png", "B/y.jpg"]:
+        path = tmp_path / "root" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "w.jpg").write_bytes(b"")
+    for link, target in [("aa", "elsewhere"), ("z/again", "elsewhere"), ("b/up", "root"), ("broken.jpg", "nowhere"),
+                         ("linked.jpg", "root/c.png"), ("self", "root/self")]:
+        (tmp_path / "root" / link).symlink_to(tmp_path / target)
+    listed, scandir = [], os.scandir
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", lambda path: listed.append(os.path.realpath(path)) or scandir(path))
+        source = FolderSource(tmp_path / "root")
+    assert len(listed) == len(set(listed))
+    expected = names_by_walk_and_sort(tmp_path / "root")
+    assert list(source.local_names()) == expected and len(expected) == 17
+    assert [source.name(i) for i in range(len(source))] == [str(tmp_path / "root" / name) for name in expected]
+
+
+def test_workers_share_the_names_of_a_folder(tmp_path):
+    write_images(tmp_path, 400)
+    parts = open_parts(f"folder:{tmp_path}", holdout=0.1)
+    assert len(pickle.dumps(parts)) < 3000  # where they are, not what they are
+    before = os.listdir("/proc/self/fd")
+    again = pickle.loads(pickle.dumps(parts))
+    for part, copy in zip(parts, again, strict=True):
+        assert [copy.name(i) for i in range(len(copy))] == [part.name(i) for i in range(len(part))]
+    names = [parts[0].name(i) for i in range(5)]
+    del parts, part  # the copies hold the memory
+    assert [again[0].name(i) for i in range(5)] == names
+    assert pickle.loads(pickle.dumps(again))[0].name(3) == names[3]
+    del again, copy
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) < len(before)
+
+
+def test_worker_processes_read_a_part_of_a_folder(tmp_path):
+    write_images(tmp_path / "images", 40)
+    part = open_parts(f"folder:{tmp_path / 'images'}", holdout=0.2)[0]
+    expected = take(training(part), 3)
+    batches = training(part, BadImages(tmp_path / "bad.jsonl"), workers=1, threads=0)
+    assert_same(expected, take(batches, 3))
+    batches.close()
+
+
 def test_missing_data_says_what_to_do(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.array_record").write_text("no records")
@@ -398,10 +472,82 @@ def test_a_corrupt_array_record_costs_its_images_only(tmp_path):
     data[20_000:20_100] = bytes(100)
     path.write_bytes(data)
     bad_images = BadImages(None)
-    (batch,) = eval_batches(ArrayRecordSource(str(path)), image_size=50, batch_size=8, bad_images=bad_images)
+    (batch,) = evaluation(ArrayRecordSource(str(path)), bad_images, image_size=50, batch_size=8)
     assert batch["valid"].sum() == 7
     (reason,) = bad_images.names().values()
     assert "corrupt record" in reason
+
+
+# Held-out images
+
+
+def write_images(folder, count) -> None:
+    for i in range(count):
+        (folder / f"class{i % 3}").mkdir(parents=True, exist_ok=True)
+        (folder / f"class{i % 3}" / f"{i}.jpg").write_bytes(jpeg())
+
+
+def local_names(part, folder) -> set[str]:
+    return {os.path.relpath(part.name(i), folder) for i in range(len(part))}
+
+
+def test_held_out_images_stay_held_out_when_files_are_added_and_the_folder_moves(tmp_path):
+    write_images(tmp_path / "first", 300)
+    training, held_out = open_parts(f"folder:{tmp_path / 'first'}", holdout=0.1)
+    assert len(training) + len(held_out) == 300 and 10 < len(held_out) < 60
+    assert training.num_classes == held_out.num_classes == 3
+    assert held_out[0].name == held_out.name(0) and {held_out[i].label for i in range(len(held_out))} == {0, 1, 2}
+    before = [local_names(part, tmp_path / "first") for part in (training, held_out)]
+    assert not before[0] & before[1]
+    (tmp_path / "first").rename(tmp_path / "second")
+    write_images(tmp_path / "second", 400)
+    parts = open_parts(f"folder:{tmp_path / 'second'}", holdout=0.1)
+    after = [local_names(part, tmp_path / "second") for part in parts]
+    assert before[0] < after[0] and before[1] < after[1]
+    # Whoever holds out more keeps what was held out.
+    assert after[1] < local_names(open_parts(f"folder:{tmp_path / 'second'}", holdout=0.3)[1], tmp_path / "second")
+
+
+def test_held_out_records_stay_held_out_when_shards_are_added(tmp_path):
+    def labels(part):
+        return {part[i].label for i in range(len(part))}
+
+    for shard in ("b", "c"):
+        write_array_record(tmp_path / f"{shard}.array_record",
+                           [serialize_example(jpeg(), ord(shard) * 1000 + i) for i in range(100)])
+    before = open_parts(f"array_record:{tmp_path}/*", holdout=0.1)
+    assert len(before[0]) + len(before[1]) == 200 and 5 < len(before[1]) < 40
+    write_array_record(tmp_path / "a.array_record", [serialize_example(jpeg(), i) for i in range(77)])
+    after = open_parts(f"array_record:{tmp_path}/*", holdout=0.1)
+    assert labels(before[0]) < labels(after[0]) and labels(before[1]) < labels(after[1])
+
+
+def test_sources_with_a_held_out_part_of_their_own_keep_it():
+    training, held_out = open_parts("embedded", holdout=0.1)
+    assert (len(training), len(held_out)) == (4096, 512)
+    assert training.name(0) == "embedded/train/0" and held_out.name(0) == "embedded/validation/0"
+
+
+def test_of_a_tfds_set_its_own_split_is_held_out_and_of_a_named_split_a_part(shared_data):
+    training, held_out = open_parts(f"tfds:cifar10@{shared_data / 'tfds'}", holdout=0.1)
+    assert (training.name(0), held_out.name(0), len(held_out)) == ("cifar10/train/0", "cifar10/test/0", 10_000)
+    training, held_out = open_parts(f"tfds:cifar10:test@{shared_data / 'tfds'}", holdout=0.1)
+    assert len(training) + len(held_out) == 10_000 and 800 < len(held_out) < 1200
+
+
+def test_parts_can_be_pickled_and_something_is_left_to_train_on():
+    training, held_out = hold_out(Numbers(200), 0.2)
+    again, held_out_again = pickle.loads(pickle.dumps((training, held_out)))
+    assert [again.name(i) for i in range(len(again))] == [training.name(i) for i in range(len(training))]
+    assert held_out_again[3].label == held_out[3].label
+    for share in (0.0, 0.2):
+        training, held_out = hold_out(Numbers(200), share)
+        assert len(pickle.dumps(held_out)) < 4 * len(held_out) + 1000
+    for seed in range(20):  # of some the only image would be held out
+        one = Numbers(1)
+        one.name = f"{seed} {{}}".format
+        training, held_out = hold_out(one, 0.5)
+        assert (len(training), len(held_out)) == (1, 0)
 
 
 # Training
@@ -493,7 +639,8 @@ def test_a_new_process_continues_exactly(tmp_path):
         import json, numpy as np
         from vqrae_jax.data import BadImages, FolderSource, train_batches
         batches = train_batches(FolderSource({str(tmp_path / "images")!r}), image_size=16, batch_size=4, seed=3,
-                                crop_scale_min=0.3, flip=True, threads=1, workers=0, bad_images=BadImages(None))
+                                crop_scale_min=0.3, flip=True, threads=1, workers=0, max_bad=0.01,
+                                bad_images=BadImages(None))
         batches.set_state(json.loads({state!r}))
         batches = [next(batches) for _ in range(6)]
         np.savez({str(tmp_path / "out.npz")!r}, **{{k: np.stack([b[k] for b in batches]) for k in batches[0]}})
@@ -510,7 +657,8 @@ def test_a_program_that_never_closes_its_workers_ends_quietly(tmp_path):
     program.write_text(f"""if __name__ == "__main__":
         from vqrae_jax.data import BadImages, EmbeddedSource, train_batches
         batches = train_batches(EmbeddedSource("train"), image_size=16, batch_size=4, seed=3, crop_scale_min=0.3,
-                                flip=True, threads=1, workers=1, bad_images=BadImages({str(tmp_path / "bad")!r}))
+                                flip=True, threads=1, workers=1, max_bad=0.01,
+                                bad_images=BadImages({str(tmp_path / "bad")!r}))
         next(batches)
     """)
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
@@ -556,7 +704,7 @@ def folder_with_bad_images(path) -> dict[str, str]:
 def test_evaluation_skips_and_names_bad_images(tmp_path):
     expected = folder_with_bad_images(tmp_path)
     bad_images = BadImages(None)
-    batches = list(eval_batches(FolderSource(tmp_path), image_size=32, batch_size=4, bad_images=bad_images))
+    batches = list(evaluation(FolderSource(tmp_path), bad_images, image_size=32))
     images, valid, index = (np.concatenate([b[key] for b in batches]) for key in ("image", "valid", "index"))
     assert images.shape == (12, 32, 32, 3)
     assert index.tolist() == [*range(9), -1, -1, -1]
@@ -614,13 +762,134 @@ def test_bad_images_survive_the_process_and_are_named_once(tmp_path):
     assert len(path.read_text().splitlines()) == 4 and third.names() == expected
 
 
-@pytest.mark.parametrize("make", [training, lambda source: eval_batches(
-    source, image_size=8, batch_size=2, bad_images=BadImages(None))])
+@pytest.mark.parametrize("make", [training, evaluation])
 def test_only_bad_images_end_in_an_error(make):
     with pytest.raises(ValueError, match="none of the 3 images.*number 0: not a readable image") as error:
         for _ in make(Numbers(3, bad=(0, 1, 2))):
             pass
     assert "\n" not in str(error.value)
+
+
+# Too many bad images
+
+
+@pytest.mark.parametrize("make", [training, evaluation])
+def test_more_bad_images_than_allowed_stop_the_run(make, tmp_path):
+    source = Numbers(100, bad=tuple(range(0, 100, 4)))
+    bad_images = BadImages(tmp_path / "bad_images.jsonl")
+    with pytest.raises(ValueError, match=rf"[4-9] of \d+ images .* number \d+: not a readable image: unknown format; "
+                       rf"{tmp_path}/bad_images.jsonl names .* than 0.01 .*--config.data.max_bad=") as error:
+        take(iter(make(source, bad_images)), 25)
+    assert "\n" not in str(error.value)
+    take(iter(make(source, max_bad=0.5)), 25)
+
+
+def test_a_few_bad_images_are_tolerated_however_often_they_are_met():
+    take(training(Numbers(20, bad=(0, 5, 19))), 50)
+    list(evaluation(Numbers(20, bad=(0, 5, 19))))
+    many = Numbers(200, bad=(0, 50, 100, 150))
+    with pytest.raises(ValueError, match=r"4 of \d+ images"):
+        take(training(many), 150)
+    take(training(many, max_bad=0.05), 300)  # each counts once, whatever the epoch
+
+
+def test_where_all_are_bad_not_all_are_tried():
+    source = Numbers(10_000, bad=tuple(range(10_000)))
+    bad_images = BadImages(None)
+    with pytest.raises(ValueError, match="101 of 10000 images cannot be read"):
+        next(training(source, bad_images, threads=0, batch_size=1))
+    assert len(bad_images.names()) <= 102
+
+
+# Faults of the machine
+
+
+class Failing(Numbers):
+    """Reading image 3 fails so many times."""
+
+    def __init__(self, size, error, times):
+        super().__init__(size)
+        self.error, self.times = error, times
+
+    def __getitem__(self, index):
+        if index == 3 and self.times:
+            self.times -= 1
+            raise self.error
+        return super().__getitem__(index)
+
+    def __setstate__(self, state):  # in a worker process
+        faults.RETRY_AFTER_SECONDS = (0, 0)
+        self.__dict__.update(state)
+
+
+@pytest.fixture
+def no_pauses(monkeypatch):
+    monkeypatch.setattr(faults, "RETRY_AFTER_SECONDS", (0, 0))
+
+
+FAULTS = [OSError(getattr(errno, name), os.strerror(getattr(errno, name))) for name in (
+    "EMFILE", "ENFILE", "EIO", "ESTALE", "EACCES", "EPERM", "ETIMEDOUT", "ENOMEM", "ECONNRESET")]
+
+
+@pytest.mark.parametrize("fault", [*FAULTS, MemoryError(), TimeoutError("too late")], ids=repr)
+def test_a_fault_of_the_machine_is_tried_again_and_then_ends_the_run(fault, no_pauses):
+    expected = take(training(Numbers(8)), 8)
+    bad_images = BadImages(None)
+    assert_same(expected, take(training(Failing(8, fault, times=2), bad_images), 8))
+    assert all(batch["valid"].all() for batch in evaluation(Failing(8, fault, times=2), bad_images))
+    for make in (training, evaluation):
+        with pytest.raises(OSError, match="^cannot read number 3: .*; that is no fault of the image: ") as error:
+            take(iter(make(Failing(8, fault, times=-1), bad_images)), 2)
+        assert "\n" not in str(error.value)
+    assert not bad_images.names()
+
+
+def test_a_fault_in_a_worker_process_ends_the_run_in_the_same_line(tmp_path):
+    source = Failing(8, OSError(errno.EIO, os.strerror(errno.EIO)), times=-1)
+    batches = training(source, BadImages(tmp_path / "bad.jsonl"), workers=1, threads=1)
+    with pytest.raises(OSError, match="^cannot read number 3: Input/output error; that is no fault of the image: look"):
+        take(batches, 2)
+    batches.close()
+    assert not (tmp_path / "bad.jsonl").exists()
+
+
+@pytest.fixture
+def shards(tmp_path) -> str:
+    for i in range(40):
+        write_array_record(tmp_path / f"{i:02}.array_record", [serialize_example(jpeg(), i)])
+    return f"{tmp_path}/*.array_record"
+
+
+@pytest.fixture
+def few_descriptors():
+    """Twenty more than are open; a function that sets this anew."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    yield lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 20, before[1]))
+    resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_more_shards_than_descriptors_are_no_bad_images(shards, few_descriptors, no_pauses):
+    source, bad_images = ArrayRecordSource(shards), BadImages(None)
+    few_descriptors()
+    with pytest.raises(OSError, match=r"cannot read .*/\d\d.array_record/0: .*Too many open files.*\(ulimit -n\)"):
+        list(evaluation(source, bad_images))
+    assert not bad_images.names()
+
+
+@pytest.mark.parametrize("kind", ["array_record", "folder"])
+def test_as_many_files_may_be_open_as_the_system_allows(kind, shards, tmp_path, few_descriptors):
+    (tmp_path / "x.jpg").write_bytes(jpeg())
+    few_descriptors()
+    open_parts(f"array_record:{shards}" if kind == "array_record" else f"folder:{tmp_path}", holdout=0.0)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    assert soft == hard
+
+
+def test_a_shard_that_vanished_is_bad_images(shards, tmp_path):
+    source, bad_images = ArrayRecordSource(shards), BadImages(None)
+    (tmp_path / "07.array_record").unlink()
+    assert sum(batch["valid"].sum() for batch in evaluation(source, bad_images)) == 39
+    assert list(bad_images.names()) == [f"{tmp_path}/07.array_record/0"]
 
 
 # Evaluation
@@ -629,8 +898,7 @@ def test_only_bad_images_end_in_an_error(make):
 @pytest.mark.parametrize("shards", [1, 3])
 @pytest.mark.parametrize("size, limit", [(10, None), (12, None), (20, 7), (1, None), (5, 100)])
 def test_evaluation_covers_each_image_exactly_once(shards, size, limit):
-    parts = [list(eval_batches(Numbers(size), image_size=8, batch_size=4, bad_images=BadImages(None), limit=limit,
-                               shard_index=i, shard_count=shards)) for i in range(shards)]
+    parts = [list(evaluation(Numbers(size), limit=limit, shard_index=i, shard_count=shards)) for i in range(shards)]
     assert len({len(part) for part in parts}) == 1
     assert {batch["image"].shape for part in parts for batch in part} == {(4, 8, 8, 3)}
     in_order = [batch for group in zip(*parts, strict=True) for batch in group]
@@ -655,4 +923,4 @@ def test_impossible_arguments_are_refused():
     with pytest.raises(ValueError, match="shard_index 3"):
         training(Numbers(2), shard_index=3, shard_count=3)
     with pytest.raises(ValueError, match="limit"):
-        eval_batches(Numbers(2), image_size=8, batch_size=2, bad_images=BadImages(None), limit=0)
+        evaluation(Numbers(2), limit=0)

@@ -93,7 +93,7 @@ def test_images_stay_byte_for_byte_and_keep_their_labels(tmp_path):
     expected = list(zip(GOOD[:7], [7, 2147483647, 3, 4, 5, -1, -1], strict=True))
     assert records(tmp_path / "out") == expected * 2
     (batch,) = eval_batches(ArrayRecordSource(f"{tmp_path}/out/x.array_record"), image_size=8, batch_size=7,
-                            bad_images=BadImages(None))
+                            bad_images=BadImages(None), max_bad=0.0, threads=1)
     assert batch["valid"].all() and batch["image"][:, 0, 0, 0].tolist() == list(range(7))
 
 

@@ -4,9 +4,11 @@ import dataclasses
 import json
 import logging
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import chex
+import grain
 import jax
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ from tests.config_test import SHIPPED
 from tests.conftest import REFERENCE, tiny
 from tests.tiny import Run, reduced
 from vqrae_jax import config as config_lib
-from vqrae_jax.data import BadImages, open_source
+from vqrae_jax.data import BadImages, FolderSource, open_source
 from vqrae_jax.tokenizer import build, convert, evaluate, init, runs, task, train_state
 from vqrae_jax.training import checkpoint, reporting, sharding
 from vqrae_jax.weights import huggingface
@@ -336,7 +338,7 @@ def test_evaluation_numbers_are_those_of_the_images(tiny_config, tmp_path):
     model = vqrae_jax.load(tmp_path)
     bad = BadImages(None)
     batches = list(evaluate.open_batches(model.config, open_source("embedded", training=False), bad,
-                                         sharding.one_device(), limit=12))
+                                         sharding.one_device(), limit=12, max_bad=0.0))
     images = np.concatenate([b["image"][b["valid"]] for b in batches])
     assert len(images) == result["num_images"] == 12
     error = (np.asarray(model.reconstruct(images), np.float64) - images / 255) ** 2
@@ -345,6 +347,64 @@ def test_evaluation_numbers_are_those_of_the_images(tiny_config, tmp_path):
     share = counts[counts > 0] / counts.sum()
     assert result["code_usage"] == pytest.approx((counts > 0).mean())
     assert result["code_perplexity"] == pytest.approx(np.exp(-(share * np.log(share)).sum()), rel=1e-4)
+
+
+def recording(function, calls):
+    """The function, which notes its arguments."""
+    def recorded(*arguments, **options):
+        calls.append(options or arguments)
+        return function(*arguments, **options)
+    return recorded
+
+
+@pytest.mark.parametrize("threads", [0, 7])
+def test_evaluation_reads_with_the_threads_of_the_config(threads, tiny_config, monkeypatch):
+    asked = []
+    monkeypatch.setattr(grain, "ReadOptions", recording(grain.ReadOptions, asked))
+    tiny_config.data.threads = threads
+    batches = evaluate.open_batches(config_lib.parse(tiny_config), open_source("embedded", training=False),
+                                    BadImages(None), sharding.one_device(), limit=8, max_bad=0.0)
+    assert sum(batch["valid"].sum() for batch in batches) == 8
+    assert [options["num_threads"] for options in asked] == [threads]
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """Forty images, some of which are held out at a share of 0.2."""
+    (tmp_path / "images").mkdir()
+    for i in range(40):
+        noisy(i, "RGB").save(tmp_path / "images" / f"{i}.png")
+    return tmp_path / "images"
+
+
+def test_evaluation_shows_images_that_were_not_trained_on(tiny_config, tmp_path, folder, monkeypatch):
+    opened, read = [], []
+    monkeypatch.setattr(FolderSource, "__init__", recording(FolderSource.__init__, opened))
+    monkeypatch.setattr(FolderSource, "__getitem__", recording(FolderSource.__getitem__, read))
+    tiny_config.data.update(source=f"folder:{folder}", holdout=0.2)
+    tiny_config.train.update(steps=30, eval_every=30)
+    config = config_lib.parse(tiny_config)
+    result = task.train(config, tmp_path / "run")
+    assert len(opened) == 1  # a walk through millions of files is not done twice
+    reads = Counter(index for _, index in read)
+    once = {index for index, count in reads.items() if count == 1}  # by the evaluation
+    assert set(reads) == set(range(40)) and 0 < len(once) == result["num_images"] < 16
+    assert min(reads[index] for index in set(range(40)) - once) >= 3  # in as many epochs
+
+
+def test_an_explicit_evaluation_source_is_shown_whole(tiny_config, tmp_path, folder):
+    tiny_config.data.update(source=f"folder:{folder}", holdout=0.2)
+    tiny_config.eval.update(source=f"folder:{folder}", limit=0)
+    tiny_config.train.steps = 3
+    assert task.train(config_lib.parse(tiny_config), tmp_path / "run")["num_images"] == 40
+
+
+def test_where_nothing_is_held_out_evaluation_says_what_it_shows(tiny_config, tmp_path, folder, caplog):
+    tiny_config.data.update(source=f"folder:{folder}", holdout=0.0)
+    tiny_config.eval.limit = 0
+    tiny_config.train.steps = 3
+    assert task.train(config_lib.parse(tiny_config), tmp_path / "run")["num_images"] == 40
+    assert "no image is held out (data.holdout is 0 of 40 images)" in caplog.text
 
 
 def test_kmeans_start_uses_more_codes_than_a_random_one(tiny_config, tmp_path):

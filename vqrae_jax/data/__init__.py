@@ -10,6 +10,8 @@ from vqrae_jax.data.sources import (
     Source,
     SourceKind,
     TfdsSource,
+    hold_out,
+    open_parts,
     open_source,
 )
 from vqrae_jax.data.transforms import decode_image, random_flip, random_resized_crop, resize_and_center_crop
@@ -27,6 +29,8 @@ __all__ = [
     "TrainIterator",
     "decode_image",
     "eval_batches",
+    "hold_out",
+    "open_parts",
     "open_source",
     "random_flip",
     "random_resized_crop",

@@ -18,8 +18,11 @@ import grain
 import numpy as np
 from absl import flags
 
+from vqrae_jax.data import faults
 from vqrae_jax.data.sources import Source
 from vqrae_jax.data.transforms import decode_image, random_flip, random_resized_crop, resize_and_center_crop
+
+TOLERATED_BAD_IMAGES = 3  # whatever share they are: one of thirty is no reason to stop
 
 
 class BadImages:
@@ -66,10 +69,16 @@ class BadImages:
 def _read(
     source: Source, index: int, bad_images: BadImages, transform: Callable[[bytes | np.ndarray], np.ndarray]
 ) -> tuple[np.ndarray, int] | None:
-    """Transformed pixels and label of a record, or None when it is bad."""
+    """Transformed pixels and label of a record, or None when it is bad.
+
+    Raises:
+      faults.MachineError: it cannot be read, which says nothing of the image.
+    """
     try:
-        record = source[index]
+        record = faults.retried(lambda: source[index], source.name(index))
         return transform(record.image), record.label
+    except faults.MachineError:
+        raise
     except (OSError, ValueError) as error:
         bad_images.record(name=source.name(index), reason=str(error))
         return None
@@ -85,39 +94,68 @@ def _check(source: Source, *, batch_size: int, shard_index: int, shard_count: in
 
 
 def _all_bad(source: Source, count: int, bad_images: BadImages) -> ValueError:
-    name = source.name(0)
-    reason = bad_images.names()[name]
-    return ValueError(f"none of the {count} images of the data source can be read, for example {name}: {reason}")
+    example = _example(source, 0, bad_images)
+    return ValueError(f"none of the {count} images of the data source can be read, {example}")
+
+
+def _example(source: Source, index: int, bad_images: BadImages) -> str:
+    """Name and reason of a bad image."""
+    name, reasons = source.name(index), bad_images.names()
+    return f"for example {name}: {reasons[name]}" if name in reasons else f"for example {name}"
+
+
+def _check_bad(source: Source, index: int, bad_images: BadImages, *, bad: int, read: int, max_bad: float) -> None:
+    """Ends the run when too many images are bad.
+
+    Args:
+      source: of the images.
+      index: of a bad one.
+      bad_images: what is known of it.
+      bad: how many are bad.
+      read: of how many that were read.
+      max_bad: share of the images that may be bad; `TOLERATED_BAD_IMAGES` may be in any case.
+
+    Raises:
+      ValueError: they are more.
+    """
+    if bad > max(TOLERATED_BAD_IMAGES, max_bad * read):
+        see = "" if bad_images.path is None else f"; {bad_images.path} names them all"
+        raise ValueError(f"{bad} of {read} images cannot be read, {_example(source, index, bad_images)}{see}; mend or "
+                         f"remove them, or allow a greater share than {max_bad:g} with --config.data.max_bad=... "
+                         "(evaluate: --max_bad=...)")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _TrainExample:
-    """Index in the source -> augmented image and label."""
+    """Index in the source -> augmented image, label, and the index once more where the image is bad, else -1."""
 
     source: Source
     image_size: int
     crop_scale_min: float
     flip: bool
     bad_images: BadImages
+    max_bad: float
 
     def __call__(self, index: int, rng: np.random.Generator) -> dict[str, np.ndarray | np.generic]:
-        image, label = self._good_image(index, rng)
-        if self.flip:
-            image = random_flip(image, rng)
-        return {"image": image, "label": np.int32(label)}
-
-    def _good_image(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, int]:
         transform = functools.partial(random_resized_crop, rng=rng, size=self.image_size,
                                       scale=(self.crop_scale_min, 1.0))
         example = _read(self.source, index, self.bad_images, transform)
-        if example is not None:
-            return example
+        image, label = example or self._stand_in(rng, transform)
+        if self.flip:
+            image = random_flip(image, rng)
+        return {"image": image, "label": np.int32(label), "bad": np.int64(-1 if example else index)}
+
+    def _stand_in(self, rng: np.random.Generator,
+                  transform: Callable[[bytes | np.ndarray], np.ndarray]) -> tuple[np.ndarray, int]:
         # A random other image stands in, rather than a shorter stream: later batches must not depend on this one.
         start = int(rng.integers(len(self.source)))
         for offset in range(len(self.source)):
-            example = _read(self.source, (start + offset) % len(self.source), self.bad_images, transform)
+            index = (start + offset) % len(self.source)
+            example = _read(self.source, index, self.bad_images, transform)
             if example is not None:
                 return example
+            # Of millions that are all bad not all are tried.
+            _check_bad(self.source, index, self.bad_images, bad=offset + 1, read=len(self.source), max_bad=self.max_bad)
         raise _all_bad(self.source, len(self.source), self.bad_images)
 
 
@@ -127,14 +165,19 @@ class TrainIterator(grain.DatasetIterator):
     Its state is `{"next_batch": n}`, the same on every host and for any number of threads, workers and hosts.
     """
 
-    def __init__(self, batches: grain.MapDataset, *, threads: int, workers: int, shard_index: int, shard_count: int):
+    def __init__(self, batches: grain.MapDataset, *, batch_size: int, threads: int, workers: int, shard_index: int,
+                 shard_count: int, check_bad: Callable[..., None]):
         super().__init__()
         self._batches = batches
+        self._batch_size = batch_size
         self._threads = threads
         self._workers = workers
         self._shard_index = shard_index
         self._shard_count = shard_count
+        self._check_bad = check_bad
         self._next_batch = 0
+        self._first_batch = 0  # since when bad images are counted
+        self._bad: set[int] = set()
         self._iterator = None
         # A run that ends by an exception must not leave workers and shared memory behind.
         atexit.register(_close_if_alive, weakref.ref(self))
@@ -158,6 +201,10 @@ class TrainIterator(grain.DatasetIterator):
     def __next__(self) -> dict[str, np.ndarray]:
         batch = next(self._start())
         self._next_batch += 1
+        if new := set(batch.pop("bad").tolist()) - self._bad - {-1}:
+            self._bad |= new
+            drawn = (self._next_batch - self._first_batch) * self._batch_size
+            self._check_bad(min(new), bad=len(self._bad), drawn=drawn)
         return batch
 
     def get_state(self) -> dict[str, int]:
@@ -165,7 +212,8 @@ class TrainIterator(grain.DatasetIterator):
 
     def set_state(self, state: dict[str, int]) -> None:
         self._stop()
-        self._next_batch = state["next_batch"]
+        self._next_batch = self._first_batch = state["next_batch"]
+        self._bad = set()
 
     def close(self) -> None:
         """Ends the workers; the iterator cannot be used any more."""
@@ -198,6 +246,7 @@ def train_batches(
     threads: int,
     workers: int,
     bad_images: BadImages,
+    max_bad: float,
     shard_index: int = 0,
     shard_count: int = 1,
 ) -> TrainIterator:
@@ -218,6 +267,7 @@ def train_batches(
       workers: processes that read; 0 reads in this process. Decoding leaves Python's lock, so that workers pay only
         for small images on many cores.
       bad_images: collects the images that cannot be read; needs a path when `workers` > 0.
+      max_bad: greatest share of bad images among those drawn, each counted once; a handful is always tolerated.
       shard_index: which shard (`jax.process_index()`).
       shard_count: number of shards (`jax.process_count()`).
 
@@ -226,7 +276,8 @@ def train_batches(
       `get_state`, `set_state` and `close`.
 
     Raises:
-      ValueError: on impossible arguments; and, from the iterator, when no image of the source can be read.
+      ValueError: on impossible arguments; and, from the iterator, when too many images, or all, are bad.
+      OSError: from the iterator, in one line, when the machine cannot read an image that may be good.
     """
     _check(source, batch_size=batch_size, shard_index=shard_index, shard_count=shard_count)
     if not 0 < crop_scale_min <= 1:
@@ -236,10 +287,15 @@ def train_batches(
     # Two independent streams. Grain's shuffle adds the epoch to its seed: raw seeds 0 and 1 would share their epochs.
     shuffle_seed, augment_seed = (int(word) for word in np.random.SeedSequence(seed).generate_state(2))
     example = _TrainExample(source=source, image_size=image_size, crop_scale_min=crop_scale_min, flip=flip,
-                            bad_images=bad_images)
+                            bad_images=bad_images, max_bad=max_bad)
     stream = grain.MapDataset.range(len(source)).shuffle(shuffle_seed).repeat().random_map(example, seed=augment_seed)
     batches = stream.batch(batch_size, drop_remainder=True)
-    return TrainIterator(batches, threads=threads, workers=workers, shard_index=shard_index, shard_count=shard_count)
+
+    def check_bad(index: int, *, bad: int, drawn: int) -> None:
+        _check_bad(source, index, bad_images, bad=bad, read=min(drawn, len(source)), max_bad=max_bad)
+
+    return TrainIterator(batches, batch_size=batch_size, threads=threads, workers=workers, shard_index=shard_index,
+                         shard_count=shard_count, check_bad=check_bad)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -272,10 +328,11 @@ def eval_batches(
     image_size: int,
     batch_size: int,
     bad_images: BadImages,
+    max_bad: float,
+    threads: int,
     shard_index: int = 0,
     shard_count: int = 1,
     limit: int | None = None,
-    threads: int = 4,
 ) -> Iterator[dict[str, np.ndarray]]:
     """The images in order, each once, resized and centre-cropped; every batch is full, every shard has as many.
 
@@ -287,18 +344,20 @@ def eval_batches(
       image_size: side of the images.
       batch_size: images per batch of this shard (process).
       bad_images: collects the images that cannot be read.
+      max_bad: greatest share of bad images among those read; a handful is always tolerated.
+      threads: threads that read; each makes a whole batch. 0 reads only when a batch is asked for.
       shard_index: which shard (`jax.process_index()`).
       shard_count: number of shards (`jax.process_count()`).
       limit: only so many images, a random choice that is always the same; None is all.
-      threads: threads that read; each makes a whole batch.
 
     Returns:
       an iterator of `{"image": uint8 [B, S, S, 3], "label": int32 [B], "valid": bool [B], "index": int64 [B]}` with
       B = batch_size; `index` is the position in the source, -1 for padding.
 
     Raises:
-      ValueError: on impossible arguments; and, from the iterator, after the last batch of an only shard, when no image
-        could be read.
+      ValueError: on impossible arguments; and, from the iterator, when too many images are bad, and after the last
+        batch of an only shard, when no image could be read.
+      OSError: from the iterator, in one line, when the machine cannot read an image that may be good.
     """
     _check(source, batch_size=batch_size, shard_index=shard_index, shard_count=shard_count)
     if limit is not None and limit < 1:
@@ -312,12 +371,16 @@ def eval_batches(
     read_options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(2, threads))
 
     def iterate():
-        any_valid = False
+        bad, read = 0, 0
         for batch in batches.to_iter_dataset(read_options):
-            any_valid = any_valid or bool(batch["valid"].any())
+            there = batch["index"] >= 0
+            missing = batch["index"][there & ~batch["valid"]]
+            bad, read = bad + len(missing), read + int(there.sum())
+            if len(missing):
+                _check_bad(source, int(missing[0]), bad_images, bad=bad, read=read, max_bad=max_bad)
             yield batch
         # One of several shards may well be without a good image, and the others would wait for it for ever.
-        if shard_count == 1 and not any_valid:
+        if shard_count == 1 and bad == read:
             raise _all_bad(source, count, bad_images)
 
     return iterate()

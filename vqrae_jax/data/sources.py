@@ -1,15 +1,23 @@
 """Random-access image sources. All can be pickled: Grain starts its workers with `spawn`."""
 
+import bisect
+import dataclasses
 import functools
 import glob
+import hashlib
 import importlib.resources
+import itertools
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 from PIL import Image
+
+from vqrae_jax.data import faults
+from vqrae_jax.data.shared import SharedArray, SharedNames
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
@@ -31,6 +39,9 @@ class Record(NamedTuple):
 class Source(Protocol):
     """What the pipeline reads from; the same index always gives the same record.
 
+    A source may also have `local_names()`, an iterator over the images' names without where the source lies: `hold_out`
+    goes by them, and by `name` where there is none.
+
     Attributes:
       num_classes: labels lie in [0, num_classes); None where the source has no labels.
     """
@@ -41,7 +52,13 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Record:
-        """The record at `index` in [0, len); raises OSError where it cannot be read, ValueError where it is bad."""
+        """The record at `index` in [0, len).
+
+        Raises:
+          ValueError, FileNotFoundError: the image is bad, or gone.
+          OSError: the machine cannot read it (too many open files, no permission, an I/O error): it is tried again, and
+            then ends the run.
+        """
         ...
 
     def name(self, index: int) -> str:
@@ -110,14 +127,12 @@ class EmbeddedSource:
         return Record(region[top:top + side, left:left + side], label, self.name(index))
 
 
-def _raise(error: OSError):
-    raise error
-
-
 class FolderSource:
     """The images under a folder, at any depth, sorted by relative path; hidden files and folders are left out.
 
     When every image lies in a subfolder, its label is the rank of its top-level subfolder; otherwise all labels are -1.
+
+    Names take their bytes and 8 more, once for all processes that read: 27 million of 23 characters 0.8 GB.
 
     Args:
       path: the folder.
@@ -128,38 +143,90 @@ class FolderSource:
     """
 
     def __init__(self, path: str | os.PathLike):
+        faults.allow_open_files()
         self.path = os.fspath(path)
         if not os.path.isdir(self.path):
             raise FileNotFoundError(f"no folder {self.path}: give an existing folder of images")
-        self._names = []
-        visited = set()  # links may lead back
-        for folder, subfolders, files in os.walk(self.path, followlinks=True, onerror=_raise):
-            if os.path.realpath(folder) in visited:
-                subfolders.clear()
-                continue
-            visited.add(os.path.realpath(folder))
-            subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-            images = [name for name in files if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")]
-            self._names += [os.path.relpath(os.path.join(folder, name), self.path) for name in images]
-        if not self._names:
+        # A stretch is neighbouring images of one folder; subfolders may lie between it and the folder's next one.
+        folders, ends = [], []
+
+        def names() -> Iterator[str]:
+            for count, (folder, name) in enumerate(_images(self.path, "", set())):
+                if not folders or folders[-1] != folder:
+                    folders.append(folder)
+                    ends.append(count)
+                ends[-1] = count + 1
+                yield name
+
+        self._names = SharedNames(names())
+        if not folders:
             raise FileNotFoundError(f"no image under {self.path}: expected files ending in {', '.join(IMAGE_SUFFIXES)}")
-        self._names.sort(key=lambda name: name.split(os.sep))
-        self.class_names = None
-        if all(os.sep in name for name in self._names):
-            self.class_names = sorted({name.split(os.sep)[0] for name in self._names})
+        tops = [folder.split(os.sep)[0] for folder in folders]
+        self.class_names = sorted(set(tops)) if all(tops) else None
         self.num_classes = None if self.class_names is None else len(self.class_names)
-        self._label_of = {name: label for label, name in enumerate(self.class_names or ())}
+        label_of = {name: label for label, name in enumerate(self.class_names or ())}
+        self._labels = SharedArray(np.array([label_of[top] if label_of else -1 for top in tops], np.int32))
+        self._ends, self._folders = SharedArray(np.array(ends, np.int64)), SharedNames(folders)
 
     def __len__(self) -> int:
         return len(self._names)
 
+    def local_names(self) -> Iterator[str]:
+        """The paths relative to the folder, which may have been moved."""
+        start = 0
+        for folder, end in zip(self._folders, self._ends.values, strict=True):
+            for index in range(start, end):
+                yield os.path.join(folder, self._names[index])
+            start = end
+
     def name(self, index: int) -> str:
-        return os.path.join(self.path, self._names[index])
+        return os.path.join(self.path, self._folders[self._stretch(index)], self._names[index])
 
     def __getitem__(self, index: int) -> Record:
         name = self.name(index)
-        label = self._label_of[self._names[index].split(os.sep)[0]] if self._label_of else -1
-        return Record(pathlib.Path(name).read_bytes(), label, name)
+        return Record(pathlib.Path(name).read_bytes(), self._labels.values[self._stretch(index)], name)
+
+    def _stretch(self, index: int) -> int:
+        return bisect.bisect_right(self._ends.values, index)
+
+
+def _images(path: str, folder: str, visited: set[str]) -> Iterator[tuple[str, str]]:
+    """Folder and name of each image in a folder and under it, sorted by the parts of their paths.
+
+    Args:
+      path: where all folders lie.
+      folder: relative to it.
+      visited: folders that have had their turn, as they are without links.
+    """
+    real = os.path.realpath(os.path.join(path, folder))
+    if real in visited:  # links may lead back
+        return
+    visited.add(real)
+    names, subfolders = [], set()
+    with os.scandir(os.path.join(path, folder)) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if _is_folder(entry):
+                subfolders.add(entry.name)
+            elif not entry.name.lower().endswith(IMAGE_SUFFIXES):
+                continue
+            names.append(entry.name)
+    # No list of all names is sorted: a folder comes where its name is among those of the files beside it.
+    names.sort(reverse=True)
+    while names:
+        name = names.pop()
+        if name in subfolders:
+            yield from _images(path, os.path.join(folder, name), visited)
+        else:
+            yield folder, name
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads nowhere
+        return False
 
 
 def _tfds_builder(name: str, data_dir: str | os.PathLike | None) -> tuple[Any, pathlib.Path]:
@@ -201,6 +268,7 @@ class TfdsSource:
     def __init__(self, name: str, split: str, data_dir: str | os.PathLike | None = None):
         import tensorflow_datasets as tfds
 
+        faults.allow_open_files()
         builder, folder = _tfds_builder(name, data_dir)
         features = builder.info.features
         if "image" not in features:
@@ -224,7 +292,9 @@ class TfdsSource:
 
         try:
             example = self._data[index]
-        except (RuntimeError, DecodeError) as error:
+        except RuntimeError as error:
+            raise faults.from_text(error) from error
+        except DecodeError as error:
             raise ValueError(f"corrupt record: {' '.join(str(error).split())}") from error
         return Record(example["image"], -1 if self.num_classes is None else int(example["label"]), self.name(index))
 
@@ -241,38 +311,64 @@ class ArrayRecordSource:
     Raises:
       FileNotFoundError: when no file matches.
       ValueError: when a file is not an ArrayRecord file.
+      OSError: when a file cannot be opened.
     """
 
     num_classes = None
 
     def __init__(self, pattern: str):
-        import grain
-
-        self.paths = sorted(glob.glob(os.path.expanduser(pattern), recursive=True))
-        if not self.paths:
+        self._paths = sorted(glob.glob(os.path.expanduser(pattern), recursive=True))
+        if not self._paths:
             raise FileNotFoundError(f"no file matches {pattern}: give ArrayRecord files, as data/train-*.array_record")
-        try:
-            self._data: Any = grain.sources.ArrayRecordDataSource(self.paths)
-        except (RuntimeError, ValueError) as error:
-            raise ValueError(f"cannot read {pattern} as ArrayRecord: {' '.join(str(error).split())}") from error
-        self._pattern = pattern
+        faults.allow_open_files()
+        with ThreadPoolExecutor(min(len(self._paths), 64)) as pool:  # the files may be far away
+            self._files: list[Any] = list(pool.map(_open_records, self._paths))
+        self._ends = list(itertools.accumulate(map(len, self._files)))
 
     def __len__(self) -> int:
-        return len(self._data)
+        return self._ends[-1]
+
+    def _place(self, index: int) -> tuple[int, int]:
+        """Number of the file, and position in it."""
+        file = bisect.bisect_right(self._ends, index)
+        return file, index - (self._ends[file - 1] if file else 0)
+
+    def local_names(self) -> Iterator[str]:
+        """File names and positions in the file, wherever the files lie and however many there are."""
+        for path, file in zip(self._paths, self._files, strict=True):
+            for position in range(len(file)):
+                yield f"{os.path.basename(path)}/{position}"
 
     def name(self, index: int) -> str:
-        return f"{self._pattern}/{index}"
+        file, position = self._place(index)
+        return f"{self._paths[file]}/{position}"
 
     def __getitem__(self, index: int) -> Record:
+        file, position = self._place(index)
         try:
-            record = self._data[index]
+            record = self._files[file][position]
         except RuntimeError as error:
-            raise ValueError(f"corrupt record: {' '.join(str(error).split())}") from error
+            raise faults.from_text(error) from error
         # Field 1, length-delimited: so begins every Example, and no image format.
         if not record.startswith(b"\x0a"):
             return Record(record, -1, self.name(index))
         image, label = _parse_example(record)
         return Record(image, label, self.name(index))
+
+
+def _open_records(path: str) -> Any:
+    import grain
+
+    def open_file() -> Any:
+        try:
+            return grain.sources.ArrayRecordDataSource([path])
+        except RuntimeError as error:
+            raise faults.from_text(error) from error
+
+    try:
+        return faults.retried(open_file, path)
+    except ValueError as error:
+        raise ValueError(f"cannot read {path} as ArrayRecord: {error}") from error
 
 
 def serialize_example(image: bytes, label: int | None) -> bytes:
@@ -301,13 +397,75 @@ def _parse_example(record: bytes) -> tuple[bytes, int]:
     return images[0][0], int(labels[0][0]) if labels and labels[0] else -1
 
 
-def _open_tfds(rest: str, *, training: bool) -> Source:
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """Some images of a source."""
+
+    source: Source
+    indices: SharedArray  # uint32, ascending
+
+    @property
+    def num_classes(self) -> int | None:
+        return self.source.num_classes
+
+    def __len__(self) -> int:
+        return len(self.indices.values)
+
+    def name(self, index: int) -> str:
+        return self.source.name(self.indices.values[index])
+
+    def __getitem__(self, index: int) -> Record:
+        return self.source[self.indices.values[index]]
+
+
+def hold_out(source: Source, share: float) -> tuple[Source, Source]:
+    """Parts a source into images to train on and images that are never trained on.
+
+    An image is held out when the hash of its name, as a number in [0, 1), is below `share`. So it stays in its part
+    when other images come or go, and when the source is moved: its name is that of the source's `local_names`, where
+    it has them.
+
+    Args:
+      source: of the images.
+      share: of the images that are held out, in [0, 0.5]; of few images it may be none. They are never all of them.
+
+    Returns:
+      the images to train on and the held-out ones, in the order that they have in the source.
+    """
+    local_names = getattr(source, "local_names", lambda: map(source.name, range(len(source))))
+    held_out = np.zeros(len(source), bool)
+    if share:
+        held_out[:] = np.fromiter((_hash(name) < share for name in local_names()), bool, len(source))
+    if held_out.all():
+        held_out[:] = False
+    part = lambda chosen: _Part(source, SharedArray(np.flatnonzero(chosen).astype(np.uint32)))
+    return (part(~held_out) if held_out.any() else source), part(held_out)
+
+
+def _hash(name: str) -> float:
+    """Uniform in [0, 1), and always the same."""
+    digest = hashlib.blake2b(name.encode(errors="surrogatepass"), digest_size=6).digest()
+    return int.from_bytes(digest, "big") / 2**48
+
+
+def _tfds_spec(rest: str) -> tuple[str, str, str | None]:
+    """Data set, split, which may be empty, and folder."""
     name_and_split, _, data_dir = rest.partition("@")
     name, _, split = name_and_split.partition(":")
+    return name, split, data_dir or None
+
+
+def _tfds_held_out(rest: str) -> list[str]:
+    """The splits that hold out images, best first; none where the SPEC names the split that it means."""
+    name, split, data_dir = _tfds_spec(rest)
+    return [] if split else [held_out for held_out in ("validation", "test") if held_out in tfds_splits(name, data_dir)]
+
+
+def _open_tfds(rest: str, *, training: bool) -> Source:
+    name, split, data_dir = _tfds_spec(rest)
     if not split:
-        held_out = [s for s in ("validation", "test") if s in tfds_splits(name, data_dir or None)]
-        split = "train" if training or not held_out else held_out[0]
-    return TfdsSource(name, split=split, data_dir=data_dir or None)
+        split = "train" if training else (*_tfds_held_out(rest), "train")[0]
+    return TfdsSource(name, split=split, data_dir=data_dir)
 
 
 class SourceKind(NamedTuple):
@@ -316,24 +474,27 @@ class SourceKind(NamedTuple):
     Attributes:
       spec: how a SPEC of this kind is written.
       open: `(what follows the colon, training=) -> Source`.
+      holds_out: `(what follows the colon) -> bool`, whether the data themselves hold images out, which `open` gives
+        when it is not for training.
     """
 
     spec: str
     open: Callable[..., Source]
+    holds_out: Callable[[str], bool] = lambda rest: False
 
 
 # By the first word of a SPEC.
 SOURCES = {
     "embedded": SourceKind(
-        "embedded", lambda rest, *, training: EmbeddedSource("train" if training else "validation")),
+        "embedded", lambda rest, *, training: EmbeddedSource("train" if training else "validation"), lambda rest: True),
     "folder": SourceKind("folder:PATH", lambda rest, *, training: FolderSource(rest)),
-    "tfds": SourceKind("tfds:NAME[:SPLIT][@DATA_DIR]", _open_tfds),
+    "tfds": SourceKind("tfds:NAME[:SPLIT][@DATA_DIR]", _open_tfds, lambda rest: bool(_tfds_held_out(rest))),
     "array_record": SourceKind("array_record:GLOB", lambda rest, *, training: ArrayRecordSource(rest)),
 }
 
 
 def open_source(spec: str, *, training: bool) -> Source:
-    """Opens `embedded`, `folder:PATH`, `tfds:NAME[:SPLIT][@DATA_DIR]` or `array_record:GLOB`.
+    """Opens all images of `embedded`, `folder:PATH`, `tfds:NAME[:SPLIT][@DATA_DIR]` or `array_record:GLOB`.
 
     Where a SPEC names no split, training reads `train`, and evaluation what is held out: `validation` or else `test`.
 
@@ -341,9 +502,34 @@ def open_source(spec: str, *, training: bool) -> Source:
       ValueError: not a SPEC, or no such split.
       OSError: the data is not there.
     """
+    kind, rest = _kind(spec)
+    return kind.open(rest, training=training)
+
+
+def open_parts(spec: str, *, holdout: float) -> tuple[Source, Source]:
+    """Opens the images to train on and those that are held out, reading once what the data consist of.
+
+    `embedded`, and a TFDS data set of which no split is named and which has `validation` or `test`, hold out images of
+    their own. Of everything else it is `hold_out`'s choice.
+
+    Args:
+      spec: as for `open_source`.
+      holdout: share of the images that `hold_out` holds out.
+
+    Raises:
+      ValueError, OSError: as from `open_source`.
+    """
+    kind, rest = _kind(spec)
+    if kind.holds_out(rest):
+        return kind.open(rest, training=True), kind.open(rest, training=False)
+    return hold_out(kind.open(rest, training=True), holdout)
+
+
+def _kind(spec: str) -> tuple[SourceKind, str]:
+    """The row of a SPEC, and what follows the colon."""
     name, _, rest = spec.partition(":")
     kind = SOURCES[name] if name in SOURCES else None
     if kind is None or bool(rest) != (":" in kind.spec):
         *others, last = (kind.spec for kind in SOURCES.values())
         raise ValueError(f"unknown data {spec!r}: give {', '.join(others)} or {last}")
-    return kind.open(rest, training=training)
+    return kind, rest

@@ -17,6 +17,8 @@ from vqrae_jax.metrics.pixels import psnr, ssim
 __all__ = ["METRICS", "Batch", "Metric", "code_usage", "knn_top1", "linear_probe_top1", "mean_of_images", "perplexity",
            "psnr", "ssim"]
 
+KNN_IMAGES = 10_000  # comparing each with each costs their number squared
+
 
 class Batch(NamedTuple):
     """What a model makes of a batch of images.
@@ -91,17 +93,60 @@ def _codes(counts: np.ndarray) -> dict[str, float]:
             "code_perplexity": float(perplexity(jnp.asarray(counts)))}
 
 
-def _knn(kept: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:
-    """Leave-one-out over all images, on the mean of their features; it takes two labels, and one of them twice."""
-    features, labels = _joined(kept)
-    if labels.min() < 0 or not 1 < len(np.unique(labels)) < len(labels):
+class _LabelledFeatures:
+    """The features of images that have a label; of more than `KNN_IMAGES`, a random choice that is always the same.
+
+    Each image draws a number, and those that drew the least stay, in their order.
+
+    Attributes:
+      images: how many images there were.
+      labelled: how many of them had a label.
+    """
+
+    def __init__(self):
+        self.images = self.labelled = 0
+        self._rng, self._rows, self._count = np.random.default_rng(0), [], 0
+
+    def add(self, features: np.ndarray, labels: np.ndarray) -> None:
+        has_label = labels >= 0
+        count = int(has_label.sum())
+        self.images, self.labelled, self._count = self.images + len(labels), self.labelled + count, self._count + count
+        if count:
+            self._rows.append((self._rng.random(count), features[has_label], labels[has_label]))
+        if self._count > 2 * KNN_IMAGES:
+            self.choose()
+
+    def choose(self) -> tuple[np.ndarray, np.ndarray]:
+        """Features and labels of the images that stay."""
+        draws, features, labels = _joined(self._rows)
+        stay = np.sort(np.argsort(draws)[:KNN_IMAGES])
+        self._rows, self._count = [(draws[stay], features[stay], labels[stay])], len(stay)
+        return features[stay], labels[stay]
+
+
+def _keep_labelled(kept: _LabelledFeatures | None, measured: Any, valid: np.ndarray) -> _LabelledFeatures:
+    kept = _LabelledFeatures() if kept is None else kept
+    kept.add(*(values[valid] for values in measured))
+    return kept
+
+
+def _knn(kept: _LabelledFeatures) -> dict[str, float]:
+    """Leave-one-out over all images, on the mean of their features; it takes two labels, and one of them twice.
+
+    Of more than `KNN_IMAGES` so many are chosen, and `knn_images` says so.
+    """
+    if kept.labelled < kept.images:
         return {}
-    return {"knn_top1": knn_top1(features, labels)}
+    features, labels = kept.choose()
+    if not 1 < len(np.unique(labels)) < len(labels):
+        return {}
+    return {"knn_top1": knn_top1(features, labels)} | ({"knn_images": len(labels)} if len(labels) < kept.images else {})
 
 
 METRICS: dict[str, Metric] = {
     "psnr": mean_of_images("psnr", psnr),
     "ssim": mean_of_images("ssim", ssim),
     "codes": Metric(measure=_count_codes, update=_sum, finish=_codes),
-    "knn": Metric(measure=lambda batch: (batch.features.mean(axis=1), batch.labels), update=_rows, finish=_knn),
+    "knn": Metric(measure=lambda batch: (batch.features.mean(axis=1), batch.labels), update=_keep_labelled,
+                  finish=_knn),
 }

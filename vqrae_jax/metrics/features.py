@@ -1,5 +1,7 @@
 """What features know of labels: nearest neighbours and a linear probe."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,25 +36,38 @@ def knn_top1(features: np.ndarray, labels: np.ndarray, *, reference: tuple[np.nd
         raise ValueError(f"kNN has no reference to compare with: {len(voters)} references, k = {k}")
     classes = int(np.max(voter_labels)) + 1
     voters, voter_labels = _unit(voters), jnp.asarray(voter_labels, jnp.int32)
-
-    @jax.jit
-    def predict(queries, own):
-        similarity = jnp.matmul(queries, voters.T, precision=jax.lax.Precision.HIGHEST)
-        if leave_one_out:
-            similarity = jnp.where(jnp.arange(len(voters))[None] == own[:, None], -jnp.inf, similarity)
-        nearest, at = jax.lax.top_k(similarity, k)
-        # Weights relative to the nearest voter's: the same winner, and nothing overflows at a low temperature.
-        weights = jnp.exp((nearest - nearest[:, :1]) / temperature)
-        votes = jnp.zeros((len(queries), classes)).at[jnp.arange(len(queries))[:, None], voter_labels[at]].add(weights)
-        return jnp.argmax(votes, axis=-1)
-
     block = max(1, MAX_SIMILARITIES // len(voters))
     correct = 0
     for start in range(0, len(features), block):
         rows = slice(start, start + block)
-        predicted = predict(_unit(features[rows]), jnp.arange(start, start + len(features[rows])))
+        own = jnp.arange(start, start + len(features[rows])) if leave_one_out else None
+        nearest, at = _nearest(_unit(features[rows]), own, voters, k=k)
+        predicted = _winners(nearest, voter_labels[at], temperature=temperature, classes=classes)
         correct += int(np.sum(np.asarray(predicted) == np.asarray(labels[rows])))
     return correct / len(features)
+
+
+@functools.partial(jax.jit, static_argnames="k")
+def _nearest(queries: jax.Array, own: jax.Array | None, voters: jax.Array, *, k: int) -> tuple[jax.Array, jax.Array]:
+    """Similarity and number of each query's k nearest voters, nearest first: `[Q, d], [Q], [M, d] -> [Q, k] x2`.
+
+    `own` is each query's own number among the voters, which is left out; None where it is none of them. A program of
+    its own: XLA on a CPU sorts all similarities, ten times as slowly, where it also works on with those it wants.
+    """
+    similarity = jnp.matmul(queries, voters.T, precision=jax.lax.Precision.HIGHEST)
+    if own is not None:
+        similarity = jnp.where(jnp.arange(len(voters))[None] == own[:, None], -jnp.inf, similarity)
+    nearest, at = jax.lax.top_k(similarity, k)
+    return nearest, at
+
+
+@functools.partial(jax.jit, static_argnames=("temperature", "classes"))
+def _winners(nearest: jax.Array, labels: jax.Array, *, temperature: float, classes: int) -> jax.Array:
+    """The label that each query's voters elect: `[Q, k] x2 -> [Q]`."""
+    # Weights relative to the nearest voter's: the same winner, and nothing overflows at a low temperature.
+    weights = jnp.exp((nearest - nearest[:, :1]) / temperature)
+    votes = jnp.zeros((len(nearest), classes)).at[jnp.arange(len(nearest))[:, None], labels].add(weights)
+    return jnp.argmax(votes, axis=-1)
 
 
 def linear_probe_top1(train_features: np.ndarray, train_labels: np.ndarray, test_features: np.ndarray,

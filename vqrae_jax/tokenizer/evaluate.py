@@ -1,5 +1,6 @@
 """The tokenizer's evaluation on a set of images. Its metrics are the table of `vqrae_jax.metrics`."""
 
+import logging
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -11,7 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from vqrae_jax.config import Config
-from vqrae_jax.data import BadImages, Source, eval_batches
+from vqrae_jax.data import BadImages, Source, eval_batches, open_source
 from vqrae_jax.metrics import METRICS, Batch
 from vqrae_jax.models import flat
 from vqrae_jax.models.flat import Arrays
@@ -21,26 +22,42 @@ from vqrae_jax.training import distributed, sharding
 EvalStep = Callable[[Arrays, jax.Array, jax.Array, jax.Array], tuple[dict[str, Any], jax.Array]]
 
 
-def spec(config: Config) -> str:
-    """The SPEC of a config's evaluation images."""
-    return config.eval.source or config.data.source
+log = logging.getLogger(__name__)
+
+
+def choose_source(config: Config, training: Source, held_out: Source) -> Source:
+    """The images of a config's evaluations: those of `eval.source`, or else the held-out ones.
+
+    Args:
+      config: of the run.
+      training: the images that it trains on.
+      held_out: those that it does not train on; where these are none, it is the training images, and the log says so.
+    """
+    if config.eval.source:
+        return open_source(config.eval.source, training=False)
+    if len(held_out):
+        return held_out
+    log.warning("of %s no image is held out (data.holdout is %g of %d images): evaluation shows images that were "
+                "trained on", config.data.source, config.data.holdout, len(training))
+    return training
 
 
 def open_batches(config: Config, source: Source, bad_images: BadImages, mesh: Mesh, *,
-                 limit: int) -> Iterable[dict[str, Any]]:
+                 limit: int, max_bad: float) -> Iterable[dict[str, Any]]:
     """This process's share of the images of a source, at a config's size.
 
     Args:
-      config: of the run; `eval.batch_size` is rounded up to a multiple of the devices.
+      config: of the run; `eval.batch_size` is rounded up to a multiple of the devices, `data.threads` threads read.
       source: of the images.
       bad_images: collects the images that cannot be read.
       mesh: whose devices evaluate.
       limit: > 0 takes only so many images, always the same.
+      max_bad: share of the images that may be bad.
     """
     batch_size = math.ceil(config.eval.batch_size / mesh.size) * mesh.size
     return eval_batches(source, image_size=config.data.image_size, batch_size=batch_size // jax.process_count(),
-                        bad_images=bad_images, limit=limit or None, shard_index=jax.process_index(),
-                        shard_count=jax.process_count())
+                        bad_images=bad_images, max_bad=max_bad, threads=config.data.threads, limit=limit or None,
+                        shard_index=jax.process_index(), shard_count=jax.process_count())
 
 
 def make_eval_step(graphdef: nnx.GraphDef, mesh: Mesh) -> EvalStep:
@@ -113,4 +130,4 @@ def table(columns: dict[str, dict[str, float]]) -> str:
 def _cell(metrics: dict[str, float], name: str) -> str:
     if name not in metrics:
         return "-"
-    return str(metrics[name]) if name == "num_images" else f"{metrics[name]:.4f}"
+    return str(metrics[name]) if isinstance(metrics[name], int) else f"{metrics[name]:.4f}"

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from vqrae_jax import config as config_lib
 from vqrae_jax.config import Config
-from vqrae_jax.data import BadImages, Source, TrainIterator, open_source, train_batches
+from vqrae_jax.data import BadImages, Source, TrainIterator, open_parts, train_batches
 from vqrae_jax.models import flat
 from vqrae_jax.tokenizer import evaluate, init, runs, train_state
 from vqrae_jax.tokenizer.gan import learns as discriminator_learns
@@ -53,9 +53,8 @@ class TokenizerTask:
             optim.check_patterns(self.structure.params, getattr(config.optim, key), key=f"optim.{key}")
         self.bad_images = BadImages(workdir / "bad_images.jsonl")
         with config_lib.says_where("data.source"):
-            self._source = open_source(config.data.source, training=True)
-        with config_lib.says_where("eval.source" if config.eval.source else "data.source"):
-            self._eval_source = open_source(evaluate.spec(config), training=False)
+            self._source, held_out = open_parts(config.data.source, holdout=config.data.holdout)
+        self._eval_source = evaluate.choose_source(config, self._source, held_out)
 
     def write_files(self, workdir: Path) -> None:
         """The encoder's config."""
@@ -98,7 +97,7 @@ class TokenizerTask:
         def evaluate_state(state: TrainState, frozen: Frozen) -> tuple[dict[str, float], dict[str, np.ndarray]]:
             arrays = {**frozen.params, **state.params, **state.buffers, **state.ema}
             batches = evaluate.open_batches(self.config, self._eval_source, self.bad_images, mesh,
-                                            limit=self.config.eval.limit)
+                                            limit=self.config.eval.limit, max_bad=self.config.data.max_bad)
             return evaluate.evaluate(eval_step, arrays, mesh, batches, samples=self.config.eval.samples)
 
         return evaluate_state
@@ -136,7 +135,7 @@ def open_train_batches(config: Config, source: Source, bad_images: BadImages) ->
     return train_batches(
         source, image_size=data.image_size, batch_size=config.train.batch_size // processes, seed=config.seed,
         crop_scale_min=data.crop_scale_min, flip=data.flip, threads=data.threads, workers=data.workers,
-        bad_images=bad_images, shard_index=jax.process_index(), shard_count=processes)
+        bad_images=bad_images, max_bad=data.max_bad, shard_index=jax.process_index(), shard_count=processes)
 
 
 def abstract_batch(config: Config, mesh: Mesh) -> dict[str, Any]:
