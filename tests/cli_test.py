@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -154,11 +155,19 @@ def test_too_many_bad_images_end_in_one_line(run, tmp_path):
 
 
 def test_evaluate_puts_runs_side_by_side(run, tmp_path):
-    result = command("vqrae_jax.evaluate", f"--workdir={run}", f"--workdir={run}", f"--out={tmp_path}", "--limit=9")
+    other = shutil.copytree(run, run.parent / "tiny2")
+    values = json.loads((other / "config.json").read_text())
+    values["optim"]["lr"] = 3e-4
+    (other / "config.json").write_text(json.dumps(values))
+    result = command("vqrae_jax.evaluate", f"--workdir={run.parent}/ti*", f"--out={tmp_path}", "--limit=9")
     assert result.returncode == 0, result.stderr
-    runs = json.loads((tmp_path / "metrics.json").read_text())["runs"]
-    assert len(runs) == 1  # it was twice the same run
-    assert np.asarray(Image.open(tmp_path / "reconstructions.png")).shape == (2 * (14 + 34), 4 * 34, 3)
+    written = json.loads((tmp_path / "metrics.json").read_text())
+    assert list(written["runs"]) == ["tiny", "tiny2"]
+    assert written["config"] == {"tiny": {"optim.lr": 1e-3}, "tiny2": {"optim.lr": 3e-4}}
+    rows = [line.split() for line in result.stdout.splitlines()]
+    assert ["optim.lr", "0.001", "0.0003"] in rows and ["num_images", "9", "9"] in rows
+    assert_one_line_error(command("vqrae_jax.evaluate", f"--workdir={tmp_path}/no*"), "matches no folder of a run")
+    assert np.asarray(Image.open(tmp_path / "reconstructions.png")).shape == (3 * (14 + 34), 4 * 34, 3)
 
 
 def test_reconstruct_shows_originals_over_reconstructions(run, tmp_path):

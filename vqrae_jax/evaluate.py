@@ -89,7 +89,8 @@ def _labels(workdirs: list[Path]) -> list[str]:
 
 
 if __name__ == "__main__":
-    _WORKDIR = flags.DEFINE_multi_string("workdir", None, "folder of a run, or a pattern; several are compared", required=True)
+    _WORKDIR = flags.DEFINE_multi_string("workdir", None, "folder of a run, or a pattern; several are compared",
+                                         required=True)
     _DATA = flags.DEFINE_string("data", "", "SPEC of the images; empty is what the first run was evaluated on")
     _OUT = flags.DEFINE_string("out", "", "folder for the results; empty is WORKDIR/evaluation")
     _STEP = flags.DEFINE_integer("step", None, "which checkpoint; the last if not given")

@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from vqrae_jax.config import Config
+from vqrae_jax.config import Config, keys
 from vqrae_jax.data import BadImages, Source, eval_batches, open_source
 from vqrae_jax.metrics import METRICS, Batch
 from vqrae_jax.models import flat
@@ -118,8 +118,8 @@ def evaluate(eval_step: EvalStep, arrays: Arrays, mesh: Mesh, batches: Iterable[
         "original": np.concatenate(originals), "reconstruction": np.concatenate(reconstructions)}
 
 
-def table(columns: dict[str, dict[str, float]]) -> str:
-    """`{run: metrics}` as text, one column a run."""
+def table(columns: dict[str, dict[str, Any]]) -> str:
+    """`{run: {metric or config key: value}}` as text, one column a run."""
     names = list(dict.fromkeys(name for metrics in columns.values() for name in metrics))
     rows = [["", *columns]] + [[name, *(_cell(metrics, name) for metrics in columns.values())] for name in names]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
@@ -127,7 +127,8 @@ def table(columns: dict[str, dict[str, float]]) -> str:
                                for i, (cell, width) in enumerate(zip(row, widths, strict=True))) for row in rows)
 
 
-def _cell(metrics: dict[str, float], name: str) -> str:
-    if name not in metrics:
+def _cell(values: dict[str, Any], name: str) -> str:
+    if name not in values:
         return "-"
-    return str(metrics[name]) if isinstance(metrics[name], int) else f"{metrics[name]:.4f}"
+    is_metric = isinstance(values[name], float) and name not in keys()
+    return f"{values[name]:.4f}" if is_metric else str(values[name])
