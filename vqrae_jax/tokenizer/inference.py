@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.core import Tracer
 
 from vqrae_jax.config import Config
 from vqrae_jax.models import flat
@@ -79,7 +80,7 @@ class Tokenizer:
         Raises:
           ValueError: codes that are no integers, of another shape, or out of range.
         """
-        codes = codes if isinstance(codes, jax.core.Tracer) else np.asarray(codes)
+        codes = codes if isinstance(codes, Tracer) else np.asarray(codes)
         if not np.issubdtype(codes.dtype, np.integer):
             raise ValueError(f"codes must be integers, not {codes.dtype}")
         if codes.shape[1:] not in ((self._grid, self._grid), (self._grid**2,)):
@@ -125,7 +126,7 @@ class Tokenizer:
 def _check_range(images: jax.Array) -> None:
     """Refuses values beyond [0, 1] or not finite, where they are known: not inside `jax.jit` and its like."""
     fine = jnp.all((images >= -_TOLERANCE) & (images <= 1 + _TOLERANCE))
-    if not isinstance(fine, jax.core.Tracer) and not fine:
+    if not isinstance(fine, Tracer) and not fine:
         values = np.asarray(images, np.float32)
         raise ValueError(f"float images must be in [0, 1], but these are between {values.min():.4g} and "
                          f"{values.max():.4g}: divide by 255 what has 256 levels, and clip what resampling overshot")
