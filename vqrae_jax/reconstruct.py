@@ -7,7 +7,6 @@ import numpy as np
 from absl import flags
 
 from vqrae_jax import cli
-from vqrae_jax.data import decode_image, resize_and_center_crop
 from vqrae_jax.metrics import psnr
 from vqrae_jax.tokenizer import inference
 from vqrae_jax.training import reporting
@@ -22,7 +21,7 @@ def main(argv: Sequence[str]) -> None:
     if out.suffix.lower() != ".png":
         raise ValueError(f"--out must end in .png, not {out.name}")
     model = inference.load(_WORKDIR.value, weights=_WEIGHTS.value)
-    images = np.stack([_read(file, model.image_size) for file in files]).astype(np.float32) / 255
+    images = inference.read_images(files, model.image_size).astype(np.float32) / 255
     # One image a pass: any number of images fits in memory and compiles once.
     reconstructions = np.concatenate([model.reconstruct(image[None]) for image in images])
     for file, value in zip(files, np.asarray(psnr(images, reconstructions)), strict=True):
@@ -30,13 +29,6 @@ def main(argv: Sequence[str]) -> None:
     with disk_errors(out.parent):
         reporting.save_png(out, reporting.image_rows({"original": images, "reconstruction": reconstructions}))
     print(f"wrote {out}")
-
-
-def _read(file: Path, size: int) -> np.ndarray:
-    try:
-        return resize_and_center_crop(decode_image(file.read_bytes()), size=size)
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from None
 
 
 if __name__ == "__main__":

@@ -1,18 +1,26 @@
 """The whole model: codes to pixels round trips, latents' shapes, decoders."""
 
+import os
+import subprocess
+import sys
+
 import chex
 import jax
 import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import AxisType, PartitionSpec
+from PIL import Image
 
-from tests.conftest import compiled_quickly
+import vqrae_jax
+from tests.conftest import REPOSITORY, compiled_quickly
+from tests.tiny import Run
 from vqrae_jax import config as config_lib
+from vqrae_jax.data import BadImages, eval_batches, open_source
 from vqrae_jax.models import flat
 from vqrae_jax.models.decoder import VIT_B, VIT_L, VIT_XL, Decoder, sincos_positions
 from vqrae_jax.models.vit import patchify, unpatchify
-from vqrae_jax.tokenizer import build, inference, init
+from vqrae_jax.tokenizer import build, inference, init, runs
 from vqrae_jax.training import sharding
 
 QUANTIZERS = {
@@ -114,6 +122,104 @@ def test_wrong_input_is_named(tiny_config, images):
         model.features(images[:, ::2])
     with pytest.raises(ValueError, match="float in .* or uint8, not int32"):
         model.features(images.astype(np.int32))
+
+
+@pytest.mark.parametrize(("change", "says"), [
+    (lambda x: x * 255, "between 0 and 255: divide by 255"), (lambda x: x * 2 - 1, "between -1 and 1"),
+    (lambda x: x + 0.01, "between 0.01 and 1.01"), (lambda x: x / (x > 0.5), "between nan and nan"),
+    (lambda x: np.where(x > 0.999, np.inf, x), "and inf")])
+def test_float_images_beyond_their_range_are_refused(change, says, tiny_config):
+    model = tokenizer(tiny_config)
+    images = np.linspace(0, 1, 2 * 32 * 32 * 3, dtype=np.float32).reshape(2, 32, 32, 3)
+    with np.errstate(all="ignore"):
+        wrong = change(images)
+    for method in (model.features, model.encode, model.encode_to_indices, model.reconstruct):
+        with pytest.raises(ValueError, match=says):
+            method(wrong)
+    model.features(images * 1.0005 - 0.0002)  # rounding
+    chex.assert_shape(model.features(images[:0]), (0, 16, 32))
+
+
+def test_methods_work_inside_transformations_of_the_users(tiny_config, images):
+    """And where values are not known there is nothing to check."""
+    model = tokenizer(tiny_config)
+    x = images.astype(np.float32) / 255
+    codes = model.encode_to_indices(x)
+    np.testing.assert_array_equal(jax.jit(model.encode_to_indices)(x), codes)
+    jax.jit(model.features)(255 * x)
+    for method, argument in ((model.features, x), (model.features, images), (model.reconstruct, x),
+                             (model.decode_from_indices, codes)):
+        chex.assert_trees_all_close(jax.jit(method)(argument), method(argument), atol=1e-5)
+    with pytest.raises(ValueError, match=r"codes must be \[B, 4, 4\] or \[B, 16\]"):
+        jax.jit(model.decode_from_indices)(codes[:, :2])
+    for method in (model.features, model.reconstruct):  # the latter through the codes, straight through
+        gradient = jax.grad(lambda x, method=method: (method(x) ** 2).mean())(x)
+        assert np.isfinite(gradient).all() and np.any(gradient)
+    of_latents = jax.jit(jax.grad(lambda z: model.decode(z).mean()))(model.encode(x)[0])
+    assert np.isfinite(of_latents).all() and np.any(of_latents)
+
+
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+def test_the_codebook_holds_what_codes_stand_for(quantizer, tiny_config, images):
+    tiny_config.model.quantizer.update(QUANTIZERS[quantizer])
+    model = tokenizer(tiny_config)
+    z_q, codes = model.encode(images)
+    codebook = model.codebook()
+    chex.assert_shape(codebook, (32, 32))
+    chex.assert_type(codebook, np.float32)
+    np.testing.assert_allclose(codebook[codes], z_q, atol=1e-5)
+    certain = jax.nn.one_hot(codes, 32)
+    loss = lambda probabilities: model.decode(probabilities @ codebook).mean()
+    np.testing.assert_allclose(loss(certain), model.reconstruct(images).mean(), rtol=1e-4)
+    assert np.any(jax.grad(loss)(certain))
+
+
+def test_there_is_no_codebook_of_no_codes_and_of_too_many(tiny_config):
+    tiny_config.model.quantizer.kind = "none"
+    with pytest.raises(ValueError, match="this model has no codes"):
+        tokenizer(tiny_config).codebook()
+    tiny_config.model.quantizer.update(kind="fsq", levels=(128, 128, 128), size=128**3, dim=3)
+    with pytest.raises(ValueError, match="this model has 2097152 codes, too many to list"):
+        tokenizer(tiny_config).codebook()
+
+
+def test_images_are_read_as_evaluation_reads_them(tmp_path):
+    noise = np.random.default_rng(0)
+    for i, size in enumerate(((40, 70, 3), (64, 33, 3), (32, 32, 4))):
+        Image.fromarray(noise.integers(0, 256, size, np.uint8)).save(tmp_path / f"{i}.png")
+    files = sorted(tmp_path.iterdir())
+    source = open_source(f"folder:{tmp_path}", training=False)
+    batch, = eval_batches(source, image_size=32, batch_size=3, bad_images=BadImages(tmp_path / "bad.jsonl"))
+    images = vqrae_jax.read_images(files, 32)
+    assert images.dtype == np.uint8
+    np.testing.assert_array_equal(images, batch["image"])
+    for one in (files[1], str(files[1]), [str(files[1])]):
+        np.testing.assert_array_equal(vqrae_jax.read_images(one, 32), images[1:2])
+    np.testing.assert_array_equal(vqrae_jax.read_images(iter(files), 32), images)
+    (tmp_path / "text.jpg").write_text("no picture")
+    with pytest.raises(ValueError, match=r"/text.jpg: not a readable image"):
+        vqrae_jax.read_images([files[0], tmp_path / "text.jpg"], 32)
+    with pytest.raises(FileNotFoundError, match=r"gone.jpg"):
+        vqrae_jax.read_images(tmp_path / "gone.jpg", 32)
+    with pytest.raises(ValueError, match="no images given"):
+        vqrae_jax.read_images([], 32)
+
+
+def test_the_encoder_that_ships_is_loaded_by_its_name():
+    encoder = vqrae_jax.load_encoder("nano")
+    chex.assert_shape(encoder(np.zeros((1, 64, 64, 3), np.uint8)), (1, 64, 192))
+
+
+def test_importing_and_loading_say_nothing(tiny_config, tmp_path):
+    """Not even a warning of another library, in a process of its own that shows them all."""
+    config = config_lib.parse(tiny_config)
+    run = Run(config)
+    runs.write_run(tmp_path, config, run.params, run.buffers)
+    program = (f"import vqrae_jax; vqrae_jax.load({str(tmp_path)!r}).codebook(); "
+               "vqrae_jax.load_encoder('nano')")
+    result = subprocess.run([sys.executable, "-W", "always", "-c", program], cwd=REPOSITORY, capture_output=True,
+                            text=True, timeout=300, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 
 
 def test_uint8_and_float_images_are_the_same(tiny_config, images):

@@ -320,7 +320,8 @@ def patchify(images: jax.Array, patch_size: int) -> jax.Array:
     if height % patch_size or width % patch_size:
         raise ValueError(f"image size {height}x{width} is not divisible by patch size {patch_size}")
     x = images.reshape(batch, height // patch_size, patch_size, width // patch_size, patch_size, channels)
-    return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, -1, patch_size * patch_size * channels)
+    tokens = (height // patch_size) * (width // patch_size)  # not -1, which an empty batch leaves open
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, tokens, patch_size * patch_size * channels)
 
 
 def unpatchify(patches: jax.Array, grid: tuple[int, int]) -> jax.Array:

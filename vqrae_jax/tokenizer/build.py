@@ -22,6 +22,7 @@ from vqrae_jax.weights import huggingface
 from vqrae_jax.weights.huggingface import EncoderSpec
 
 ASSETS = Path(__file__).parents[1] / "assets"
+NANO = str(ASSETS / "nano")  # the encoder that ships with the package
 REMAT_POLICIES = {
     "none": jax.checkpoint_policies.everything_saveable,
     "minimal": SAVE_MATMULS,
@@ -90,7 +91,7 @@ def encoder_path(config: Config) -> str:
     """
     encoder = config.model.encoder
     if encoder.path == "nano":
-        return str(ASSETS / "nano")
+        return NANO
     shape = ASSETS / "encoders" / encoder.path.replace("/", "--")
     return str(shape) if encoder.random_weights and shape.is_dir() else encoder.path
 

@@ -1,26 +1,35 @@
 """Trained models for use: images to features and codes, codes to images."""
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.core import Tracer
 
 from vqrae_jax.config import Config
 from vqrae_jax.models import flat
 from vqrae_jax.models.encoders import Encoder
 from vqrae_jax.models.flat import Arrays
 from vqrae_jax.models.vit import FinalNorm
-from vqrae_jax.tokenizer import runs
+from vqrae_jax.tokenizer import build, runs
 from vqrae_jax.tokenizer.runs import Weights
 from vqrae_jax.training import sharding
 from vqrae_jax.weights import huggingface
 
+# What rounding may add to images in [0, 1]. Resampling overshoots by a hundred times as much, and wants to be clipped.
+_TOLERANCE = 1e-3
+_MAX_LISTED_CODES = 2**20
+
 
 class Tokenizer:
-    """A trained VQRAE. Images are `[B, H, W, 3]`, float32 in [0, 1] or uint8, of the size it was trained for.
+    """A trained VQRAE. Images are `[B, H, W, 3]`, float in [0, 1] or uint8, of the size it was trained for.
+
+    Its methods can be called, and differentiated with respect to images and latents, inside `jax.jit`, `jax.grad` and
+    `jax.shard_map` of the caller's. There the values of images and codes are not known, and their ranges not checked.
 
     Attributes:
       config: of the run it comes from.
@@ -38,6 +47,8 @@ class Tokenizer:
         self._grid = model.encoder.grid
         self._features = jax.jit(lambda arrays, images: flat.merge(graphdef, arrays).features(images))
         self._encode = jax.jit(lambda arrays, images: flat.merge(graphdef, arrays).encode(images))
+        self._codebook = jax.jit(lambda arrays: flat.merge(graphdef, arrays).quantizer.lookup(
+            jnp.arange(self.num_codes, dtype=jnp.int32)))
         self._lookup = jax.jit(lambda arrays, codes: flat.merge(graphdef, arrays).lookup(codes))
         self._decode = jax.jit(lambda arrays, z_q: jnp.clip(flat.merge(graphdef, arrays).decode(z_q), 0, 1))
 
@@ -69,18 +80,32 @@ class Tokenizer:
         Raises:
           ValueError: codes that are no integers, of another shape, or out of range.
         """
-        codes = np.asarray(codes)
+        codes = codes if isinstance(codes, Tracer) else np.asarray(codes)
         if not np.issubdtype(codes.dtype, np.integer):
             raise ValueError(f"codes must be integers, not {codes.dtype}")
         if codes.shape[1:] not in ((self._grid, self._grid), (self._grid**2,)):
             raise ValueError(f"codes must be [B, {self._grid}, {self._grid}] or [B, {self._grid**2}], "
                              f"not {codes.shape}")
-        wrong = np.argwhere((codes < 0) | (codes >= self.num_codes))
-        if len(wrong):
+        if isinstance(codes, np.ndarray) and len(wrong := np.argwhere((codes < 0) | (codes >= self.num_codes))):
             at = tuple(int(i) for i in wrong[0])
             raise ValueError(f"code {codes[at]} at {at} is out of range: this model has codes 0 to "
                              f"{self.num_codes - 1}")
         return self.decode(self._lookup(self._arrays, jnp.asarray(codes, jnp.int32)))
+
+    def codebook(self) -> jax.Array:
+        """The vectors that codes stand for, `[num_codes, d]` float32, as the decoder sees them: after all projections.
+
+        `codebook()[codes]` are the latents that `encode` gives and `decode` takes, up to rounding; so
+        `decode(probabilities @ codebook())` shows, with a gradient, the mean of what a generator thinks likely. In a
+        model with `latent_statistics` latents are these vectors normalised by position, and only
+        `decode_from_indices` makes images of codes.
+
+        Raises:
+          ValueError: the model has no codes, or more than 2^20, which FSQ can have.
+        """
+        if self.num_codes > _MAX_LISTED_CODES:
+            raise ValueError(f"this model has {self.num_codes} codes, too many to list: decode_from_indices takes any")
+        return self._codebook(self._arrays)
 
     def reconstruct(self, images) -> jax.Array:
         """`decode(encode(images)[0])`, and, bit for bit, `decode_from_indices(encode_to_indices(images))`."""
@@ -94,7 +119,50 @@ class Tokenizer:
             return images.astype(jnp.float32) / 255
         if not jnp.issubdtype(images.dtype, jnp.floating):
             raise ValueError(f"images must be float in [0, 1] or uint8, not {images.dtype}")
+        _check_range(images)
         return images.astype(jnp.float32)
+
+
+def _check_range(images: jax.Array) -> None:
+    """Refuses values beyond [0, 1] or not finite, where they are known: not inside `jax.jit` and its like."""
+    fine = jnp.all((images >= -_TOLERANCE) & (images <= 1 + _TOLERANCE))
+    if not isinstance(fine, Tracer) and not fine:
+        values = np.asarray(images, np.float32)
+        raise ValueError(f"float images must be in [0, 1], but these are between {values.min():.4g} and "
+                         f"{values.max():.4g}: divide by 255 what has 256 levels, and clip what resampling overshot")
+
+
+def read_images(files: str | os.PathLike | Iterable[str | os.PathLike], size: int) -> np.ndarray:
+    """Image files as a tokenizer takes them, made exactly as evaluation makes them.
+
+    The short side is resized to `size` with an antialiased bicubic filter, then the centre square is kept. EXIF
+    orientation, transparency and 16-bit values are taken care of.
+
+    Args:
+      files: one or several.
+      size: side of the result; `Tokenizer.image_size`.
+
+    Returns:
+      uint8 `[B, size, size, 3]`, RGB, in the order of the files.
+
+    Raises:
+      OSError: a file cannot be read.
+      ValueError: a file is no image, or damaged; the message names it. Or there are no files.
+    """
+    files = [files] if isinstance(files, str | os.PathLike) else list(files)
+    if not files:
+        raise ValueError("no images given")
+    return np.stack([_read_image(Path(file), size) for file in files])
+
+
+def _read_image(file: Path, size: int) -> np.ndarray:
+    # Not at the top: Grain, which comes with it, defines flags, and `import vqrae_jax` should define none.
+    from vqrae_jax.data import decode_image, resize_and_center_crop
+
+    try:
+        return resize_and_center_crop(decode_image(file.read_bytes()), size=size)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
 
 
 def load(workdir: str | os.PathLike, *, step: int | None = None, weights: Weights = "ema") -> Tokenizer:
@@ -118,7 +186,8 @@ def load_encoder(hf_dir_or_hub_id: str | os.PathLike, image_size: int | None = N
     """A pretrained encoder: `load_encoder(path)(images)` gives `[B, N, d]` float32 features.
 
     Args:
-      hf_dir_or_hub_id: a Hugging Face folder, or the id of a model on the hub.
+      hf_dir_or_hub_id: a Hugging Face folder, the id of a model on the hub, or `nano`, the one that ships with this
+        package.
       image_size: side of the image that the encoder sees (others are resized to it); None is its native one.
       final_norm: `affine` keeps the last LayerNorm's scale and bias, as Hugging Face does; `plain` leaves them out.
 
@@ -126,4 +195,6 @@ def load_encoder(hf_dir_or_hub_id: str | os.PathLike, image_size: int | None = N
       OSError: files are missing or damaged.
       ValueError: an unsupported model, a tensor that does not fit, or a size the patch does not divide.
     """
-    return huggingface.build_encoder(os.fspath(hf_dir_or_hub_id), image_size=image_size, final_norm=final_norm)
+    path = os.fspath(hf_dir_or_hub_id)
+    return huggingface.build_encoder(build.NANO if path == "nano" else path, image_size=image_size,
+                                     final_norm=final_norm)
