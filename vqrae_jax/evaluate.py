@@ -2,10 +2,10 @@
 
     python -m vqrae_jax.evaluate --workdir=DIR [--data=SPEC] [--out=DIR]
 
-prints a table and writes `metrics.json` and `reconstructions.png`. Without --data the images are those of `eval.source`,
-or all that were held out of `data.source`. Given several times, --workdir puts the runs side by side, on the same images.
-Images are resized bicubically to the run's size on the short side and cropped to the centre; original and
-reconstruction are compared on exactly these pixels, as float32 in [0, 1].
+prints a table and writes `metrics.json` and `reconstructions.png`. Without --data the images are those of
+`eval.source`, or all that were held out of `data.source`. Given several times, --workdir puts the runs side by side, on
+the same images. Images are resized bicubically to the run's size on the short side and cropped to the centre; original
+and reconstruction are compared on exactly these pixels, as float32 in [0, 1].
 """
 
 from pathlib import Path
