@@ -3,10 +3,11 @@
     python -m vqrae_jax.evaluate --workdir=DIR [--data=SPEC] [--weights=ema|raw] [--out=DIR]
 
 prints a table and writes `metrics.json` and `reconstructions.png`. Without --data the images are those of
-`eval.source`, or all that were held out of `data.source`. Given several times, or as a pattern such as 'runs/dim*',
---workdir puts the runs side by side, on the same images, with the config keys in which they differ. Images are resized
-bicubically to the run's size on the short side and cropped to the centre; original and reconstruction are compared on
-exactly these pixels, as float32 in [0, 1].
+prints a table and writes `metrics.json` and `reconstructions.png`. Without --data the images are those of the first
+run's `eval.source`, or all that were held out of its `data.source`. Given several times, or as a pattern such as
+'runs/dim*', --workdir puts the runs side by side, on the same images, with the config keys in which they differ. Images
+are resized bicubically to the run's size on the short side and cropped to the centre; original and reconstruction are
+compared on exactly these pixels, as float32 in [0, 1].
 """
 
 import glob

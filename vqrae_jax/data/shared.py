@@ -24,7 +24,7 @@ class SharedArray:
     values: memoryview
 
     def __init__(self, numbers: np.ndarray):
-        self.values, self._descriptor = memoryview(numbers).toreadonly(), None
+        self.values, self._descriptor = numbers.data.toreadonly(), None
         if hasattr(os, "memfd_create") and len(numbers):
             descriptor = os.memfd_create("vqrae_jax")
             with open(descriptor, "wb", closefd=False) as file:
