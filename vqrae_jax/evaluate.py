@@ -2,7 +2,6 @@
 
     python -m vqrae_jax.evaluate --workdir=DIR [--data=SPEC] [--weights=ema|raw] [--out=DIR]
 
-prints a table and writes `metrics.json` and `reconstructions.png`. Without --data the images are those of
 prints a table and writes `metrics.json` and `reconstructions.png`. Without --data the images are those of the first
 run's `eval.source`, or all that were held out of its `data.source`. Given several times, or as a pattern such as
 'runs/dim*', --workdir puts the runs side by side, on the same images, with the config keys in which they differ. Images
