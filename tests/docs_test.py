@@ -146,12 +146,15 @@ def _fault(program: str, *words: str) -> str:
 
 
 def wrong_keys(text: str) -> list[str]:
-    """The config keys that a page names, between backticks or as --config.key in a command, and that do not exist."""
+    """The config keys that a page names, between backticks or as --config.key in a command, and that do not exist.
+
+    What is called with parentheses is a function of that name in Python.
+    """
     gone = {key for keys in GONE.findall(text) for key in keys.replace(",", " ").split()}
     page = read(_without_old_names(text))
     sections = "|".join(field.name for field in dataclasses.fields(config_lib.Config))
     named = [name for code in page.inline if not re.search(r"-m vqrae_jax", code)
-             for name in re.findall(rf"(?<![\w./-])((?:{sections})\.[a-z]\w*(?:\.[a-z]\w*)*)", code)]
+             for name in re.findall(rf"(?<![\w./-])((?:{sections})\.[a-z]\w*(?:\.[a-z]\w*)*)\b(?!\()", code)]
     given = [name.rstrip(".") for name in re.findall(r"--config\.([\w.]+)", text)]
     wrong = [key for key in [*named, *given] if not _exists(key)]
     still = [f"{key} is not gone" for key in gone if _exists(key)]
@@ -235,7 +238,7 @@ def test_the_readme_is_one_page_that_leads_to_all_others():
      "\n    ls && python -m vqrae_jax.plan \\\n        --serch\n", "no flag --serch"),
     (wrong_keys, "`optim.lr = 1` `gan.*` `loss.perceptual`", "`optim.learning_rate`", "optim.learning_rate"),
     (wrong_keys, "\n    python -m x --config.train.steps=3\n", "\n    python -m x --config.train.step=3\n", "train.step"),
-    (wrong_keys, "`model.features(images)` `loss.py` `config.data`", "`model.quantizer.codes`", "model.quantizer.codes"),
+    (wrong_keys, "`model.quantizer.codes()` `loss.py` `loss.gradients` `config.data`", "`model.quantizer.codes`", "model.quantizer.codes"),
     (wrong_keys, "| old key | here |\n|--|--|\n| `data.old` | `data.flip` |",
      "| old key | here |\n|--|--|\n| `data.old` | `data.flop` |", "data.flop"),
     (wrong_keys, "<!-- gone keys: data.old -->\n`data.old`", "<!-- gone keys: data.flip -->", "data.flip is not gone"),
