@@ -2,7 +2,7 @@
 
     python -m vqrae_jax.bench --config=configs/bench_medium.py --against=torch
 
-Stage 1: the encoder is frozen. Weights are random; it is not meant to be trained. Results: README.
+Stage 1: the encoder is frozen. Weights are random; it is not meant to be trained. Results: docs/measurements.md.
 """
 
 from ml_collections import ConfigDict

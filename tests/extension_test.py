@@ -1,4 +1,4 @@
-"""What docs/architecture.md says about adding things is run, from outside the package."""
+"""What docs/extending.md says about adding things is run, from outside the package."""
 
 import json
 import re
@@ -26,7 +26,7 @@ from vqrae_jax.tokenizer import build, task, train_state
 from vqrae_jax.weights.huggingface import FAMILIES
 
 TABLES = (SOURCES, METRICS, DISCRIMINATORS, IMAGE_LOSSES, NETWORKS, QUANTIZERS, FAMILIES)
-PAGE = (REPOSITORY / "docs" / "architecture.md").read_text()
+PAGE = (REPOSITORY / "docs" / "extending.md").read_text()
 EXAMPLES = dict(re.findall(r"```python (\w+)\n(.*?)```", PAGE, re.DOTALL))
 
 
