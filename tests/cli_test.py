@@ -15,6 +15,7 @@ from tests.conftest import REFERENCE, REPOSITORY, tiny
 from tests.verbs import command
 from vqrae_jax import config as config_lib
 from vqrae_jax.tokenizer import task
+from vqrae_jax.training import checkpoint, lock
 
 
 def assert_one_line_error(result: subprocess.CompletedProcess, says: str):
@@ -61,6 +62,36 @@ def test_main_fails_in_one_line_and_leaves_nothing(arguments, says, tmp_path):
     left = [path for path in sorted(tmp_path.rglob("*")) if path not in before]
     # A start that fails reserves nothing: the folder takes another config.
     assert not [path for path in left if path.is_dir() and path.name.isdigit()]
+
+
+def test_a_run_needs_no_more_than_a_config(tmp_path):
+    """The literal command, in a folder of the user's; a finished run says how good it is once more."""
+    (tmp_path / "mine.py").write_text("from tests.conftest import tiny\ndef get_config(steps):\n    config = tiny()\n"
+                                      "    config.train.steps = int(steps)\n    return config\n")
+    for _ in range(2):
+        result = command("vqrae_jax.main", "--config=mine.py:3", cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+        assert "mine-3" in result.stdout and "psnr" in result.stdout
+    assert "nothing left to do" in result.stderr
+    assert checkpoint.has_checkpoint(tmp_path / "runs" / "mine-3")
+
+
+def test_two_processes_do_not_train_in_one_folder(tmp_path):
+    with lock.held(tmp_path):
+        assert_one_line_error(command(*NANO, f"--workdir={tmp_path}"), f"{tmp_path} is being trained in by process ")
+
+
+def test_all_verbs_are_listed_and_every_key_is_explained():
+    listed = command("vqrae_jax").stdout
+    for verb in ("main", "evaluate", "reconstruct", "convert", "plan", "bench"):
+        assert f"  {verb} " in listed
+        assert (REPOSITORY / "vqrae_jax" / f"{verb}.py").exists()
+    explained = command("vqrae_jax.main", "--config=configs/nano_stage1.py", "--config.optim.lr=0.5", "--help")
+    assert explained.returncode == 0, explained.stderr
+    rows = {line.split()[0]: line.split()[1:] for line in explained.stdout.splitlines() if line.startswith("--config.")}
+    assert {key.removeprefix("--config.") for key in rows} == config_lib.keys().keys()
+    assert rows["--config.optim.lr"] == ["float", "at", "least", "0.0", "0.0004", "0.5", "*"]
+    assert rows["--config.seed"] == ["int", "at", "least", "0", "0", "0"]
 
 
 @pytest.mark.parametrize(("line", "says"), [

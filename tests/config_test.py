@@ -4,10 +4,12 @@ import ast
 import dataclasses
 import importlib
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
+import vqrae_jax
 from vqrae_jax import config as config_lib
 from vqrae_jax.models.perceptual import NETWORKS
 from vqrae_jax.models.quantizers import QUANTIZERS
@@ -40,7 +42,7 @@ def changed(**changes):
     ({"train__batch_size": 0}, "config key train.batch_size must be at least 1, not 0"),
     ({"data__crop_scale_min": 1.5}, "config key data.crop_scale_min must be between 0.001 and 1.0, not 1.5"),
     ({"model__quantizer__kind": "vqgan"},
-     "model.quantizer.kind must be one of simvq, ema, fsq, adapter_fsq, ranked, none, not 'vqgan'"),
+     "model.quantizer.kind must be one of simvq, ema, fsq, adapter_fsq, ranked, own, none, not 'vqgan'"),
     ({"model__quantizer": 3}, "config key model.quantizer must hold keys, not 3"),
     ({"model__quantizer__levels": [8, 8]},
      "model.quantizer.levels (8, 8) has no meaning for simvq, only for fsq and adapter_fsq"),
@@ -270,3 +272,52 @@ def test_sizes_that_do_not_fit_are_named(key, value, says, tiny_config):
     with pytest.raises(ValueError, match="config key") as error:
         build.structure(config_lib.parse(tiny_config))
     assert says in str(error.value)
+
+
+def test_a_config_file_is_loaded_from_anywhere_and_leaves_nothing_behind(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in [name for name in sys.modules if name.split(".")[0] == "configs"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if Path(entry).resolve() != REPOSITORY])
+    path, modules = list(sys.path), set(sys.modules)
+    config = vqrae_jax.load_config(REPOSITORY / "configs/nano_stage2.py", **{"optim.lr": 3e-4, "train.steps": 70})
+    assert isinstance(config, config_lib.Config)
+    assert (config.optim.lr, config.train.steps, config.init_from) == (3e-4, 70, "runs/nano_stage1")
+    assert sys.path == path
+    assert not {name for name in sys.modules if name.split(".")[0] == "configs"} - modules
+    ablation = vqrae_jax.load_config(f"{REPOSITORY}/configs/ablation.py:dim=384,size=4096")
+    assert (ablation.model.quantizer.dim, ablation.model.quantizer.size) == (384, 4096)
+
+
+def test_a_config_file_and_what_it_imports_are_read_anew(tmp_path):
+    """Two repositories, and an edit between two calls, as in a notebook."""
+    for repository, steps in (("a", 60), ("b", 70)):
+        folder = tmp_path / repository / "settings"
+        folder.mkdir(parents=True)
+        (folder / "base.py").write_text(f"STEPS = {steps}  # of {repository}\n")
+        (folder / "mine.py").write_text("from settings import base\nfrom vqrae_jax import config as config_lib\n"
+                                        "def get_config():\n    config = config_lib.default()\n"
+                                        "    config.train.steps = base.STEPS\n"
+                                        "    config.optim.warmup_steps = 1\n    return config\n")
+        assert vqrae_jax.load_config(folder / "mine.py").train.steps == steps
+    (tmp_path / "b/settings/base.py").write_text("STEPS = 12345\n")
+    assert vqrae_jax.load_config(tmp_path / "b/settings/mine.py").train.steps == 12345
+
+
+@pytest.mark.parametrize(("file", "changes", "says"), [
+    ("nano_stage3.py", {}, r"there is no config file .*nano_stage3.py: did you mean .*nano_stage2.py\?"),
+    ("nano_stage1.py", {"optim.learning_rate": 1.0},
+     r"unknown config key optim.learning_rate: did you mean optim.lr\? There are optim.lr"),
+    ("nano_stage1.py", {"lr": 1.0}, r"unknown config key lr: did you mean optim.lr or gan.lr\? There are seed, "),
+    ("nano_stage1.py", {"model.quantiser.size": 8},
+     r"model.quantiser.size: did you mean model.quantizer.size\? There are seed"),
+    ("nano_stage1.py", {"optim.warmup": 8}, r"optim.warmup: did you mean optim.warmup_steps\?"),
+    ("nano_stage1.py", {"model.quantizer.size": "big"}, r"model.quantizer.size must be of type int, not 'big'"),
+    ("nano_stage1.py:dim=3", {}, r"nano_stage1.py takes no arguments, but 'dim=3' follows its name"),
+    ("../tests/tiny.py", {}, r"tiny.py is no config file: it defines no get_config"),
+    ("../README.md", {}, r"README.md is no config file: it must be a Python file"),
+])
+def test_what_is_wrong_with_a_config_file_or_key_is_one_line(file, changes, says):
+    with pytest.raises((ValueError, FileNotFoundError), match=says) as error:
+        vqrae_jax.load_config(REPOSITORY / "configs" / file, **changes)
+    assert "\n" not in str(error.value)

@@ -207,23 +207,55 @@ def test_gke_restarts_the_whole_set_and_fits_its_slice():
     assert mounts.keys() == {volume["name"] for volume in pod["volumes"]}
 
 
-@pytest.fixture
-def notebook():
+def read_notebook(name: str):
     nbformat = pytest.importorskip("nbformat", reason="nbformat is not installed: pip install -e '.[test]'")
-    content = nbformat.read(LAUNCH / "colab.ipynb", as_version=4)
+    content = nbformat.read(LAUNCH / name, as_version=4)
     nbformat.validate(content)
     return content
 
 
-def test_notebook_is_stored_without_outputs(notebook):
-    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+def run_notebook(notebook, folder: Path, tmp_path: Path, monkeypatch) -> tuple[str, list[str]]:
+    """Runs a notebook in a folder; gives what its cells print, and their pictures."""
+    nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed: pip install -e '.[test]'")
+    pytest.importorskip("ipykernel", reason="ipykernel is not installed: pip install -e '.[test]'")
+    for variable in ("IPYTHONDIR", "JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR"):
+        monkeypatch.setenv(variable, str(tmp_path / variable))
+    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(folder)}}).execute()
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    pictures = [output.data["image/png"] for output in outputs if "image/png" in output.get("data", {})]
+    return "".join(output.get("text", "") for output in outputs), pictures
+
+
+@pytest.fixture
+def notebook():
+    return read_notebook("colab.ipynb")
+
+
+@pytest.mark.parametrize("name", ["colab.ipynb", "tour.ipynb"])
+def test_notebooks_are_stored_without_outputs(name):
+    cells = [cell for cell in read_notebook(name).cells if cell.cell_type == "code"]
     assert not any(cell.outputs or cell.execution_count for cell in cells)
+
+
+def test_the_tour_runs_in_a_clone_and_compares_its_runs(tmp_path, monkeypatch):
+    for name in ("vqrae_jax", "configs", "launch"):
+        shutil.copytree(REPOSITORY / name, tmp_path / "clone" / name, ignore=shutil.ignore_patterns("__pycache__"))
+    notebook = read_notebook("tour.ipynb")
+    settings, *_ = (cell for cell in notebook.cells if cell.cell_type == "code")
+    assert "STEPS = 20" in settings.source
+    settings.source = settings.source.replace("STEPS = 20", "STEPS = 5")
+    text, pictures = run_notebook(notebook, tmp_path / "clone" / "launch", tmp_path, monkeypatch)
+    for run in ("simvq", "one_photo", "signs"):
+        assert (tmp_path / "clone/runs/tour" / run / "checkpoints/5").is_dir(), text
+        assert re.search(rf"^{run} +\d+\.\d\d dB +\d+ of 512$", text, re.MULTILINE), text
+    assert text.count("step 5/5  ") == 3, "progress is shown"
+    assert "features (8, 64, 192) codes (8, 8, 8) of 512" in text
+    assert re.search(r"^encoder +norm of the gradient \d", text, re.MULTILINE)
+    assert len(pictures) == 4, text
 
 
 def test_notebook_runs_from_an_empty_folder(notebook, tmp_path, monkeypatch):
     """Clones, trains a few steps, shows pictures and codes."""
-    nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed: pip install -e '.[test]'")
-    pytest.importorskip("ipykernel", reason="ipykernel is not installed: pip install -e '.[test]'")
     if not shutil.which("git"):
         pytest.skip("git is not installed")
     origin, empty = tmp_path / "origin", tmp_path / "empty folder"
@@ -244,14 +276,8 @@ def test_notebook_runs_from_an_empty_folder(notebook, tmp_path, monkeypatch):
 WORKDIR = "runs/my colab"
 OPTIONS = {shlex.join(f"--config.{key}={value}" for key, value in options.items())!r}"""
     monkeypatch.setenv("PIP_NO_INDEX", "1")  # all is installed: a test must not change its own environment
-    for variable in ("IPYTHONDIR", "JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR"):
-        monkeypatch.setenv(variable, str(tmp_path / variable))
-    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(empty)}}).execute()
-
-    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
-    text = "".join(output.get("text", "") for output in outputs)
+    text, pictures = run_notebook(notebook, empty, tmp_path, monkeypatch)
     assert (empty / "vqrae_jax/runs/my colab/checkpoints/2").is_dir(), text
-    pictures = [output.data["image/png"] for output in outputs if "image/png" in output.get("data", {})]
     assert len(pictures) == 2, text
     assert "step 2: PSNR" in text and "of the codes in use" in text
     assert "(16, 8, 8) codes" in text and "different ones of 64" in text

@@ -20,11 +20,12 @@ _SERVER.set_forkserver_preload(["vqrae_jax.cli", "vqrae_jax.tokenizer.task", "vq
                                 "tensorflow_datasets", "tests.verbs"])
 
 
-def command(module: str, *arguments: object, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess:
-    """`python -m module arguments` in the repository's folder."""
+def command(module: str, *arguments: object, timeout: float = 300, cwd: Path = REPOSITORY,
+            **environment: str) -> subprocess.CompletedProcess:
+    """`python -m module arguments`, in the repository's folder if not in another."""
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder) / "out", Path(folder) / "err"
-        process = _SERVER.Process(target=_run, args=(module, list(map(str, arguments)), environment, out, err))
+        process = _SERVER.Process(target=_run, args=(module, list(map(str, arguments)), cwd, environment, out, err))
         process.start()
         process.join(timeout)
         if process.exitcode is None:
@@ -34,14 +35,14 @@ def command(module: str, *arguments: object, timeout: float = 300, **environment
                                            err.read_text())
 
 
-def _run(module: str, arguments: list[str], environment: dict[str, str], out: Path, err: Path) -> None:
+def _run(module: str, arguments: list[str], cwd: Path, environment: dict[str, str], out: Path, err: Path) -> None:
     os.environ.update(environment)
-    os.chdir(REPOSITORY)
+    os.chdir(cwd)
     for stream, file in ((sys.stdout, out), (sys.stderr, err)):
         descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(descriptor, stream.fileno())
     sys.argv[1:] = arguments
-    sys.path[:0] = ["", *environment.get("PYTHONPATH", "").split(os.pathsep)]  # as `python -m` does
+    sys.path[:0] = ["", str(REPOSITORY), *environment.get("PYTHONPATH", "").split(os.pathsep)]  # as `python -m` does
     try:
         runpy.run_module(module, run_name="__main__", alter_sys=True)
     finally:

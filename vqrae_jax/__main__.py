@@ -8,5 +8,5 @@ VERBS = ("main", "evaluate", "reconstruct", "convert", "plan", "bench")
 if __name__ == "__main__":
     print("Each of these is a command, python -m vqrae_jax.VERB, and explains itself with --help:\n")
     for verb in VERBS:
-        summary = ast.get_docstring(ast.parse((Path(__file__).parent / f"{verb}.py").read_text())).splitlines()[0]
-        print(f"  {verb:12s} {summary}")
+        docstring = ast.get_docstring(ast.parse((Path(__file__).parent / f"{verb}.py").read_text())) or ""
+        print(f"  {verb:12s} {docstring.partition(chr(10))[0]}")

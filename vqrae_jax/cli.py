@@ -100,8 +100,9 @@ def _help(argv: Sequence[str]) -> NoReturn:
     if any(argument.startswith("--config=") for argument in argv):
         with contextlib.suppress(flags.IllegalFlagValueError):  # another flag that the verb needs is missing
             flags.FLAGS(list(argv))
-        config = config_lib.parse(flags.FLAGS["config"].value)
-        print(f"\n{flags.FLAGS['config'].config_filename} says, with * where it is not the default:\n")
+        flag: Any = flags.FLAGS["config"]
+        config = config_lib.parse(flag.value)
+        print(f"\n{config_flags.get_config_filename(flag)} says, with * where it is not the default:\n")
         rows = [(f"--config.{name}", key.type, key.range, repr(key.default), repr(value),
                  "*" if value != key.default else "")
                 for name, key in config_lib.keys().items() for value in [config_lib.value_of(config, name)]]

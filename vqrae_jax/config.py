@@ -11,9 +11,13 @@ import contextlib
 import dataclasses
 import difflib
 import functools
+import importlib.util
+import inspect
 import json
 import math
+import os
 import re
+import sys
 import typing
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -101,7 +105,7 @@ class Encoder:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Quantizer:
-    kind: str = _key("simvq", among=(QUANTIZERS,))  # none: an autoencoder, no codes
+    kind: str = _key("simvq", among=(QUANTIZERS,))  # none: an autoencoder, no codes; own: an object given to train
     size: int = _key(16384, low=2)  # number of codes; FSQ: the product of its levels
     dim: int = _key(1536, low=1)  # width of a code; FSQ: the number of its levels
     levels: tuple[int, ...] = ()  # FSQ only
@@ -266,6 +270,66 @@ def parse(values: ml_collections.ConfigDict | dict[str, Any], config_type: type[
         _check_tokenizer(config)
     _check_schedules(config)
     return config
+
+
+def load_config(file: str | os.PathLike, **changes: Any) -> Config:
+    """The config of a Python file, perhaps with keys changed: `load_config("configs/x.py", **{"optim.lr": 1e-4})`.
+
+    What the file imports from its own repository, such as `from configs import nano_stage1`, is found wherever the
+    current directory is, and read anew by every call.
+
+    Args:
+      file: its path; what follows a colon are arguments for its `get_config`: `configs/ablation.py:dim=384,size=4096`.
+      changes: values by dotted key.
+
+    Raises:
+      FileNotFoundError: there is no such file; the message names one of a similar name beside it.
+      ValueError: it has no `get_config`, or a key is unknown, of the wrong type or out of range, or two keys
+        contradict each other.
+    """
+    name, colon, arguments = os.fspath(file).partition(":")
+    path = Path(name).expanduser().resolve()
+    if not path.is_file():
+        others = sorted(other.name for other in path.parent.glob("*.py"))
+        near = difflib.get_close_matches(path.name, others, n=1)
+        raise FileNotFoundError(f"there is no config file {name}"
+                                + (f": did you mean {Path(name).with_name(near[0])}?" if near else ""))
+    with _importable(path):
+        spec = importlib.util.spec_from_file_location(f"config {path}", path)
+        if spec is None or spec.loader is None:
+            raise ValueError(f"{name} is no config file: it must be a Python file that defines get_config()")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        if not hasattr(module, "get_config"):
+            raise ValueError(f"{name} is no config file: it defines no get_config()")
+        if colon and not inspect.signature(module.get_config).parameters:
+            raise ValueError(f"{name} takes no arguments, but {arguments!r} follows its name")
+        config = module.get_config(arguments) if colon else module.get_config()
+    values = config.to_dict()
+    for key, value in changes.items():
+        check_key(key)
+        *sections, last = key.split(".")
+        functools.reduce(dict.__getitem__, sections, values)[last] = value
+    return parse(values)
+
+
+@contextlib.contextmanager
+def _importable(file: Path) -> Iterator[None]:
+    """Lets a config file import from its own repository; afterwards `sys.path` and the imported modules are as before.
+
+    The repository is the nearest folder above it with a `pyproject.toml` or `.git`, else what holds the file's folder.
+    """
+    root = next((folder for folder in file.parents if any((folder / name).exists() for name in (
+        "pyproject.toml", ".git"))), file.parent.parent)
+    package = file.relative_to(root).parts[0]
+    modules = {name for name in sys.modules if name.split(".")[0] == package}
+    sys.path.insert(0, str(root))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(root))
+        for name in [name for name in sys.modules if name.split(".")[0] == package and name not in modules]:
+            del sys.modules[name]
 
 
 def save(config: Run, file: Path) -> None:

@@ -7,6 +7,7 @@ keys are listed. At the end it evaluates.
 from pathlib import Path
 
 from absl import flags
+from ml_collections import config_flags
 
 from vqrae_jax import cli, config
 from vqrae_jax.tokenizer import evaluate, task
@@ -14,7 +15,7 @@ from vqrae_jax.training import distributed
 
 
 def main(_) -> None:
-    workdir = _WORKDIR.value or default_workdir(flags.FLAGS["config"].config_filename)
+    workdir = _WORKDIR.value or default_workdir(config_flags.get_config_filename(flags.FLAGS["config"]))
     if "://" in workdir:
         raise ValueError(f"--workdir={workdir} is no folder: mount the bucket, or choose a file system that all "
                          "processes share")

@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
+import vqrae_jax
 from tests.config_test import SHIPPED
 from tests.tiny import Run, reduced
 from vqrae_jax import config as config_lib
@@ -318,6 +320,50 @@ def test_the_adaptive_weight_is_the_ratio_of_two_whole_gradients(tiny_config):
     for path in run.params:
         scale = np.abs(wanted_grads[path]).max()
         np.testing.assert_allclose(grads[path], wanted_grads[path], rtol=1e-3, atol=1e-3 * scale, err_msg=path)
+
+
+@few_steps
+def test_the_public_loss_is_that_of_the_training_step(tiny_config):
+    """With a teacher and networks; of a config whose discriminator learns later: what its first phase optimises."""
+    tiny_config.optim.lr_multipliers = ()
+    tiny_config.loss.update(distill_weight=2.0, perceptual_weight=0.5)
+    tiny_config.loss.perceptual.update(convnext_s=3.0, lpips=1.0, random_weights=True)
+    run = Run(config_lib.parse(adversarial(tiny_config, discriminator_start_step=2, start_step=3)))
+    moved = {path: value * 1.05 if path.startswith("encoder/") else value for path, value in run.state.params.items()}
+    state = run.state._replace(params=moved)  # a student that has left its teacher
+    images = run.batch()["image"]
+    (expected, _, metrics), _ = jax.jit(lambda state: gradients(
+        run.config, run.structure, state, run.frozen, images, rng=jax.random.key(0), phase=""))(state)
+    assert metrics["loss/distill"] > 0 and metrics["loss/perceptual"] > 0
+
+    model = flat.merge(run.structure.graphdef, moved, run.buffers)
+    loss = vqrae_jax.loss_function(run.config)
+    (value, reported), grads = nnx.jit(nnx.value_and_grad(loss, has_aux=True))(model, images.astype(np.float32) / 255)
+    assert float(value) == pytest.approx(float(metrics["loss/total"]), rel=1e-6)
+    assert reported.keys() == metrics.keys()
+    chex.assert_trees_all_close(reported, metrics, rtol=1e-5)
+    by_path = {"/".join(map(str, path)): variable[...] for path, variable in nnx.to_flat_state(grads)}
+    chex.assert_trees_all_close(by_path, expected, rtol=1e-4, atol=1e-6)
+
+    # And as a pure function of the parameters.
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+    pure = jax.jit(jax.grad(lambda params: loss(nnx.merge(graphdef, params, rest), images)[0]))(params)
+    chex.assert_trees_all_close(nnx.to_pure_dict(pure), nnx.to_pure_dict(grads), rtol=1e-4, atol=1e-6)
+
+
+def test_a_created_model_is_what_a_run_starts_from(tiny_config):
+    run = Run(config_lib.parse(tiny_config))
+    tiny_config.model.quantizer.init = "kmeans"  # needs data, and init_from a run
+    tiny_config.init_from = "no/such/run"
+    model = vqrae_jax.create(config_lib.parse(tiny_config))
+    _, params, buffers = flat.split(model)
+    chex.assert_trees_all_close({**params, **buffers}, {**run.params, **run.buffers}, atol=1e-6)
+    images = run.batch()["image"].astype(np.float32) / 255
+    output = model(images, train=False)
+    assert output.images.shape == (4, 32, 32, 3) and output.quantized.indices.shape == (4, 16)
+    encoder = vqrae_jax.load_encoder(tiny_config.model.encoder.path, image_size=32)
+    np.testing.assert_allclose(output.features, encoder(images), atol=1e-5)
+    assert model.quantizer.codes().shape == (32, 32) and len(model.decoder.transformer.blocks.mlp.fc1.kernel[...]) > 0
 
 
 def test_the_gan_starts_when_the_config_says_and_costs_nothing_before(tiny_config):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import re
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -329,6 +330,38 @@ def test_bad_images_cost_themselves_only(tiny_config, tmp_path, mixed_folder):
     assert sorted(Path(name).name for name in named) == ["text.jpg", "truncated.jpg"]
     table = evaluate.table({"run": result})
     assert "num_images" in table
+
+
+def test_data_that_moved_must_hold_the_same_images(tiny_config, tmp_path, mixed_folder, caplog):
+    caplog.set_level("INFO", "vqrae_jax")
+    tiny_config.data.update(source=f"folder:{mixed_folder}", max_bad=1.0)
+
+    def goes_on(steps, **data):
+        tiny_config.train.steps = steps
+        tiny_config.data.update(**data)
+        return task.train(config_lib.parse(tiny_config), tmp_path / "run")
+
+    goes_on(3)
+    moved = mixed_folder.rename(tmp_path / "moved")
+    goes_on(4, source=f"folder:{moved}")
+    assert f"data.source: 'folder:{mixed_folder}' -> 'folder:{moved}' from step 3 on" in caplog.text
+    assert len(lines(tmp_path / "run")) == 6  # four steps, and evaluations at both ends
+    shutil.copytree(moved, tmp_path / "other")
+    noisy(99, "RGB").save(tmp_path / "other" / "cat" / "good0.jpg")
+    with pytest.raises(ValueError, match=r"other does not hold the images .*: 1 of \d+ images that were looked"):
+        goes_on(5, source=f"folder:{tmp_path / 'other'}")
+    (moved / "cat" / "good0.jpg").unlink()
+    goes_on(5, source=f"folder:{moved}")
+    assert re.search(r"changed since this run began \(\d+ images instead of \d+\): it goes on with them", caplog.text)
+
+
+def test_a_run_that_does_not_fit_into_memory_may_go_on_in_smaller_pieces(tiny_config, tmp_path):
+    tiny_config.train.steps = 3
+    task.train(config_lib.parse(tiny_config), tmp_path)
+    tiny_config.train.update(steps=5, accumulate=2)
+    tiny_config.model.remat = "full"
+    result = task.train(config_lib.parse(tiny_config), tmp_path)
+    assert len(lines(tmp_path)) == 7 and result == task.train(config_lib.parse(tiny_config), tmp_path)
 
 
 def test_evaluation_numbers_are_those_of_the_images(tiny_config, tmp_path):

@@ -9,9 +9,9 @@ import importlib.resources
 import itertools
 import os
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, NoReturn, Protocol, runtime_checkable
 
 import numpy as np
 from PIL import Image
@@ -36,6 +36,7 @@ class Record(NamedTuple):
     name: str
 
 
+@runtime_checkable
 class Source(Protocol):
     """What the pipeline reads from; the same index always gives the same record.
 
@@ -125,6 +126,50 @@ class EmbeddedSource:
         top = int(rng.integers(region.shape[0] - side, endpoint=True))
         left = int(rng.integers(region.shape[1] - side, endpoint=True))
         return Record(region[top:top + side, left:left + side], label, self.name(index))
+
+
+class ArraySource:
+    """Images that are in memory.
+
+    Args:
+      images: a sequence of uint8 arrays `[H, W, 3]`, of any sizes, or of pairs of such an array and its label, a class
+        index; or one array `[N, H, W, 3]`.
+
+    Raises:
+      ValueError: there is none, one is of another type or shape, or only some have labels; the message names the first.
+    """
+
+    def __init__(self, images: Sequence[Any]):
+        pairs = [image if isinstance(image, tuple) else (image, -1) for image in images]
+        if not pairs:
+            raise ValueError("source has no images")
+        for index, pair in enumerate(pairs):
+            image, label = pair if len(pair) == 2 else (pair, -1)
+            if not (isinstance(image, np.ndarray) and isinstance(label, int | np.integer) and image.dtype == np.uint8
+                    and image.shape[2:] == (3,) and image.size):
+                found = (f"{image.dtype} {list(image.shape)}" if isinstance(image, np.ndarray)
+                         else type(images[index]).__name__)
+                raise ValueError(f"source: image {index} must be an uint8 array [H, W, 3], or (array, int): it is "
+                                 f"{found}")
+            if (label < 0) != (pairs[0][1] < 0):
+                raise ValueError(f"source: images 0 and {index}: only one of them has a label")
+        self._images = pairs
+        self.num_classes = 1 + max(int(label) for _, label in pairs) if pairs[0][1] >= 0 else None
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def name(self, index: int) -> str:
+        return f"image {index}"
+
+    def __getitem__(self, index: int) -> Record:
+        image, label = self._images[index]
+        return Record(image, int(label), self.name(index))
+
+
+def as_source(images: Any) -> Source:
+    """`images` itself if it has the methods of `Source`, else the `ArraySource` of it."""
+    return images if isinstance(images, Source) else ArraySource(images)
 
 
 class FolderSource:
@@ -468,11 +513,16 @@ def _open_tfds(rest: str, *, training: bool) -> Source:
     return TfdsSource(name, split=split, data_dir=data_dir)
 
 
+def _refuse_own(rest: str, *, training: bool) -> NoReturn:
+    raise ValueError("the images of this run are an object, which no config can name: give --data=SPEC to evaluate it "
+                     "on others, or in Python the object to vqrae_jax.train as source=")
+
+
 class SourceKind(NamedTuple):
     """A row of the table of sources.
 
     Attributes:
-      spec: how a SPEC of this kind is written.
+      spec: how a SPEC of this kind is written; empty if nobody may.
       open: `(what follows the colon, training=) -> Source`.
       holds_out: `(what follows the colon) -> bool`, whether the data themselves hold images out, which `open` gives
         when it is not for training.
@@ -490,6 +540,7 @@ SOURCES = {
     "folder": SourceKind("folder:PATH", lambda rest, *, training: FolderSource(rest)),
     "tfds": SourceKind("tfds:NAME[:SPLIT][@DATA_DIR]", _open_tfds, lambda rest: bool(_tfds_held_out(rest))),
     "array_record": SourceKind("array_record:GLOB", lambda rest, *, training: ArrayRecordSource(rest)),
+    "own": SourceKind("", _refuse_own),  # an object, given to `vqrae_jax.train`
 }
 
 
@@ -530,6 +581,6 @@ def _kind(spec: str) -> tuple[SourceKind, str]:
     name, _, rest = spec.partition(":")
     kind = SOURCES[name] if name in SOURCES else None
     if kind is None or bool(rest) != (":" in kind.spec):
-        *others, last = (kind.spec for kind in SOURCES.values())
+        *others, last = (kind.spec for kind in SOURCES.values() if kind.spec)
         raise ValueError(f"unknown data {spec!r}: give {', '.join(others)} or {last}")
     return kind, rest

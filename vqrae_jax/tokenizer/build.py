@@ -15,7 +15,7 @@ from vqrae_jax.models.discriminators import DISCRIMINATORS
 from vqrae_jax.models.encoders import Encoder
 from vqrae_jax.models.flat import Arrays
 from vqrae_jax.models.perceptual import NETWORKS
-from vqrae_jax.models.quantizers import QUANTIZERS, Quantizer
+from vqrae_jax.models.quantizers import QUANTIZERS, Quantizer, own
 from vqrae_jax.models.vit import SAVE_MATMULS, TransformerSpec
 from vqrae_jax.models.vqrae import VQRAE
 from vqrae_jax.weights import huggingface
@@ -69,8 +69,12 @@ class Structure(NamedTuple):
     networks: Networks
 
 
-def structure(config: Config) -> Structure:
+def structure(config: Config, quantizer: Quantizer | None = None) -> Structure:
     """The structure of a config's model; of the disk only the encoder's config is read.
+
+    Args:
+      config: of the run.
+      quantizer: the object where `model.quantizer.kind` is "own", else None.
 
     Raises:
       ValueError: sizes that do not fit each other; the message names the config key.
@@ -78,7 +82,8 @@ def structure(config: Config) -> Structure:
     """
     encoder = huggingface.read_encoder_spec(encoder_path(config))
     input_size = encoder_input_size(config)
-    graphdef, params, buffers = flat.split(nnx.eval_shape(lambda: model(config, encoder, nnx.Rngs(config.seed))))
+    graphdef, params, buffers = flat.split(
+        nnx.eval_shape(lambda: model(config, encoder, nnx.Rngs(config.seed), quantizer)))
     networks = split(nnx.eval_shape(lambda: loss_networks(config, nnx.Rngs(config.seed))))
     return Structure(encoder, decoder_spec(config, encoder), input_size, (input_size // encoder.vit.patch_size) ** 2,
                      graphdef, params, buffers, networks)
@@ -101,8 +106,8 @@ def encoder_input_size(config: Config) -> int:
     return config.model.encoder.input_size or config.data.image_size
 
 
-def model(config: Config, spec: EncoderSpec, rngs: nnx.Rngs) -> VQRAE:
-    """The model with random weights; arguments and errors as of `structure`."""
+def model(config: Config, spec: EncoderSpec, rngs: nnx.Rngs, quantizer: Quantizer | None = None) -> VQRAE:
+    """The model with random weights, those of `quantizer` excepted; arguments and errors as of `structure`."""
     size, input_size, patch_size = config.data.image_size, encoder_input_size(config), spec.vit.patch_size
     key = "model.encoder.input_size" if config.model.encoder.input_size else "data.image_size"
     if input_size % patch_size:
@@ -119,13 +124,18 @@ def model(config: Config, spec: EncoderSpec, rngs: nnx.Rngs) -> VQRAE:
     decoder = Decoder(decoder_spec(config, spec), latent_width=encoder.width, grid=grid, patch_size=output_patch,
                       mean=spec.mean, std=spec.std, cls_token=config.model.decoder.cls_token,
                       learned_positions=config.model.decoder.learned_positions, remat=remat, dtype=dtype, rngs=rngs)
-    return VQRAE(encoder=encoder, quantizer=_quantizer(config, width=encoder.width, rngs=rngs), decoder=decoder,
-                 noise_tau=config.model.noise_tau, latent_statistics=config.model.latent_statistics)
+    return VQRAE(encoder=encoder, quantizer=_quantizer(config, quantizer, width=encoder.width, rngs=rngs),
+                 decoder=decoder, noise_tau=config.model.noise_tau, latent_statistics=config.model.latent_statistics)
 
 
-def _quantizer(config: Config, *, width: int, rngs: nnx.Rngs) -> Quantizer:
-    kind = QUANTIZERS[config.model.quantizer.kind]
-    return kind.build(width=width, rngs=rngs, **quantizer_keys(config))
+def _quantizer(config: Config, given: Quantizer | None, *, width: int, rngs: nnx.Rngs) -> Quantizer:
+    kind = config.model.quantizer.kind
+    if given is None:
+        return QUANTIZERS[kind].build(width=width, rngs=rngs, **quantizer_keys(config))
+    if kind != "own":
+        raise ValueError(f"quantizer: this run takes no object, for its config says model.quantizer.kind {kind!r}")
+    own.check(given, width=width)
+    return nnx.clone(given)  # of its structure and arrays: the caller's object stays as it is
 
 
 def quantizer_keys(config: Config) -> dict[str, object]:

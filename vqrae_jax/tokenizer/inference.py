@@ -14,6 +14,7 @@ from vqrae_jax.config import Config
 from vqrae_jax.models import flat
 from vqrae_jax.models.encoders import Encoder
 from vqrae_jax.models.flat import Arrays
+from vqrae_jax.models.quantizers import Quantizer
 from vqrae_jax.models.vit import FinalNorm
 from vqrae_jax.tokenizer import build, runs
 from vqrae_jax.tokenizer.runs import Weights
@@ -165,7 +166,8 @@ def _read_image(file: Path, size: int) -> np.ndarray:
         raise ValueError(f"{file}: {error}") from None
 
 
-def load(workdir: str | os.PathLike, *, step: int | None = None, weights: Weights = "ema") -> Tokenizer:
+def load(workdir: str | os.PathLike, *, step: int | None = None, weights: Weights = "ema",
+         quantizer: Quantizer | None = None) -> Tokenizer:
     """The model of a run's folder.
 
     Args:
@@ -173,12 +175,14 @@ def load(workdir: str | os.PathLike, *, step: int | None = None, weights: Weight
       step: which checkpoint; None is the last.
       weights: `ema` is the moving average of the weights, `raw` the weights as they were trained. In a run without
         averages (`optim.ema_decay` 0) both are the same.
+      quantizer: of a run that was trained with one given as an object: that object, or one like it.
 
     Raises:
       OSError: not the folder of a run, or no checkpoint in it, or not that one.
-      ValueError: other `weights`.
+      ValueError: other `weights`; the run needs `quantizer`, or takes none.
     """
-    return Tokenizer(*runs.load_run(Path(workdir), sharding.one_device(), step=step, weights=weights))
+    return Tokenizer(*runs.load_run(Path(workdir), sharding.one_device(), step=step, weights=weights,
+                                    quantizer=quantizer))
 
 
 def load_encoder(hf_dir_or_hub_id: str | os.PathLike, image_size: int | None = None,

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -18,6 +19,8 @@ from vqrae_jax.models import flat
 from vqrae_jax.models.discriminators import DISCRIMINATORS
 from vqrae_jax.models.flat import Arrays
 from vqrae_jax.models.placement import split_batch
+from vqrae_jax.models.quantizers import Quantizer
+from vqrae_jax.models.vqrae import VQRAE
 from vqrae_jax.tokenizer import build, runs, train_state
 from vqrae_jax.tokenizer.build import Structure
 from vqrae_jax.training import distributed, sharding, update
@@ -29,27 +32,59 @@ log = logging.getLogger(__name__)
 KMEANS_TOKENS_PER_CODE = 8
 
 
-def model_arrays(config: Config, structure: Structure, mesh: Mesh) -> tuple[Arrays, Arrays]:
-    """Parameters and buffers of a new model: pretrained encoder, everything else from `seed`.
+def create(config: Config) -> VQRAE:
+    """An untrained model of a config, as an NNX module to call, differentiate and look into.
+
+    It is what a run of the config starts from as far as no data and no other run is needed: the encoder has its
+    pretrained weights (unless `model.encoder.random_weights`), everything else is drawn from `seed`. What a run would
+    find by k-means (`model.quantizer.init`) or take from `init_from` is random here too.
+
+    `create(config)(images, train=False)` is a `models.vqrae.Output`; images are `[B, H, W, 3]`, float32 in [0, 1] or
+    uint8, and `data.image_size` is H and W.
+
+    Raises:
+      ValueError: sizes that do not fit each other; the message names the config key.
+      OSError: the encoder's config or weights cannot be read.
+    """
+    structure = build.structure(config)
+    params, buffers = model_arrays(config, structure, sharding.one_device())
+    return flat.merge(structure.graphdef, on_their_device({**params, **buffers}))
+
+
+def on_their_device(arrays: Arrays) -> Arrays:
+    """Arrays of `sharding.one_device()` without that mesh, so that they work inside a mesh of the user's."""
+    return {path: array.addressable_data(0) for path, array in arrays.items()}
+
+
+def model_arrays(config: Config, structure: Structure, mesh: Mesh,
+                 quantizer: Quantizer | None = None) -> tuple[Arrays, Arrays]:
+    """Parameters and buffers of a new model: pretrained encoder, the given quantizer, everything else from `seed`.
 
     Args:
       config: of the run.
       structure: its model's.
       mesh: where the arrays are to be. No array is whole elsewhere.
+      quantizer: the object where `model.quantizer.kind` is "own".
     """
-    pretrained = {}
+    given, given_buffers = {}, {}
     if not config.model.encoder.random_weights:
         with config_lib.says_where("model.encoder.path"):
             loaded = huggingface.load_encoder_params(build.encoder_path(config), image_size=structure.input_size,
                                                      final_norm=config.model.encoder.final_norm)
-        pretrained = flat.prefixed("encoder/", loaded)
+        given = flat.prefixed("encoder/", loaded)
+    if quantizer is not None:
+        # Copies on the host: the run's own arrays are donated to its steps.
+        theirs = [{path: np.array(value) for path, value in arrays.items()} for arrays in flat.split(quantizer)[1:]]
+        given, given_buffers = given | flat.prefixed("quantizer/", theirs[0]), flat.prefixed("quantizer/", theirs[1])
 
     def init():
-        _, params, buffers = flat.split(build.model(config, structure.encoder, nnx.Rngs(config.seed)))
-        return {path: value for path, value in params.items() if path not in pretrained}, buffers
+        _, params, buffers = flat.split(build.model(config, structure.encoder, nnx.Rngs(config.seed), quantizer))
+        without = lambda arrays, known: {path: value for path, value in arrays.items() if path not in known}
+        return without(params, given), without(buffers, given_buffers)
 
     params, buffers = sharding.made(init, mesh, train_state.rules(config))
-    return {**params, **sharding.put(mesh, pretrained, train_state.rules(config))}, buffers
+    put = lambda arrays: sharding.put(mesh, arrays, train_state.rules(config))
+    return params | put(given), buffers | put(given_buffers)
 
 
 def network_arrays(config: Config, mesh: Mesh) -> tuple[Arrays, Arrays]:
@@ -92,8 +127,8 @@ def _check_heads(config: Config, ours: Arrays, theirs: dict[str, Any]) -> None:
             raise ValueError(f"config key gan.heads: {config.gan.heads} does not fit this discriminator at {path}")
 
 
-def initial_arrays(config: Config, structure: Structure, open_batches: Callable[[], Batches],
-                   mesh: Mesh) -> tuple[Arrays, Arrays]:
+def initial_arrays(config: Config, structure: Structure, open_batches: Callable[[], Batches], mesh: Mesh,
+                   quantizer: Quantizer | None = None) -> tuple[Arrays, Arrays]:
     """Parameters and buffers that a run starts from.
 
     Args:
@@ -101,12 +136,13 @@ def initial_arrays(config: Config, structure: Structure, open_batches: Callable[
       structure: its model's.
       open_batches: opens the training data, for a start by k-means.
       mesh: where the arrays are to be.
+      quantizer: the object where `model.quantizer.kind` is "own".
     """
     shapes = {**structure.params, **structure.buffers}
-    restored = _restored_arrays(config, structure, mesh) if config.init_from else {}
+    restored = _restored_arrays(config, structure, mesh, quantizer) if config.init_from else {}
     initial = restored
     if not shapes.keys() <= restored.keys():
-        params, buffers = model_arrays(config, structure, mesh)
+        params, buffers = model_arrays(config, structure, mesh, quantizer)
         initial = params | buffers | restored
     if config.model.latent_statistics and "latent_mean" not in restored:
         raise ValueError("config key model.latent_statistics needs a run to take them from: set init_from")
@@ -145,14 +181,16 @@ def codebook_from_data(config: Config, structure: Structure, arrays: Arrays, ima
     return flat.prefixed("quantizer/", cluster(arrays, tokens))
 
 
-def _restored_arrays(config: Config, structure: Structure, mesh: Mesh) -> Arrays:
+def _restored_arrays(config: Config, structure: Structure, mesh: Mesh, quantizer: Quantizer | None) -> Arrays:
     """Another run's arrays as far as this model has them, in whole parts: encoder, quantizer, decoder, statistics.
 
     Raises:
       ValueError: a part that both have differs; the message names the first array.
     """
     with config_lib.says_where("init_from"):
-        other, _, arrays = runs.load_run(Path(config.init_from), mesh)
+        other = config_lib.load(Path(config.init_from) / "config.json")
+        theirs_is_own = other.model.quantizer.kind == "own"
+        _, _, arrays = runs.load_run(Path(config.init_from), mesh, quantizer=quantizer if theirs_is_own else None)
     shapes = {**structure.params, **structure.buffers}
     theirs, ours = set(flat.parts(arrays)), set(flat.parts(shapes))
     for path in sorted(path for path in arrays.keys() | shapes.keys() if flat.part(path) in theirs & ours):

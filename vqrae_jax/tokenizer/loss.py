@@ -6,38 +6,50 @@ What learns is in `TrainState`; what does not is in `Frozen`, an argument of its
 with every checkpoint. Which parameters are frozen is decided by their paths (`optim.lr_multipliers`), so the two stages
 are two configs and nothing here asks for the stage.
 
+`loss_function` is the same loss outside of training, for a notebook.
+
 All losses are one table, `{name: (weight, value)}`: gradient and report both follow from it.
 """
 
+import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from vqrae_jax import config as config_lib
 from vqrae_jax.config import Config
 from vqrae_jax.metrics.codes import code_usage, perplexity
 from vqrae_jax.models import flat
+from vqrae_jax.models.encoders import Encoder
 from vqrae_jax.models.flat import Arrays
 from vqrae_jax.models.losses import IMAGE_LOSSES, l2
 from vqrae_jax.models.placement import split_batch
+from vqrae_jax.models.quantizers import with_gradient_of
 from vqrae_jax.models.vqrae import VQRAE, Output
+from vqrae_jax.tokenizer import build, init
 from vqrae_jax.tokenizer.build import Structure, perceptual_shares
 from vqrae_jax.tokenizer.gan import Gan
 from vqrae_jax.tokenizer.train_state import Frozen, TrainState
-from vqrae_jax.training import optim, update
+from vqrae_jax.training import optim, sharding, update
 from vqrae_jax.training.task import TrainStep
 from vqrae_jax.training.update import Losses, Metrics
 
+# `(fakes, other_cotangent, decoder=, hidden=)`: `Gan.weighted_loss` with everything else given.
+Generator = Callable[..., tuple[tuple[jax.Array, jax.Array], jax.Array, Metrics]]
 
-def image_losses(config: Config, structure: Structure, frozen: Frozen, images: jax.Array,
+
+def image_losses(config: Config, structure: Structure, networks: Arrays, images: jax.Array,
                  reconstruction: jax.Array) -> tuple[Losses, Metrics]:
     """Losses of the reconstruction's pixels, and further metrics; images are `[B, H, W, 3]` float32."""
     losses: Losses = {name: (row.weight(config.loss), row.value(config.loss, reconstruction, images))
                       for name, row in IMAGE_LOSSES.items()}
     shares, distances = perceptual_shares(config), {}
     for name in shares:
-        network = flat.merge(structure.networks.graphdefs[name], flat.under(f"{name}/", frozen.networks))
+        network = flat.merge(structure.networks.graphdefs[name], flat.under(f"{name}/", networks))
         features = jax.checkpoint(network) if config.loss.perceptual.remat else network
         distances[name] = jnp.mean(network.distance(features(reconstruction), jax.lax.stop_gradient(network(images))))
     if shares:
@@ -46,47 +58,89 @@ def image_losses(config: Config, structure: Structure, frozen: Frozen, images: j
     return losses, {f"loss/{name}": distance for name, distance in distances.items()}
 
 
-def latent_losses(config: Config, model: VQRAE, output: Output, teacher: VQRAE | None, images: jax.Array) -> Losses:
+def latent_losses(config: Config, model: VQRAE, output: Output, teacher: Encoder | None, images: jax.Array) -> Losses:
     """Losses of codes and features."""
     losses: Losses = {name: (config.loss.vq_weight * model.quantizer.loss_weights[name], value)
                       for name, value in output.quantized.losses.items()}
     if teacher:
         # ||Z_I - T(X)||^2 (VQRAE, arXiv 2511.23386, section 3.3).
         losses["distill"] = (config.loss.distill_weight,
-                             l2(output.features, jax.lax.stop_gradient(teacher.features(images))))
+                             l2(output.features, jax.lax.stop_gradient(teacher(images))))
     return losses
 
 
-def model_loss(config: Config, structure: Structure, params: Arrays, state: TrainState, frozen: Frozen,
-               images: jax.Array, *, phase: str, noise_rng: jax.Array, augment_rng: jax.Array):
-    """A scalar with the gradient of the model's whole loss; metrics, statistics of the codes, and the reconstruction.
+def model_loss(config: Config, structure: Structure, model: VQRAE, teacher: Encoder | None, networks: Arrays,
+               images: jax.Array, *, noise_rng: jax.Array | None, generator: Generator | None):
+    """The model's whole loss, a scalar; metrics, statistics of the codes, and the reconstruction.
 
     Losses of the reconstruction are differentiated with respect to its pixels; what is pulled back through the decoder
     is the sum of these cotangents. So the adaptive GAN weight, which needs the gradients of two losses at the decoder's
     last layer, costs no second pass through it.
+
+    Args:
+      config: of the run.
+      structure: its model's.
+      model: what learns.
+      teacher: whose features distillation keeps; None without that loss.
+      networks: frozen arrays of the losses' networks.
+      images: `[B, H, W, 3]` float32 in [0, 1].
+      noise_rng: a key for the noise on features; None where there is none.
+      generator: what the decoder gains from the discriminator; None before that learns.
     """
-    model = flat.merge(structure.graphdef, params, frozen.params, state.buffers)
-    teacher = flat.merge(structure.graphdef, params, frozen.params, state.buffers,
-                         frozen.teacher) if config.loss.distill_weight else None
     output = model(images, train=True, rng=noise_rng)
     fakes = jax.lax.stop_gradient(output.images)
 
     def of_pixels(fakes: jax.Array):
-        losses, metrics = image_losses(config, structure, frozen, images, fakes)
+        losses, metrics = image_losses(config, structure, networks, images, fakes)
         return update.total(losses), (losses, metrics)
 
     cotangent, (losses, metrics) = jax.grad(of_pixels, has_aux=True)(fakes)
-    if phase == "gan":
-        losses["gan"], gan_cotangent, gan_metrics = Gan(config, structure).weighted_loss(
-            state.gan, frozen.networks, fakes, cotangent, decoder=model.decoder, hidden=output.hidden, step=state.step,
-            rng=augment_rng)
+    if generator:
+        losses["gan"], gan_cotangent, gan_metrics = generator(fakes, cotangent, decoder=model.decoder,
+                                                              hidden=output.hidden)
         cotangent, metrics = cotangent + losses["gan"][0] * gan_cotangent, metrics | gan_metrics
     of_latents = latent_losses(config, model, output, teacher, images)
     surrogate = update.total(of_latents) + jnp.sum(jax.lax.stop_gradient(cotangent) * output.images)
 
     losses |= of_latents
-    metrics |= {**update.reported(losses), "loss/total": update.total(losses)}
-    return surrogate, (jax.lax.stop_gradient(metrics), output.quantized.stats, fakes)
+    total = update.total(losses)
+    metrics |= {**update.reported(losses), "loss/total": total}
+    return with_gradient_of(total, surrogate), (jax.lax.stop_gradient(metrics), output.quantized.stats, fakes)
+
+
+def loss_function(config: Config) -> Callable[..., tuple[jax.Array, Metrics]]:
+    """The whole loss that a run of this config optimises, `loss(model, images, rng=None) -> (value, metrics)`.
+
+    `nnx.value_and_grad(loss, has_aux=True)(model, images)` differentiates it. As a function of parameters it is
+    `lambda params: loss(nnx.merge(graphdef, params, rest), images)`, with `graphdef, params, rest = nnx.split(model,
+    nnx.Param, ...)`.
+
+    `model` is from `create(config)`, or any VQRAE of that shape; `images` are `[B, H, W, 3]`, float32 in [0, 1] or
+    uint8; `rng` is a key, needed where `model.noise_tau` is not 0. `metrics` are those of `make_train_step` that start
+    with `loss/`, `weight/` and `weighted/`. All parameters get a gradient, also those that `optim.lr_multipliers`
+    freezes.
+
+    Two things of a run are not here: the discriminator's part, which belongs to a state of training (the loss is that
+    before `gan.discriminator_start_step`), and the moving codes of an EMA VQ, which follow no gradient. The teacher of
+    a distillation loss is the encoder of `create(config)`: that of the run, unless `init_from` brings another.
+
+    Raises:
+      OSError, ValueError: weights of the encoder or of the perceptual loss that cannot be read.
+    """
+    config = dataclasses.replace(config, gan=config_lib.Gan())
+    structure, mesh = build.structure(config), sharding.one_device()
+    params, buffers = init.network_arrays(config, mesh)
+    networks = init.on_their_device({**params, **buffers})
+    teacher = init.create(config).encoder if config.loss.distill_weight else None
+
+    def loss(model: VQRAE, images: jax.Array, rng: jax.Array | None = None) -> tuple[jax.Array, Metrics]:
+        images = jnp.asarray(images)
+        images = images.astype(jnp.float32) / (255 if images.dtype == jnp.uint8 else 1)
+        value, (metrics, _, _) = model_loss(config, structure, model, teacher, networks, images, noise_rng=rng,
+                                            generator=None)
+        return value, metrics
+
+    return loss
 
 
 def phase_of(config: Config, step: int) -> str:
@@ -160,8 +214,17 @@ def gradients(config: Config, structure: Structure, state: TrainState, frozen: F
     """Of one micro-batch: gradients of the model and of the discriminator, and metrics; and the codes' statistics."""
     images = split_batch(images).astype(jnp.float32) / 255
     noise_rng, generator_rng, real_rng, fake_rng = jax.random.split(rng, 4)
-    loss = lambda params: model_loss(config, structure, params, state, frozen, images, phase=phase,
-                                     noise_rng=noise_rng, augment_rng=generator_rng)
+    generator = functools.partial(Gan(config, structure).weighted_loss, state.gan, frozen.networks, step=state.step,
+                                  rng=generator_rng) if phase == "gan" else None
+
+    def loss(params: Arrays):
+        arrays = (params, frozen.params, state.buffers)
+        model = flat.merge(structure.graphdef, *arrays)
+        teacher = (flat.merge(structure.graphdef, *arrays, frozen.teacher).encoder if config.loss.distill_weight
+                   else None)
+        return model_loss(config, structure, model, teacher, frozen.networks, images, noise_rng=noise_rng,
+                          generator=generator)
+
     grads, (metrics, stats, fakes) = jax.grad(loss, has_aux=True)(state.params)
     if phase != "gan":
         return (grads, {}, metrics), stats

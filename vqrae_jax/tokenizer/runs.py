@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from vqrae_jax import config as config_lib
 from vqrae_jax.config import Config
 from vqrae_jax.models.flat import Arrays
+from vqrae_jax.models.quantizers import Quantizer
 from vqrae_jax.tokenizer import build, train_state
 from vqrae_jax.training import checkpoint
 from vqrae_jax.training.checkpoint import Checkpoints
@@ -22,12 +23,12 @@ from vqrae_jax.weights import huggingface
 Weights = Literal["ema", "raw"]
 
 
-def structure(workdir: Path, config: Config) -> build.Structure:
+def structure(workdir: Path, config: Config, quantizer: Quantizer | None = None) -> build.Structure:
     """`build.structure`, with the encoder's shape from the run's folder once the run has begun."""
     if checkpoint.has_checkpoint(workdir):
-        return build.structure(self_contained(workdir, config))
+        return build.structure(self_contained(workdir, config), quantizer)
     with config_lib.says_where("model.encoder.path"):
-        return build.structure(config)
+        return build.structure(config, quantizer)
 
 
 def self_contained(workdir: Path, config: Config) -> Config:
@@ -41,8 +42,8 @@ def write_files(workdir: Path, config: Config) -> None:
     huggingface.copy_encoder_config(build.encoder_path(config), workdir / "encoder")
 
 
-def load_run(workdir: Path, mesh: Mesh, *, step: int | None = None,
-             weights: Weights = "ema") -> tuple[Config, nnx.GraphDef, Arrays]:
+def load_run(workdir: Path, mesh: Mesh, *, step: int | None = None, weights: Weights = "ema",
+             quantizer: Quantizer | None = None) -> tuple[Config, nnx.GraphDef, Arrays]:
     """A run's config, its model's structure, and all parameters and buffers; nothing else is read.
 
     Args:
@@ -51,10 +52,11 @@ def load_run(workdir: Path, mesh: Mesh, *, step: int | None = None,
       step: which checkpoint; None is the last.
       weights: `ema` for the moving average of what has one, `raw` for the arrays as they were trained. In a run
         without averages (`optim.ema_decay` 0) both are the same.
+      quantizer: of a run that was trained with one given as an object: that object, or one like it.
 
     Raises:
       OSError: not the folder of a run, or it has no checkpoint, or not that one.
-      ValueError: other `weights`.
+      ValueError: other `weights`; the run needs `quantizer`, or takes none.
     """
     if weights not in get_args(Weights):
         raise ValueError(f"weights must be {' or '.join(get_args(Weights))}, not {weights!r}")
@@ -64,7 +66,7 @@ def load_run(workdir: Path, mesh: Mesh, *, step: int | None = None,
         raise FileNotFoundError(f"{workdir} holds no checkpoint: train it first")
     if step not in [None, *steps]:
         raise FileNotFoundError(f"{workdir} holds the checkpoints {steps}, not {step}")
-    model_structure = structure(workdir, config)
+    model_structure = structure(workdir, config, quantizer)
     abstract, frozen = train_state.abstract(config, model_structure, mesh)
     model = train_state.items(abstract)["model"]
     averaged = model["ema"].keys() if weights == "ema" else ()

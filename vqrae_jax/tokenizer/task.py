@@ -1,6 +1,11 @@
 """The tokenizer as a task that the training loop trains."""
 
+import contextlib
+import dataclasses
+import json
 import logging
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,26 +16,106 @@ from jax.sharding import Mesh
 
 from vqrae_jax import config as config_lib
 from vqrae_jax.config import Config
-from vqrae_jax.data import BadImages, Source, TrainIterator, open_parts, train_batches
+from vqrae_jax.data import (
+    BadImages,
+    Source,
+    TrainIterator,
+    as_source,
+    difference,
+    fingerprint,
+    hold_out,
+    open_parts,
+    train_batches,
+)
 from vqrae_jax.models import flat
+from vqrae_jax.models.quantizers import Quantizer, own
 from vqrae_jax.tokenizer import evaluate, init, runs, train_state
 from vqrae_jax.tokenizer.gan import learns as discriminator_learns
 from vqrae_jax.tokenizer.loss import make_train_step, phase_of
 from vqrae_jax.tokenizer.train_state import Frozen, TrainState
-from vqrae_jax.training import loop, optim, sharding
+from vqrae_jax.training import checkpoint, loop, optim, sharding
 from vqrae_jax.training.task import Best, Evaluator, TrainStep
 
 log = logging.getLogger(__name__)
+_IMAGES = "images.json"  # in the run's folder; see `data.fingerprint`
 
 
-def train(config: Config, workdir: Path) -> dict[str, float]:
-    """Trains a tokenizer, or goes on with it; arguments, result and errors are those of `loop.run`."""
-    task = TokenizerTask(config, workdir)
-    result = loop.run(task, workdir)
-    if bad := task.bad_images.names():
-        names = ", ".join(list(bad)[:5]) + (", ..." if len(bad) > 5 else "")
-        log.warning("%d images could not be read and were left out: %s; see %s", len(bad), names, task.bad_images.path)
+def train(config: Config, workdir: str | os.PathLike, source: Source | Sequence[Any] | None = None,
+          quantizer: Quantizer | None = None) -> dict[str, float]:
+    """Trains a tokenizer, or goes on with it where the folder holds a checkpoint.
+
+    Progress goes to the logger `vqrae_jax`, at level INFO. Where neither this logger nor the root logger is set up to
+    show it, as in a notebook, it goes to stderr as long as training lasts; a level of that logger changes this.
+
+    Args:
+      config: of the run, from `load_config`.
+      workdir: the run's folder.
+      source: the training images instead of those of `data.source`: an object with the methods of `data.Source`, or a
+        sequence of uint8 arrays `[H, W, 3]`, or of (array, label). The run's config says `data.source` "own".
+      quantizer: the model's quantizer instead of that of `model.quantizer`: an NNX module that follows
+        `models.quantizers.Quantizer`, whose arrays the run starts from, and which stays as it is. The run's config says
+        `model.quantizer.kind` "own". `load(workdir, quantizer=...)` needs one like it. The same call with the same
+        objects continues the run.
+
+    Returns:
+      the metrics of the evaluation at the end, also where no step was left.
+
+    Raises:
+      ValueError, OSError: a config, data, a quantizer or a folder that cannot work, before training starts.
+      KeyboardInterrupt: a signal stopped the run, after it was saved.
+      FloatingPointError: `train.max_skipped` steps in a row had a loss or gradient that was not finite.
+    """
+    workdir = Path(workdir)
+    with _progress_shown():
+        images = None if source is None else as_source(source)
+        task = TokenizerTask(_with_objects(config, images, quantizer), workdir, images, quantizer)
+        result = loop.run(task, workdir)
+        if bad := task.bad_images.names():
+            names = ", ".join(list(bad)[:5]) + (", ..." if len(bad) > 5 else "")
+            log.warning("%d images could not be read and were left out: %s; see %s", len(bad), names,
+                        task.bad_images.path)
     return result
+
+
+def _with_objects(config: Config, source: Source | None, quantizer: Quantizer | None) -> Config:
+    """The config with the kind `own` wherever an object takes the place of what it says."""
+    if source is not None:
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, source="own"))
+    if quantizer is not None:
+        size, dim = own.size_and_dim(quantizer)
+        section = config_lib.Quantizer(kind="own", size=size, dim=dim)
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, quantizer=section))
+    return config
+
+
+@contextlib.contextmanager
+def _progress_shown() -> Iterator[None]:
+    """Lets progress reach stderr where logging is as Python leaves it, with the root logger's level above INFO."""
+    logger = logging.getLogger("vqrae_jax")
+    if logger.handlers or logger.level or logger.isEnabledFor(logging.INFO):
+        yield
+        return
+    handler, propagate = _Progress(), logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(logging.NOTSET)
+        logger.propagate = propagate
+
+
+class _Progress(logging.StreamHandler):
+    """Writes what the root logger's level keeps from its handlers, if it has any; the rest goes there as ever."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        root = logging.getLogger()
+        if root.handlers and record.levelno >= root.level:
+            root.handle(record)
+        else:
+            super().emit(record)
 
 
 class TokenizerTask:
@@ -39,6 +124,8 @@ class TokenizerTask:
     Args:
       config: of the run.
       workdir: its folder, which need not exist yet; nothing is written before training starts.
+      source: the training images where `data.source` is "own".
+      quantizer: the object where `model.quantizer.kind` is "own".
 
     Raises:
       ValueError, OSError: a config or data that cannot work.
@@ -46,19 +133,40 @@ class TokenizerTask:
 
     best, unit = Best("psnr", higher=True), "images"
 
-    def __init__(self, config: Config, workdir: Path):
-        self.config = config
-        self.structure = runs.structure(workdir, config)
+    def __init__(self, config: Config, workdir: Path, source: Source | None = None,
+                 quantizer: Quantizer | None = None):
+        self.config, self._quantizer = config, quantizer
+        self.structure = runs.structure(workdir, config, quantizer)
         for key in ("lr_multipliers", "end_lr_multipliers"):
             optim.check_patterns(self.structure.params, getattr(config.optim, key), key=f"optim.{key}")
         self.bad_images = BadImages(workdir / "bad_images.jsonl")
+        before = config_lib.load(workdir / "config.json") if checkpoint.has_checkpoint(workdir) else None
+        if before and before.data.source == "own" and source is None:
+            raise ValueError(f"the images of the run in {workdir} are an object: to continue it, give it to "
+                             "vqrae_jax.train as source=")
         with config_lib.says_where("data.source"):
-            self._source, held_out = open_parts(config.data.source, holdout=config.data.holdout)
+            self._source, held_out = (open_parts(config.data.source, holdout=config.data.holdout) if source is None
+                                      else hold_out(source, config.data.holdout))
         self._eval_source = evaluate.choose_source(config, self._source, held_out)
+        self._images = fingerprint(self._source)
+        if before and (workdir / _IMAGES).exists():  # version 0.3 kept none
+            self._check_images(json.loads((workdir / _IMAGES).read_text()), before.data.source)
+
+    def _check_images(self, before: dict[str, Any], source: str) -> None:
+        """Data that moved must hold the same images; data that changed where they are cost only exact continuation."""
+        now = self.config.data.source
+        if not (changed := difference(before, self._images)):
+            return
+        if now != source:
+            raise ValueError(f"config key data.source: {source} -> {now} does not hold the images that this run was "
+                             f"trained on: {changed}; choose another --workdir, or the same images")
+        log.warning("the images of %s changed since this run began (%s): it goes on with them, but not as if it had "
+                    "never stopped", now, changed)
 
     def write_files(self, workdir: Path) -> None:
-        """The encoder's config."""
+        """The encoder's config, and by what the images will be known."""
         runs.write_files(workdir, self.config)
+        (workdir / _IMAGES).write_text(json.dumps(self._images) + "\n")
 
     def abstract(self, mesh: Mesh) -> tuple[TrainState, Frozen, dict[str, Any]]:
         """Shapes and shardings of state, frozen arrays and a batch."""
@@ -67,7 +175,7 @@ class TokenizerTask:
     def init(self, mesh: Mesh) -> tuple[TrainState, Frozen]:
         """State and frozen arrays at the start of a run."""
         networks = init.network_arrays(self.config, mesh)
-        arrays = init.initial_arrays(self.config, self.structure, self.batches, mesh)
+        arrays = init.initial_arrays(self.config, self.structure, self.batches, mesh, self._quantizer)
         return train_state.made(self.config, self.structure, mesh, *arrays, *networks)
 
     def items(self, state: TrainState) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from vqrae_jax.training.files import disk_errors
 
@@ -86,7 +87,7 @@ def _wait_for_the_dead(file: Path) -> None:
         return
 
 
-def _parsed(content: str) -> dict[str, str | int]:
+def _parsed(content: str) -> dict[str, Any]:
     try:
         return json.loads(content)
     except json.JSONDecodeError:  # being written, or by one that died at that

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from vqrae_jax.training import checkpoint, compilation, distributed, lock, optim, reporting, sharding
@@ -133,7 +134,7 @@ def _log_changes(task: Task, changes: dict[str, str], step: int) -> None:
         log.info("%s: %s from step %d on", key, change, step)
     if "train.steps" in changes:
         old_steps = int(changes["train.steps"].split(" -> ")[0])
-        rates = [float(optim.rates(task.config.optim, steps=steps)("")(step))
+        rates = [np.asarray(optim.rates(task.config.optim, steps=steps)("")(step))
                  for steps in (old_steps, task.config.train.steps)]
         log.info("the learning rate goes on at %.3g instead of %.3g and reaches optim.end_lr %.3g at step %d", rates[1],
                  rates[0], task.config.optim.end_lr, task.config.train.steps)

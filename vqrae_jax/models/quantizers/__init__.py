@@ -15,7 +15,8 @@ All share one interface:
 one out of it. Search, losses and statistics are float32, and every matmul here asks for full float32 precision: TPUs
 and GPUs otherwise round the operands, and the nearest code is decided by small differences.
 
-A new one is a file beside these, which ends in its `QuantizerKind`, and a row in `QUANTIZERS`.
+A new one is a file beside these, which ends in its `QuantizerKind`, and a row in `QUANTIZERS`; or an object, given to
+`vqrae_jax.train`.
 """
 
 from vqrae_jax.models.quantizers.base import Quantized, Quantizer, QuantizerKind, with_gradient_of
@@ -23,6 +24,7 @@ from vqrae_jax.models.quantizers.codebook import rotate_onto
 from vqrae_jax.models.quantizers.ema import EMA, EMAVQ, update_ema_codebook
 from vqrae_jax.models.quantizers.fsq import ADAPTER_FSQ, FSQ, FSQ_KIND, AdapterFSQ
 from vqrae_jax.models.quantizers.none import NONE, Identity
+from vqrae_jax.models.quantizers.own import OWN
 from vqrae_jax.models.quantizers.ranked import RANKED, RankedVQ
 from vqrae_jax.models.quantizers.search import kmeans, nearest_code
 from vqrae_jax.models.quantizers.simvq import SIMVQ, SimVQ
@@ -34,6 +36,7 @@ QUANTIZERS: dict[str, QuantizerKind] = {
     "fsq": FSQ_KIND,
     "adapter_fsq": ADAPTER_FSQ,
     "ranked": RANKED,
+    "own": OWN,
     "none": NONE,
 }
 
