@@ -1,6 +1,7 @@
 """Several real processes on this machine, joined over loopback, are one run."""
 
 import json
+import os
 import shutil
 import signal
 import socket
@@ -10,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import jax
 import pytest
 from PIL import Image
 
@@ -17,7 +19,7 @@ from tests.conftest import REPOSITORY
 from tests.verbs import command
 from vqrae_jax import config as config_lib
 from vqrae_jax.tokenizer import task
-from vqrae_jax.training import checkpoint
+from vqrae_jax.training import checkpoint, distributed
 
 STEPS = 16
 
@@ -38,23 +40,26 @@ def config(config_file, tiny_config) -> config_lib.Config:
     return config_lib.parse(tiny_config)
 
 
-def run_together(module: str, processes: int, *flags: str, of_the_last: Sequence[str] = ()) -> list[subprocess.Popen]:
+def run_together(module: str, processes: int, *flags: str, of_the_last: Sequence[str] = (),
+                 patch_of_the_last: str = "") -> list[subprocess.Popen]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     # As `python -m`, but a process that is gone is missed sooner than after half a minute.
-    start = ("import runpy, sys; from vqrae_jax.training import distributed; distributed.TIMEOUT_SECONDS = 6; "
+    start = ("import runpy, sys; from vqrae_jax.training import checkpoint, distributed; "
+             "distributed.TIMEOUT_SECONDS = 6; {}; "
              f"runpy.run_module({module!r}, run_name='__main__', alter_sys=True)")
     return [subprocess.Popen(
-        [sys.executable, "-c", start, f"--coordinator_address=127.0.0.1:{port}", f"--num_processes={processes}",
+        [sys.executable, "-c", start.format(patch_of_the_last if i == processes - 1 else ""),
+         f"--coordinator_address=127.0.0.1:{port}", f"--num_processes={processes}",
          f"--process_id={i}", *flags, *(of_the_last if i == processes - 1 else ())],
         cwd=REPOSITORY, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for i in range(processes)]
 
 
-def start(config_file: Path, workdir: Path, processes: int, *flags: str,
-          of_the_last: Sequence[str] = ()) -> list[subprocess.Popen]:
+def start(config_file: Path, workdir: Path, processes: int, *flags: str, of_the_last: Sequence[str] = (),
+          patch_of_the_last: str = "") -> list[subprocess.Popen]:
     return run_together("vqrae_jax.main", processes, f"--config={config_file}", f"--workdir={workdir}", *flags,
-                        of_the_last=of_the_last)
+                        of_the_last=of_the_last, patch_of_the_last=patch_of_the_last)
 
 
 def finish(processes: list[subprocess.Popen]) -> list[str]:
@@ -100,7 +105,8 @@ def test_two_processes_equal_one_and_survive_the_loss_of_one(config_file, config
     assert "another process of this run is gone" in output or "another task died" in output
     shutil.copytree(together, moved)
 
-    first, second = finish(start(config_file, together, 2))
+    # The second one is told an old state of the folder, as network file systems do: the first one decides.
+    first, second = finish(start(config_file, together, 2, patch_of_the_last="checkpoint.steps = lambda workdir: []"))
     # Whether a later one than that of step 4 was whole when the process died is a matter of milliseconds.
     last = max(int(path.name) for path in (moved / "checkpoints").iterdir() if path.name.isdigit())
     assert f"continuing at step {last}\n" in first and f"step {STEPS}/{STEPS}" in first
@@ -138,6 +144,20 @@ def test_any_number_of_processes_continues_what_any_other_began(count, config_fi
     assert "stopped by a signal after step" in outputs[0]
     task.train(config, stopped)
     check_equal(metrics(stopped), metrics(alone))
+
+
+@pytest.mark.parametrize(("says", "is_gone"), [
+    ("UNKNOWN: Gloo AllGather failed: Read error [127.0.0.1]:56977: Connection reset by peer", True),
+    ("DEADLINE_EXCEEDED: Barrier timed out", True),
+    ("INTERNAL: cuDNN launch failure", False),
+    ("INVALID_ARGUMENT: a bug of ours", False),
+])
+def test_not_every_error_means_that_another_process_is_gone(says, is_gone, monkeypatch, capfd):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(os, "_exit", lambda code: sys.exit(code))
+    with pytest.raises(SystemExit if is_gone else jax.errors.JaxRuntimeError), distributed.ends_with_the_others():
+        raise jax.errors.JaxRuntimeError(says)
+    assert ("another process of this run is gone" in capfd.readouterr().err) == is_gone
 
 
 def test_a_process_that_fails_says_why_and_ends_the_others(config_file, tmp_path):
