@@ -19,7 +19,7 @@ def keep_programs(folder: str) -> None:
 
     Where the environment or the program named a folder of JAX's own, that one is used.
     """
-    if folder and not jax.config.read("jax_compilation_cache_dir"):
+    if folder and not jax.config.jax_compilation_cache_dir:  # pyright: ignore[reportAttributeAccessIssue]
         jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser() / _processor()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
         compilation_cache.reset_cache()  # JAX looks at the setting once, when it first compiles
