@@ -17,9 +17,8 @@ import sys
 import jax, jax.numpy as jnp
 from pathlib import Path
 from tests.training import toy
-from vqrae_jax.training import loop, signals
+from vqrae_jax.training import loop
 
-signals.PATIENCE_SECONDS = 0.5
 forever = jax.jit(lambda: jax.lax.while_loop(lambda x: x >= 0, lambda x: x * 0.5, 1.0)).lower().compile()
 
 class Busy(toy.NextCharacter):
@@ -54,6 +53,7 @@ def test_a_busy_process_ends_and_loses_nothing(moment, tmp_path):
     _, errors = process.communicate(timeout=60)
     assert process.returncode == signals.STOPPED, errors
     assert errors.splitlines()[-1] == signals.MESSAGE
+    assert not (tmp_path / "parts" / "lock.json").exists()
     assert [path.name for path in (tmp_path / "parts" / "checkpoints").glob("*")] == (
         ["10"] if moment == "evaluate" else [])
     for folder in ("parts", "whole"):
@@ -62,9 +62,9 @@ def test_a_busy_process_ends_and_loses_nothing(moment, tmp_path):
     assert (tmp_path / "parts/metrics.jsonl").read_text() == (tmp_path / "whole/metrics.jsonl").read_text()
 
 
-def test_a_signal_is_noted_or_obeyed():
-    send = lambda: (os.kill(os.getpid(), signal.SIGTERM), time.sleep(0))
-    before = signal.getsignal(signal.SIGTERM)
+def test_an_interrupt_is_noted_or_obeyed():
+    send = lambda: (os.kill(os.getpid(), signal.SIGINT), time.sleep(0))
+    before = signal.getsignal(signal.SIGINT)
     with signals.StopSignal() as stop:
         with pytest.raises(KeyboardInterrupt):
             send()
@@ -76,4 +76,4 @@ def test_a_signal_is_noted_or_obeyed():
                 raise AssertionError("never begun")
             with pytest.raises(KeyboardInterrupt):
                 send()  # a second one
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert signal.getsignal(signal.SIGINT) is before

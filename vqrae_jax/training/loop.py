@@ -43,9 +43,10 @@ def run(task: Task, workdir: Path) -> dict[str, float]:
         sharding.check_batch_size(mesh, config)
         abstract_state, abstract_frozen, abstract_batch = task.abstract(mesh)
         batches = stack.enter_context(closing(task.batches()))  # before there is a folder: bad data leaves none behind
+        release = lambda: None
         if distributed.is_first():
             checkpoint.make_folder(workdir)
-            stack.enter_context(lock.held(workdir))
+            release = stop.finish = stack.enter_context(lock.held(workdir))
         changes = checkpoint.open_run(workdir, config, task.write_files)
         for line in task.describe():
             log.info("%s", line)
@@ -54,7 +55,7 @@ def run(task: Task, workdir: Path) -> dict[str, float]:
             reporting.Reporter(workdir, config, unit=task.unit, first_step=max(saved_step, 0))))
         checkpoints = stack.enter_context(closing(checkpoint.Checkpoints(
             workdir, task.items(abstract_state), lambda steps: reporter.best_step(task.best, steps))))
-        stop.finish = checkpoints.wait
+        stop.finish = lambda: (checkpoints.wait(), release())
         if saved_step >= 0:
             frozen = checkpoint.load_frozen(workdir, abstract_frozen)
             items, position = checkpoints.restore(saved_step, task.items(abstract_state))

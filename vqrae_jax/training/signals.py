@@ -1,6 +1,7 @@
 """What SIGTERM and SIGINT mean to a run: it stops as soon as nothing can be lost, and the same command continues it."""
 
 import logging
+import multiprocessing
 import os
 import signal
 import sys
@@ -14,30 +15,28 @@ from vqrae_jax.training import distributed
 
 log = logging.getLogger(__name__)
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: the same command continues
-# Python runs no handler while its main thread compiles or computes: after so long the process ends without it.
-PATIENCE_SECONDS = 3.0
 MESSAGE = "stopped by a signal; the same command continues"
 
 
 class StopSignal:
-    """While this context is open, a signal raises KeyboardInterrupt at once, or is noted where it is `deferred`.
+    """While this context is open, a signal stops the run at once, or is noted where it is `deferred`.
 
-    SIGTERM also ends a process whose main thread does not come back to Python for `PATIENCE_SECONDS`, because it
-    compiles, say; then `finish` is called and the exit code is `STOPPED`. SIGINT waits, for in a notebook the kernel
-    would die. A second signal always raises.
+    At once means for SIGTERM that a thread ends the process, after `finish`, with the exit code `STOPPED`: Python's
+    main thread may be in a compiler for minutes, where it runs no handler, and what other libraries do would not
+    survive an exception out of nowhere. SIGINT raises KeyboardInterrupt, as ever, for in a notebook the kernel must
+    live. A second signal does not wait any more.
 
     Only a process's main thread may have handlers; elsewhere, in some notebooks, nothing happens. Neither does it in a
     run of several processes, which have to stop at the same place: there JAX notes SIGTERM, and all agree where
     (`distributed.preempted`); compiling is not interrupted.
 
     Attributes:
-      finish: waits for what is being written, before the process ends.
+      finish: waits for what is being written, and cleans up, before a thread ends the process.
     """
 
-    def __init__(self, finish: Callable[[], None] = lambda: None):
-        self.finish = finish
+    def __init__(self):
+        self.finish: Callable[[], object] = lambda: None
         self._received = self._deferring = False
-        self._obeyed = threading.Event()
 
     def __enter__(self) -> "StopSignal":
         alone = threading.current_thread() is threading.main_thread() and jax.process_count() == 1
@@ -85,19 +84,29 @@ class StopSignal:
     def _note(self, number, frame) -> None:
         if self._deferring and not self._received:
             self._received = True
-            return
-        self._obeyed.set()
-        raise KeyboardInterrupt(MESSAGE)
+        elif number == signal.SIGINT:
+            raise KeyboardInterrupt(MESSAGE)
 
     def _watch(self) -> None:
         """A thread of its own: the interpreter writes the numbers of signals to the pipe even while it is busy."""
+        terminated = False
         while number := os.read(self._read, 1):
             if number[0] != signal.SIGTERM:
                 continue
-            if self._deferring:
-                log.warning("got SIGTERM: stopping after this step")
-            elif not self._obeyed.wait(PATIENCE_SECONDS) and not self._deferring:
-                self.finish()
-                print(MESSAGE, file=sys.stderr, flush=True)
-                os._exit(STOPPED)
+            if terminated or not self._deferring:
+                self._end()
+            terminated = True
+            log.warning("got SIGTERM: stopping after this step")
         os.close(self._read)
+
+    def _end(self) -> None:
+        code = STOPPED
+        try:
+            self.finish()
+            print(MESSAGE, file=sys.stderr, flush=True)
+        except Exception as error:
+            code = 1
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        for worker in multiprocessing.active_children():
+            worker.terminate()
+        os._exit(code)
