@@ -1,14 +1,12 @@
 """How every command starts and fails: one line that says what is wrong, and a non-zero exit code."""
 
 import contextlib
-import difflib
 import logging
 import os
 import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
@@ -84,12 +82,8 @@ def _parse_flags(argv: Sequence[str]) -> Sequence[str]:
 def _check_config_flags(argv: Sequence[str]) -> None:
     """Says plainly what ml_collections says of a file that is not there and of a key that there is not."""
     for name, _, value in (argument.partition("=") for argument in argv):
-        file = Path(value.partition(":")[0])
-        if name == "--config" and not file.is_file():
-            siblings = [str(sibling) for folder in (file.parent, Path("configs")) for sibling in folder.glob("*.py")]
-            nearest = difflib.get_close_matches(str(file.with_suffix(".py")), siblings, n=1)
-            raise FileNotFoundError(f"--config={value}: there is no file {file}"
-                                    + (f"; did you mean {nearest[0]}?" if nearest else ""))
+        if name == "--config":
+            config_lib.check_file(value.partition(":")[0])
         if name.startswith("--config."):
             config_lib.check_key(name.removeprefix("--config."))
 

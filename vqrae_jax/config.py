@@ -288,12 +288,8 @@ def load_config(file: str | os.PathLike, **changes: Any) -> Config:
         contradict each other.
     """
     name, colon, arguments = os.fspath(file).partition(":")
+    check_file(name)
     path = Path(name).expanduser().resolve()
-    if not path.is_file():
-        others = sorted(other.name for other in path.parent.glob("*.py"))
-        near = difflib.get_close_matches(path.name, others, n=1)
-        raise FileNotFoundError(f"there is no config file {name}"
-                                + (f": did you mean {Path(name).with_name(near[0])}?" if near else ""))
     with _importable(path):
         spec = importlib.util.spec_from_file_location(f"config {path}", path)
         if spec is None or spec.loader is None:
@@ -311,6 +307,16 @@ def load_config(file: str | os.PathLike, **changes: Any) -> Config:
         *sections, last = key.split(".")
         functools.reduce(dict.__getitem__, sections, values)[last] = value
     return parse(values)
+
+
+def check_file(name: str) -> None:
+    """Raises FileNotFoundError where there is no such config file; the message names one of a similar name."""
+    file = Path(name).expanduser()
+    if file.is_file():
+        return
+    others = [str(other) for folder in (file.parent, Path("configs")) for other in sorted(folder.glob("*.py"))]
+    near = difflib.get_close_matches(name, others, n=1)
+    raise FileNotFoundError(f"there is no config file {name}" + (f": did you mean {near[0]}?" if near else ""))
 
 
 @contextlib.contextmanager
@@ -589,13 +595,11 @@ def _check_schedules(config: Run) -> None:
     steps, optim = config.train.steps, config.optim
     shorter = {"optim.warmup_steps": steps // 10} if optim.warmup_steps >= steps else {}
     if isinstance(config, Config) and config.gan.discriminator != "none":
-        gan = config.gan
-        begins = steps // 2
+        gan, begins = config.gan, config.gan.discriminator_start_step
         if gan.start_step >= steps:  # the decoder would never learn from the discriminator
-            shorter |= {"gan.start_step": begins}
-            shorter |= {"gan.discriminator_start_step": begins} if gan.discriminator_start_step > begins else {}
-        else:
-            begins = gan.discriminator_start_step
+            shorter |= {"gan.start_step": steps // 2}
+            if begins > steps // 2:
+                begins = shorter["gan.discriminator_start_step"] = steps // 2
         if gan.warmup_steps >= steps - begins:
             shorter |= {"gan.warmup_steps": (steps - begins) // 10}
     if shorter:
