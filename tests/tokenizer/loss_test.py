@@ -351,6 +351,7 @@ def test_the_public_loss_is_that_of_the_training_step(tiny_config):
     chex.assert_trees_all_close(nnx.to_pure_dict(pure), nnx.to_pure_dict(grads), rtol=1e-4, atol=1e-6)
 
 
+@few_steps
 def test_a_created_model_is_what_a_run_starts_from(tiny_config):
     run = Run(config_lib.parse(tiny_config))
     tiny_config.model.quantizer.init = "kmeans"  # needs data, and init_from a run

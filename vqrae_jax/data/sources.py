@@ -147,8 +147,8 @@ class ArraySource:
             image, label = pair if len(pair) == 2 else (pair, -1)
             if not (isinstance(image, np.ndarray) and isinstance(label, int | np.integer) and image.dtype == np.uint8
                     and image.shape[2:] == (3,) and image.size):
-                found = (f"{image.dtype} {list(image.shape)}" if isinstance(image, np.ndarray)
-                         else type(images[index]).__name__)
+                found = images[index]
+                found = f"{found.dtype} {list(found.shape)}" if isinstance(found, np.ndarray) else type(found).__name__
                 raise ValueError(f"source: image {index} must be an uint8 array [H, W, 3], or (array, int): it is "
                                  f"{found}")
             if (label < 0) != (pairs[0][1] < 0):

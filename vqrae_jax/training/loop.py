@@ -38,6 +38,7 @@ def run(task: Task, workdir: Path) -> dict[str, float]:
     config = task.config
     compilation.keep_programs(config.log.compilation_cache)
     with ExitStack() as stack:  # whatever ends the run, it is unwound in the reverse order
+        stack.enter_context(distributed.ends_with_the_others())  # what fails while the run starts or is unwound
         stop = stack.enter_context(StopSignal())
         mesh = sharding.make_mesh(config.mesh)
         sharding.check_batch_size(mesh, config)
@@ -65,7 +66,7 @@ def run(task: Task, workdir: Path) -> dict[str, float]:
         else:
             state, frozen = task.init(mesh)
             checkpoint.save_frozen(workdir, frozen)
-        stack.enter_context(distributed.ends_with_the_others())
+        stack.enter_context(distributed.ends_with_the_others())  # before anything that is unwound waits for them
         result = _loop(task, mesh, state, frozen, batches, abstract_batch, checkpoints, reporter, stop)
     # The first process may have pictures and curves to write: JAX ends those that wait for it too long at their exit.
     distributed.wait_for_all("end of training")
