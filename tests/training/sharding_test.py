@@ -57,7 +57,8 @@ def start(config: config_lib.Config):
     images = np.random.default_rng(0).integers(0, 256, (BATCH, 32, 32, 3), np.uint8)
     batch = sharding.put_batch(mesh, {"image": images})
     step = sharding.jit_step(make_train_step(config, structure, phase=""), mesh, state)
-    return step.trace(state, frozen, batch).lower().compile(), state, frozen, batch
+    with compiled_quickly():
+        return step.trace(state, frozen, batch).lower().compile(), state, frozen, batch
 
 
 def train(config: config_lib.Config) -> dict:
