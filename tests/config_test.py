@@ -118,8 +118,8 @@ def test_an_evaluation_during_training_is_limited(name):
 def test_differences_are_named():
     new = config_lib.parse(changed(optim__lr=1e-3, train__steps=7, train__accumulate=2, optim__warmup_steps=4))
     assert config_lib.differences(config_lib.Config(), new) == (
-        {"optim.lr": "0.0004 -> 0.001", "optim.warmup_steps": "2000 -> 4"},
-        {"train.steps": "100000 -> 7", "train.accumulate": "1 -> 2"})
+        {"optim.lr": (0.0004, 0.001), "optim.warmup_steps": (2000, 4)},
+        {"train.steps": (100_000, 7), "train.accumulate": (1, 2)})
 
 
 def test_a_short_trial_is_told_all_the_flags_it_needs():

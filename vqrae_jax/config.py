@@ -377,10 +377,12 @@ def _with_defaults(defaults: Any, values: Any) -> Any:
                            for key, value in values.items()}}
 
 
-def differences(old: Run, new: Run) -> tuple[dict[str, str], dict[str, str]]:
-    """`{key: "old -> new"}` of the keys in which two configs of a type differ: those that a run has to keep, and those
-    that are free to change."""
-    changed = {key: f"{value_of(old, key)!r} -> {value_of(new, key)!r}" for key in keys(type(old))
+Changes = dict[str, tuple[Any, Any]]  # by key, the old value and the new one
+
+
+def differences(old: Run, new: Run) -> tuple[Changes, Changes]:
+    """In what two configs of a type differ: of the keys that a run has to keep, and of those free to change."""
+    changed = {key: (value_of(old, key), value_of(new, key)) for key in keys(type(old))
                if value_of(old, key) != value_of(new, key)}
     free = {key: change for key, change in changed.items() if keys(type(old))[key].free}
     return {key: change for key, change in changed.items() if key not in free}, free

@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 NOT_READ = ocp.PLACEHOLDER
 
 
-def open_run(workdir: Path, config: config_lib.Run, write_files: Callable[[Path], None]) -> dict[str, str]:
+def open_run(workdir: Path, config: config_lib.Run, write_files: Callable[[Path], None]) -> config_lib.Changes:
     """Completes a new run's folder, or checks that an existing one belongs to this config.
 
     Args:
@@ -32,7 +32,7 @@ def open_run(workdir: Path, config: config_lib.Run, write_files: Callable[[Path]
       write_files: writes a task's own files into a folder that has no checkpoint yet.
 
     Returns:
-      `{key: "old -> new"}` of what a run that continues does differently; empty for a new one.
+      what a run that continues does differently; empty for a new one.
 
     Raises:
       OSError: the folder cannot be written.
@@ -44,10 +44,10 @@ def open_run(workdir: Path, config: config_lib.Run, write_files: Callable[[Path]
     if existing and has_checkpoint(workdir):
         kept, changed = config_lib.differences(existing, config)
         if kept:
-            key, change = next(iter(kept.items()))
+            key, (old, new) = next(iter(kept.items()))
             more = f" (and {len(kept) - 1} more)" if len(kept) > 1 else ""
-            raise ValueError(f"{workdir} holds a run with another config: {key}: {change}{more}; choose another "
-                             "--workdir, or the same config to continue that run")
+            raise ValueError(f"{workdir} holds a run with another config: {key}: {old!r} -> {new!r}{more}; choose "
+                             "another --workdir, or the same config to continue that run")
     if distributed.is_first():
         with disk_errors(workdir):
             if not has_checkpoint(workdir):

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from vqrae_jax.config import Changes, Run
 from vqrae_jax.training import checkpoint, compilation, distributed, lock, optim, reporting, sharding
 from vqrae_jax.training.signals import StopSignal
 from vqrae_jax.training.task import Batches, Task
@@ -62,7 +63,7 @@ def run(task: Task, workdir: Path) -> dict[str, float]:
             items, position = checkpoints.restore(saved_step, task.items(abstract_state))
             state = task.state(items)
             batches.set_state(position)
-            _log_changes(task, changes, saved_step)
+            _log_changes(config, changes, saved_step)
         else:
             state, frozen = task.init(mesh)
             checkpoint.save_frozen(workdir, frozen)
@@ -89,15 +90,14 @@ def _loop(task: Task, mesh: Mesh, state: Any, frozen: Any, batches: Batches, abs
                 for phase in dict.fromkeys(map(task.phase, steps))}
     evaluate = task.evaluator(mesh)
 
-    def evaluated(step: int) -> dict[str, float]:
+    def report_evaluation(step: int) -> None:
         result, rows = evaluate(state, frozen)
         reporter.evaluation(step, result, rows)
-        return result
 
     # Of a step that was saved, the run may have ended before its evaluation.
     due = first > 1 and ((first - 1) % train.eval_every == 0 or not steps)
     if due and not distributed.agreed(first - 1 in reporter.evaluations):
-        evaluated(first - 1)
+        report_evaluation(first - 1)
     if steps:
         log.info("training to step %d", train.steps)
     with stop.deferred():
@@ -126,20 +126,18 @@ def _loop(task: Task, mesh: Mesh, state: Any, frozen: Any, batches: Batches, abs
                 raise KeyboardInterrupt(f"stopped by a signal after step {step}; the same command continues")
             if evaluating:
                 with stop.at_once():
-                    evaluated(step)
+                    report_evaluation(step)
     return reporter.evaluations[int(state.step)] if int(state.step) in reporter.evaluations else {}
 
 
-def _log_changes(task: Task, changes: dict[str, str], step: int) -> None:
+def _log_changes(config: Run, changes: Changes, step: int) -> None:
     """Says what a run that continues does differently from now on."""
-    for key, change in changes.items():
-        log.info("%s: %s from step %d on", key, change, step)
+    for key, (old, new) in changes.items():
+        log.info("%s: %r -> %r from step %d on", key, old, new, step)
     if "train.steps" in changes:
-        old_steps = int(changes["train.steps"].split(" -> ")[0])
-        rates = [np.asarray(optim.rates(task.config.optim, steps=steps)("")(step))
-                 for steps in (old_steps, task.config.train.steps)]
-        log.info("the learning rate goes on at %.3g instead of %.3g and reaches optim.end_lr %.3g at step %d", rates[1],
-                 rates[0], task.config.optim.end_lr, task.config.train.steps)
+        old, new = (np.asarray(optim.rates(config.optim, steps=steps)("")(step)) for steps in changes["train.steps"])
+        log.info("the learning rate goes on at %.3g instead of %.3g and reaches optim.end_lr %.3g at step %d", new, old,
+                 config.optim.end_lr, config.train.steps)
 
 
 def _not_finite(state: Any, workdir: Path) -> FloatingPointError:
