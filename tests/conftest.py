@@ -1,6 +1,5 @@
 """What tests share: tiny encoders in the layout of real checkpoints, and the folder of real images."""
 
-import contextlib
 import os
 import shutil
 import tempfile
@@ -10,8 +9,9 @@ from pathlib import Path
 _cache = tempfile.TemporaryDirectory(prefix="vqrae_jax_test_cache_")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _cache.name)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+# Nearly all the time of tests is that of compiling what then runs a few times. CI runs them with 0 as well.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
-import jax  # noqa: E402
 import pytest  # noqa: E402
 
 from vqrae_jax import config as config_lib  # noqa: E402
@@ -51,24 +51,6 @@ def tiny():
     config.optim.lr_multipliers = (("encoder/.*", 0.0),)
     config.log.update(tensorboard=False, compilation_cache="")
     return config
-
-
-@contextlib.contextmanager
-def compiled_quickly():
-    """For programs that run a few times: less time to compile them, more to run them."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    try:
-        yield
-    finally:
-        jax.config.update("jax_disable_most_optimizations", before)
-
-
-@pytest.fixture
-def few_steps():
-    """For a whole test of them."""
-    with compiled_quickly():
-        yield
 
 
 @pytest.fixture

@@ -392,7 +392,6 @@ def test_a_learned_encoder_computes_what_it_computed(tmp_path):
     assert np.abs(tokens_of(learned, x) - tokens_of(SIGLIP, x)).max() > 0.05
 
 
-@pytest.mark.usefixtures("few_steps")
 def test_training_goes_on_from_an_import(tmp_path, caplog):
     """With the flags that the import prints; and without them it is refused."""
     model = Torch()

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from tests import extension_test
-from tests.conftest import REPOSITORY, compiled_quickly, tiny
+from tests.conftest import REPOSITORY, tiny
 from tests.verbs import command
 from vqrae_jax import config as config_lib
 from vqrae_jax.models.vqrae import VQRAE
@@ -276,14 +276,13 @@ def folder(tmp_path_factory) -> Path:
     config = tiny()
     config.train.update(steps=2, checkpoint_every=2)
     config.optim.warmup_steps = 1
-    with compiled_quickly():
-        task.train(config_lib.parse(config), folder / "runs" / "nano_stage1")
+    task.train(config_lib.parse(config), folder / "runs" / "nano_stage1")
     (folder / "runs" / "nano_stage2").symlink_to("nano_stage1")
     return folder
 
 
 @pytest.mark.parametrize("file", [file for file in PAGES if python_blocks(file.read_text())], ids=name_of)
-def test_python_runs(file, folder, monkeypatch, few_steps):
+def test_python_runs(file, folder, monkeypatch):
     monkeypatch.chdir(folder)
     run_blocks(file.read_text(), file.name)
 

@@ -218,7 +218,6 @@ def run_notebook(notebook, folder: Path, tmp_path: Path, monkeypatch) -> tuple[s
     """Runs a notebook in a folder; gives what its cells print, and their pictures."""
     nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed: pip install -e '.[test]'")
     pytest.importorskip("ipykernel", reason="ipykernel is not installed: pip install -e '.[test]'")
-    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # they compute little
     for variable in ("IPYTHONDIR", "JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR"):
         monkeypatch.setenv(variable, str(tmp_path / variable))
     nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(folder)}}).execute()

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tests.conftest import REFERENCE, compiled_quickly
+from tests.conftest import REFERENCE
 from vqrae_jax import config as config_lib
 from vqrae_jax.tokenizer import build, init, train_state
 from vqrae_jax.tokenizer.loss import make_train_step, phase_of
@@ -61,8 +61,7 @@ class Run:
         self.config = config
         self.structure = build.structure(config)
         mesh = sharding.one_device()
-        with compiled_quickly():  # random numbers, once
-            arrays = (*init.model_arrays(config, self.structure, mesh), *init.network_arrays(config, mesh))
+        arrays = (*init.model_arrays(config, self.structure, mesh), *init.network_arrays(config, mesh))
         # Bound to no device, as what a bare step returns: another placement would compile it once more.
         self.params, self.buffers, self.networks, network_buffers = jax.tree.map(jnp.asarray, jax.device_get(arrays))
         self.state, self.frozen = train_state.init(config, self.structure, self.params, self.buffers, self.networks,

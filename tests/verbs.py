@@ -12,8 +12,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-import jax
-
 from tests.conftest import REPOSITORY
 
 _SERVER = multiprocessing.get_context("forkserver")
@@ -45,7 +43,6 @@ def _run(module: str, arguments: list[str], cwd: Path, environment: dict[str, st
         os.dup2(descriptor, stream.fileno())
     sys.argv[1:] = arguments
     sys.path[:0] = ["", str(REPOSITORY), *environment.get("PYTHONPATH", "").split(os.pathsep)]  # as `python -m` does
-    jax.config.update("jax_disable_most_optimizations", True)  # they compute little
     try:
         runpy.run_module(module, run_name="__main__", alter_sys=True)
     finally:

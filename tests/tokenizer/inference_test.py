@@ -13,7 +13,7 @@ from jax.sharding import AxisType, PartitionSpec
 from PIL import Image
 
 import vqrae_jax
-from tests.conftest import REPOSITORY, compiled_quickly
+from tests.conftest import REPOSITORY
 from tests.tiny import Run
 from vqrae_jax import config as config_lib
 from vqrae_jax.data import BadImages, eval_batches, open_source
@@ -39,8 +39,7 @@ QUANTIZERS = {
 def random_model(config):
     """Structure, parameters and buffers of a config's model."""
     structure = build.structure(config)
-    with compiled_quickly():
-        return structure, *init.model_arrays(config, structure, sharding.one_device())
+    return structure, *init.model_arrays(config, structure, sharding.one_device())
 
 
 def tokenizer(config) -> inference.Tokenizer:

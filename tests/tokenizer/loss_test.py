@@ -20,7 +20,7 @@ from vqrae_jax.tokenizer.build import perceptual_shares
 from vqrae_jax.tokenizer.loss import gradients, make_train_step
 from vqrae_jax.training import optim, update
 
-pytestmark = pytest.mark.usefixtures("tiny_networks", "few_steps")
+pytestmark = pytest.mark.usefixtures("tiny_networks")
 
 # Per config: patterns of what changes in ten steps; everything else must stay as it is, bit for bit.
 SIMVQ = ("quantizer/(projection|project_in|project_out)/.*", "decoder/.*")

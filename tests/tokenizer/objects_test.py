@@ -20,8 +20,6 @@ from vqrae_jax.models.quantizers import Quantized, Quantizer, with_gradient_of
 from vqrae_jax.tokenizer.task import TokenizerTask
 from vqrae_jax.training import reporting, sharding
 
-pytestmark = pytest.mark.usefixtures("few_steps")
-
 
 class Table(Quantizer):
     """Learned codes, and a buffer that counts their uses."""

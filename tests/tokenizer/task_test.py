@@ -25,7 +25,7 @@ from vqrae_jax.tokenizer import build, convert, evaluate, init, runs, task, trai
 from vqrae_jax.training import checkpoint, reporting, sharding
 from vqrae_jax.weights import huggingface
 
-pytestmark = pytest.mark.usefixtures("tiny_networks", "few_steps")
+pytestmark = pytest.mark.usefixtures("tiny_networks")
 
 
 def lines(workdir: Path) -> list[str]:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from tests.conftest import REPOSITORY, compiled_quickly
+from tests.conftest import REPOSITORY
 from vqrae_jax import config as config_lib
 from vqrae_jax.models import flat
 from vqrae_jax.tokenizer import build, init, train_state
@@ -52,13 +52,11 @@ def start(config: config_lib.Config):
     """The step, compiled, and what it is called with."""
     mesh = make_mesh(config)
     structure = build.structure(config)
-    with compiled_quickly():
-        state, frozen = train_state.made(config, structure, mesh, *init.model_arrays(config, structure, mesh), {}, {})
+    state, frozen = train_state.made(config, structure, mesh, *init.model_arrays(config, structure, mesh), {}, {})
     images = np.random.default_rng(0).integers(0, 256, (BATCH, 32, 32, 3), np.uint8)
     batch = sharding.put_batch(mesh, {"image": images})
     step = sharding.jit_step(make_train_step(config, structure, phase=""), mesh, state)
-    with compiled_quickly():
-        return step.trace(state, frozen, batch).lower().compile(), state, frozen, batch
+    return step.trace(state, frozen, batch).lower().compile(), state, frozen, batch
 
 
 def train(config: config_lib.Config) -> dict:
