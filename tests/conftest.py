@@ -9,7 +9,7 @@ from pathlib import Path
 _cache = tempfile.TemporaryDirectory(prefix="vqrae_jax_test_cache_")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _cache.name)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-# Nearly all the time of tests is that of compiling what then runs a few times. CI runs them with 0 as well.
+# Nearly all the time of tests is that of compiling what then runs a few times. CI runs the parity tests with 0 as well.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import pytest  # noqa: E402
