@@ -170,6 +170,20 @@ def test_adaptive_max_pool_equals_torch(torch, n):
     np.testing.assert_array_equal(pool_to_16(x), expected)
 
 
+@pytest.mark.parametrize("n", [12, 24, 37])
+def test_the_gradient_of_a_pooled_norm_is_finite(n):
+    """Of what is normalised for the pool and, rounded otherwise, once more for its gradient."""
+    graphdef, params = nnx.split(nnx.GroupNorm(128, num_groups=32, use_fast_variance=False, rngs=nnx.Rngs(0)))
+    images = np.random.default_rng(0).normal(size=(2, n, n, 128)).astype(np.float32)
+
+    @jax.jit
+    @jax.grad
+    def gradient(images):
+        return jnp.sum(adaptive_max_pool(nnx.leaky_relu(nnx.merge(graphdef, params)(images), 0.1), 16) ** 2)
+
+    assert np.isfinite(gradient(images)).all() and np.any(gradient(images))
+
+
 def test_patchgan_has_titoks_shape_and_start():
     _, params, _ = flat.split(nnx.eval_shape(lambda: PatchGAN(rngs=nnx.Rngs(0))))
     assert [params[f"stages/{i}/conv/kernel"].shape for i in range(3)] == [

@@ -111,13 +111,18 @@ def adaptive_max_pool(x: jax.Array, size: int) -> jax.Array:
     """`[B, H, W, C] -> [B, size, size, C]` as torch's `AdaptiveMaxPool2d`.
 
     Output i of n inputs is the maximum of floor(i n / size) ... ceil((i + 1) n / size) - 1: windows overlap where
-    size does not divide n, and repeat inputs where n is smaller.
+    size does not divide n, and repeat inputs where n is smaller. As there, of equal inputs one gets the gradient.
     """
+    # Not `jnp.max`, whose gradient divides by the number of inputs that equal the maximum: where a compiler computes
+    # them a second time and rounds otherwise, none does, and the gradient is NaN.
+    def largest(window: jax.Array, axis: int) -> jax.Array:
+        return jnp.take_along_axis(window, jnp.argmax(window, axis=axis, keepdims=True), axis=axis)
+
     for axis in (1, 2):
         n = x.shape[axis]
         if n != size:
             windows = [jax.lax.slice_in_dim(x, i * n // size, -(-(i + 1) * n // size), axis=axis) for i in range(size)]
-            x = jnp.stack([jnp.max(window, axis=axis) for window in windows], axis=axis)
+            x = jnp.concatenate([largest(window, axis) for window in windows], axis=axis)
     return x
 
 
