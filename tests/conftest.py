@@ -1,5 +1,6 @@
 """What tests share: tiny encoders in the layout of real checkpoints, and the folder of real images."""
 
+import contextlib
 import os
 import shutil
 import tempfile
@@ -19,6 +20,7 @@ from vqrae_jax.models import perceptual  # noqa: E402
 from vqrae_jax.models.discriminators import DISCRIMINATORS, PatchGAN, dino  # noqa: E402
 from vqrae_jax.models.perceptual import ConvNeXtSpec  # noqa: E402
 from vqrae_jax.models.vit import ViTSpec  # noqa: E402
+from vqrae_jax.training.reporting import Reporter  # noqa: E402
 
 REPOSITORY = Path(__file__).parents[1]
 REFERENCE = Path(__file__).parent / "reference"
@@ -51,6 +53,24 @@ def tiny():
     config.optim.lr_multipliers = (("encoder/.*", 0.0),)
     config.log.update(tensorboard=False, compilation_cache="")
     return config
+
+
+@contextlib.contextmanager
+def killed_in_step(step: int):
+    """Around a run: it dies when it reports this step, and keeps what it saved before."""
+    class Killed(BaseException):
+        pass
+
+    write = Reporter.write
+
+    def dies(self, at, *arguments):
+        if at == step:
+            raise Killed
+        write(self, at, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):  # of its own: other patches stay
+        patch.setattr(Reporter, "write", dies)
+        yield
 
 
 @pytest.fixture

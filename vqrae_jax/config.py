@@ -35,7 +35,7 @@ BELOW_ONE = 1 - 1e-6  # a moving average of decay 1 would never move
 
 
 def _key(default: Any, *, low: float | None = None, high: float | None = None, among: tuple[Any, ...] = (),
-         free: bool = False) -> Any:
+         free: bool = False, earlier: Any = None) -> Any:
     """A key of the config.
 
     Args:
@@ -45,8 +45,11 @@ def _key(default: Any, *, low: float | None = None, high: float | None = None, a
       among: tables, or tuples, of the names that it may be.
       free: whether it may change when a run continues. Of most such keys the parameters of later steps do not depend;
         of the others it is said beside them what becomes of the run.
+      earlier: what runs did that are older than the key, where that is not the default.
     """
-    return dataclasses.field(default=default, metadata={"low": low, "high": high, "among": among, "free": free})
+    earlier = default if earlier is None else earlier
+    return dataclasses.field(default=default, metadata={"low": low, "high": high, "among": among, "free": free,
+                                                        "earlier": earlier})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,7 +82,7 @@ class Data:
     crop_scale_min: float = _key(0.8, low=1e-3, high=1.0)  # least share of the area that a random crop keeps
     flip: bool = True
     # Share of the images that is never trained on and that evaluation shows, where the data hold out none themselves.
-    holdout: float = _key(0.01, low=0.0, high=0.5)
+    holdout: float = _key(0.01, low=0.0, high=0.5, earlier=0.0)
     max_bad: float = _key(0.01, low=0.0, high=1.0, free=True)  # share of images that may be unreadable
     threads: int = _key(4, low=0, free=True)
     workers: int = _key(0, low=0, free=True)  # processes; 0 decodes in the training process's threads
@@ -346,7 +349,7 @@ def save(config: Run, file: Path) -> None:
 
 
 def load(file: Path, config_type: type[ConfigType] = Config) -> ConfigType:
-    """Reads what `save` wrote; keys that came later than the file have their defaults, but nothing was held out then.
+    """Reads what `save` wrote; keys that came later than the file have the values by which it was made.
 
     Args:
       file: `config.json` in the folder of a run.
@@ -361,13 +364,17 @@ def load(file: Path, config_type: type[ConfigType] = Config) -> ConfigType:
         raise FileNotFoundError(f"{file} does not exist: {file.parent} is not the folder of a run") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{file} is damaged: {error}") from None
-    defaults = dataclasses.asdict(config_type())
-    if "data" in defaults:
-        defaults["data"]["holdout"] = 0.0  # version 0.3 trained on all images
     try:
-        return parse(_with_defaults(defaults, values), config_type)
+        return parse(_with_defaults(_earlier(config_type), values), config_type)
     except ValueError as error:
         raise ValueError(f"{file} is not the config of a run of this version: {error}") from None
+
+
+def _earlier(section: type) -> dict[str, Any]:
+    """What each key stood for before it existed."""
+    value = lambda field: field.metadata["earlier"] if field.metadata else field.default
+    return {field.name: _earlier(type(field.default)) if dataclasses.is_dataclass(field.default) else value(field)
+            for field in dataclasses.fields(section)}
 
 
 def _with_defaults(defaults: Any, values: Any) -> Any:

@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 import vqrae_jax
+from tests.conftest import killed_in_step
 from tests.verbs import command
 from vqrae_jax import config as config_lib
 from vqrae_jax.data import ArraySource, hold_out
@@ -18,7 +19,7 @@ from vqrae_jax.models import flat
 from vqrae_jax.models.flat import Buffer
 from vqrae_jax.models.quantizers import Quantized, Quantizer, with_gradient_of
 from vqrae_jax.tokenizer.task import TokenizerTask
-from vqrae_jax.training import reporting, sharding
+from vqrae_jax.training import sharding
 
 
 class Table(Quantizer):
@@ -102,7 +103,7 @@ def test_a_list_of_arrays_is_trained_on_and_partly_held_out(tiny_config, tmp_pat
     assert "give --data=SPEC to evaluate it on others" in evaluated.stderr
 
 
-def test_an_own_quantizer_is_trained_continued_exactly_and_loaded(tiny_config, tmp_path, monkeypatch):
+def test_an_own_quantizer_is_trained_continued_exactly_and_loaded(tiny_config, tmp_path):
     config, quantizer = config_lib.parse(tiny_config), Table(32, 16)
     started, _ = TokenizerTask(
         config_lib.parse(changed_kind(tiny_config)), tmp_path / "no", quantizer=quantizer).init(sharding.one_device())
@@ -111,18 +112,7 @@ def test_an_own_quantizer_is_trained_continued_exactly_and_loaded(tiny_config, t
     whole = vqrae_jax.train(config, tmp_path / "whole", quantizer=quantizer)
     assert whole["code_usage"] > 0
 
-    class Killed(BaseException):
-        pass
-
-    write = reporting.Reporter.write
-
-    def dies(self, step, *arguments):
-        if step == 5:
-            raise Killed
-        write(self, step, *arguments)
-
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(reporting.Reporter, "write", dies)
+    with killed_in_step(5):
         vqrae_jax.train(config, tmp_path / "killed", quantizer=quantizer)
     assert vqrae_jax.train(config, tmp_path / "killed", quantizer=quantizer) == whole
     assert metrics_file(tmp_path / "killed") == metrics_file(tmp_path / "whole")

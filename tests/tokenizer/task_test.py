@@ -17,12 +17,12 @@ from PIL import Image
 
 import vqrae_jax
 from tests.config_test import SHIPPED
-from tests.conftest import REFERENCE, tiny
+from tests.conftest import REFERENCE, killed_in_step, tiny
 from tests.tiny import Run, reduced
 from vqrae_jax import config as config_lib
 from vqrae_jax.data import BadImages, FolderSource, open_source
 from vqrae_jax.tokenizer import build, convert, evaluate, init, runs, task, train_state
-from vqrae_jax.training import checkpoint, reporting, sharding
+from vqrae_jax.training import checkpoint, sharding
 from vqrae_jax.weights import huggingface
 
 pytestmark = pytest.mark.usefixtures("tiny_networks")
@@ -66,7 +66,7 @@ def test_a_run_leaves_what_it_promises(tiny_config, tmp_path):
     assert config_lib.load(tmp_path / "config.json") == config_lib.parse(tiny_config)
 
 
-def test_a_continued_run_equals_one_that_never_stopped(tiny_config, tmp_path, stage1_run, monkeypatch, caplog):
+def test_a_continued_run_equals_one_that_never_stopped(tiny_config, tmp_path, stage1_run, caplog):
     """All there is to save: a teacher, averages, and a discriminator that has learned before the run dies."""
     caplog.set_level("INFO", "vqrae_jax")
     stage2(tiny_config, stage1_run)
@@ -77,19 +77,8 @@ def test_a_continued_run_equals_one_that_never_stopped(tiny_config, tmp_path, st
     config = config_lib.parse(tiny_config)
     task.train(config, tmp_path / "whole")
 
-    # Dies in step 5, after the checkpoint of step 4, and with half a line in its metrics.
-    class Killed(BaseException):
-        pass
-
-    write = reporting.Reporter.write
-    def die(self, step, *rest):
-        if step == 5:
-            raise Killed
-        write(self, step, *rest)
-    monkeypatch.setattr(reporting.Reporter, "write", die)
-    with pytest.raises(Killed):
+    with killed_in_step(5):  # after the checkpoint of step 4, and with half a line in its metrics
         task.train(config, tmp_path / "parts")
-    monkeypatch.undo()
     with (tmp_path / "parts" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "loss/total": 0.1, "lo')
     task.train(config, tmp_path / "parts")

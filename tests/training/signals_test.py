@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -41,25 +42,34 @@ loop.run(Busy(toy.config(20)), Path(sys.argv[1]))
 """
 
 
+def run(workdir: Path, moment: str) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, "-c", BUSY, str(workdir), moment], cwd=REPOSITORY, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def metrics_of_a_whole_run(workdir: Path) -> str:
+    process = run(workdir, "")
+    assert process.communicate(timeout=60) and process.returncode == 0
+    return (workdir / "metrics.jsonl").read_text()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> str:
+    return metrics_of_a_whole_run(tmp_path_factory.mktemp("signals"))
+
+
 @pytest.mark.parametrize("moment", ["init", "compile", "evaluate"])
-def test_a_busy_process_ends_and_loses_nothing(moment, tmp_path):
-    run = lambda folder, moment: subprocess.Popen(
-        [sys.executable, "-c", BUSY, str(tmp_path / folder), moment], cwd=REPOSITORY, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, text=True)
-    process = run("parts", moment)
+def test_a_busy_process_ends_and_loses_nothing(moment, tmp_path, whole):
+    process = run(tmp_path, moment)
     assert process.stdout is not None and process.stdout.readline() == "busy\n"
     time.sleep(0.5)  # until it has left Python
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == signals.STOPPED, errors
     assert errors.splitlines()[-1] == signals.MESSAGE
-    assert not (tmp_path / "parts" / "lock.json").exists()
-    assert [path.name for path in (tmp_path / "parts" / "checkpoints").glob("*")] == (
-        ["10"] if moment == "evaluate" else [])
-    for folder in ("parts", "whole"):
-        process = run(folder, "")
-        assert process.communicate(timeout=60) and process.returncode == 0
-    assert (tmp_path / "parts/metrics.jsonl").read_text() == (tmp_path / "whole/metrics.jsonl").read_text()
+    assert not (tmp_path / "lock.json").exists()
+    assert [path.name for path in (tmp_path / "checkpoints").glob("*")] == (["10"] if moment == "evaluate" else [])
+    assert metrics_of_a_whole_run(tmp_path) == whole
 
 
 def test_an_interrupt_is_noted_or_obeyed():

@@ -24,9 +24,9 @@ from vqrae_jax.models import flat
 from vqrae_jax.tokenizer import build, train_state
 from vqrae_jax.tokenizer.loss import make_train_step, phase_of
 from vqrae_jax.tokenizer.task import abstract_batch
-from vqrae_jax.training import sharding
+from vqrae_jax.training import compilation, sharding
+from vqrae_jax.training.compilation import GIB
 
-GIB = 2**30
 # A float32 matmul at highest precision takes so many bfloat16 passes on a TPU.
 HIGHEST_PASSES = 6
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8,
@@ -109,9 +109,7 @@ def plan(config: Config, topology: str) -> Plan:
     try:
         compiled: Any = lowered.compile()
         memory = compiled.memory_analysis()
-        # Arguments that the step gives back changed are counted once.
-        used = (memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-                + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes)
+        used = compilation.memory_in_use(memory) + memory.generated_code_size_in_bytes
         exchanged = collective_bytes(compiled.as_text())
     except jax.errors.JaxRuntimeError as error:
         # The compiler names everything it would have used, or temporaries only.

@@ -16,14 +16,11 @@ from vqrae_jax.data import BadImages, Source, eval_batches, open_source
 from vqrae_jax.metrics import METRICS, Batch
 from vqrae_jax.models import flat
 from vqrae_jax.models.flat import Arrays
-from vqrae_jax.training import distributed, sharding
-
-# `(arrays, images, labels, valid) -> ({metric: measured}, reconstructions)`; see `make_eval_step`.
-EvalStep = Callable[[Arrays, jax.Array, jax.Array, jax.Array], tuple[dict[str, Any], jax.Array]]
-
+from vqrae_jax.training import distributed, sharding, signals
 
 log = logging.getLogger(__name__)
-
+# `(arrays, images, labels, valid) -> ({metric: measured}, reconstructions)`; see `make_eval_step`.
+EvalStep = Callable[[Arrays, jax.Array, jax.Array, jax.Array], tuple[dict[str, Any], jax.Array]]
 
 def choose_source(config: Config, training: Source, held_out: Source) -> Source:
     """The images of a config's evaluations: those of `eval.source`, or else the held-out ones.
@@ -99,7 +96,7 @@ def evaluate(eval_step: EvalStep, arrays: Arrays, mesh: Mesh, batches: Iterable[
     kept: dict[str, Any] = dict.fromkeys(METRICS)
     originals, reconstructions, count = [], [], 0
     for local in batches:
-        distributed.stop_if_preempted()
+        signals.stop_if_preempted()
         batch = sharding.put_batch(mesh, {name: local[name] for name in ("image", "label", "valid")})
         measured, decoded = eval_step(arrays, batch["image"], batch["label"], batch["valid"])
         # Images are large: they are gathered only as long as the picture needs some.

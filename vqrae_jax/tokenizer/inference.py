@@ -43,8 +43,7 @@ class Tokenizer:
         self.image_size = config.data.image_size
         model = flat.merge(graphdef, arrays)
         self.num_codes = model.quantizer.num_codes
-        # On their device and not on a mesh of ours, so that it works inside a mesh of the user's.
-        self._arrays = {path: jnp.asarray(array).addressable_data(0) for path, array in arrays.items()}
+        self._arrays = sharding.off_mesh(arrays)
         self._grid = model.encoder.grid
         self._features = jax.jit(lambda arrays, images: flat.merge(graphdef, arrays).features(images))
         self._encode = jax.jit(lambda arrays, images: flat.merge(graphdef, arrays).encode(images))

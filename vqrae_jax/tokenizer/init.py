@@ -23,7 +23,7 @@ from vqrae_jax.models.quantizers import Quantizer
 from vqrae_jax.models.vqrae import VQRAE
 from vqrae_jax.tokenizer import build, runs, train_state
 from vqrae_jax.tokenizer.build import Structure
-from vqrae_jax.training import distributed, sharding, update
+from vqrae_jax.training import sharding, signals, update
 from vqrae_jax.training.task import Batches
 from vqrae_jax.weights import discriminators, huggingface, perceptual
 from vqrae_jax.weights.huggingface import EncoderSpec
@@ -48,12 +48,7 @@ def create(config: Config) -> VQRAE:
     """
     structure = build.structure(config)
     params, buffers = model_arrays(config, structure, sharding.one_device())
-    return flat.merge(structure.graphdef, on_their_device({**params, **buffers}))
-
-
-def on_their_device(arrays: Arrays) -> Arrays:
-    """Arrays of `sharding.one_device()` without that mesh, so that they work inside a mesh of the user's."""
-    return {path: array.addressable_data(0) for path, array in arrays.items()}
+    return flat.merge(structure.graphdef, sharding.off_mesh({**params, **buffers}))
 
 
 def model_arrays(config: Config, structure: Structure, mesh: Mesh,
@@ -151,7 +146,7 @@ def initial_arrays(config: Config, structure: Structure, open_batches: Callable[
         needed = KMEANS_TOKENS_PER_CODE * config.model.quantizer.size
         images = []
         for _ in range(math.ceil(needed / (structure.tokens * config.train.batch_size))):
-            distributed.stop_if_preempted()
+            signals.stop_if_preempted()
             images.append(sharding.put_batch(mesh, next(batches)["image"]))
         batches.close()
         initial = initial | sharding.on(mesh, codebook_from_data)(config, structure, initial, images)

@@ -130,7 +130,7 @@ def loss_function(config: Config) -> Callable[..., tuple[jax.Array, Metrics]]:
     config = dataclasses.replace(config, gan=config_lib.Gan())
     structure, mesh = build.structure(config), sharding.one_device()
     params, buffers = init.network_arrays(config, mesh)
-    networks = init.on_their_device({**params, **buffers})
+    networks = sharding.off_mesh({**params, **buffers})
     teacher = init.create(config).encoder if config.loss.distill_weight else None
 
     def loss(model: VQRAE, images: jax.Array, rng: jax.Array | None = None) -> tuple[jax.Array, Metrics]:

@@ -16,7 +16,7 @@ from vqrae_jax.config import Config
 from vqrae_jax.models.flat import Arrays
 from vqrae_jax.models.quantizers import Quantizer
 from vqrae_jax.tokenizer import build, train_state
-from vqrae_jax.training import checkpoint
+from vqrae_jax.training import checkpoint, lock
 from vqrae_jax.training.checkpoint import Checkpoints
 from vqrae_jax.weights import huggingface
 
@@ -88,9 +88,9 @@ def write_run(workdir: Path, config: Config, params: Arrays, buffers: Arrays) ->
     if checkpoint.has_checkpoint(workdir):
         raise ValueError(f"{workdir} holds a run already: choose another --workdir")
     started, frozen = train_state.init(config, build.structure(config), params, buffers, {}, {})
-    checkpoint.make_folder(workdir)
-    checkpoint.open_run(workdir, config, lambda folder: write_files(folder, config))
-    checkpoint.save_frozen(workdir, frozen)
     items = train_state.items(started)
-    with closing(Checkpoints(workdir, items)) as checkpoints:
-        checkpoints.save(0, items, {"next_batch": 0})
+    with lock.held(workdir):
+        checkpoint.open_run(workdir, config, lambda folder: write_files(folder, config))
+        checkpoint.save_frozen(workdir, frozen)
+        with closing(Checkpoints(workdir, items)) as checkpoints:
+            checkpoints.save(0, items, {"next_batch": 0})

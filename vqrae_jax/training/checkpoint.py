@@ -24,7 +24,7 @@ NOT_READ = ocp.PLACEHOLDER
 
 
 def open_run(workdir: Path, config: config_lib.Run, write_files: Callable[[Path], None]) -> config_lib.Changes:
-    """Completes a new run's folder, or checks that an existing one belongs to this config.
+    """Completes a new run's folder, or checks that an existing one belongs to this config; it must be held.
 
     Args:
       workdir: the folder.
@@ -59,15 +59,6 @@ def open_run(workdir: Path, config: config_lib.Run, write_files: Callable[[Path]
         raise OSError(f"{workdir} is not the same folder for all processes of the run: put it on a file system that "
                       "they share")
     return changed
-
-
-def make_folder(workdir: Path) -> None:
-    """Creates a run's folder, if there is none, and raises OSError where it cannot be written."""
-    with disk_errors(workdir):
-        workdir.mkdir(parents=True, exist_ok=True)
-        probe = workdir / ".write_test"
-        probe.touch()
-        probe.unlink()
 
 
 def has_checkpoint(workdir: Path) -> bool:

@@ -53,6 +53,13 @@ def compiled(step: Any, *arguments: Any, name: str) -> Any:
     return program
 
 
+def memory_in_use(needed: Any) -> int:
+    """Bytes that a program's arguments, results and temporaries take, by its `memory_analysis()`."""
+    # Arguments that come back changed, in the same memory, are counted once.
+    return (needed.argument_size_in_bytes + needed.output_size_in_bytes - needed.alias_size_in_bytes
+            + needed.temp_size_in_bytes)
+
+
 def check_memory(needed: Any, device: dict[str, int] | None, *, name: str) -> None:
     """Raises ValueError where a program needs more memory than a device has.
 
@@ -63,9 +70,7 @@ def check_memory(needed: Any, device: dict[str, int] | None, *, name: str) -> No
     """
     if needed is None or device is None or "bytes_limit" not in device:
         return
-    # Arguments that come back changed, in the same memory, are counted once.
-    size = (needed.argument_size_in_bytes + needed.output_size_in_bytes - needed.alias_size_in_bytes
-            + needed.temp_size_in_bytes)
+    size = memory_in_use(needed)
     if size > device["bytes_limit"]:
         raise ValueError(f"{name} needs {size / GIB:.1f} GiB of a device that has {device['bytes_limit'] / GIB:.1f} "
                          "GiB: add --config.train.accumulate=N for smaller micro-batches, or "

@@ -84,12 +84,6 @@ def preempted() -> bool:
     return jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(next(_ASKED))
 
 
-def stop_if_preempted() -> None:
-    """Raises KeyboardInterrupt where all agreed to stop here, in the midst of something that need not be finished."""
-    if preempted():
-        raise KeyboardInterrupt("stopped by a signal; the same command continues")
-
-
 @contextmanager
 def ends_with_the_others() -> Iterator[None]:
     """Ends this process at once where JAX fails because another process of the run is gone.

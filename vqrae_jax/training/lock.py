@@ -19,7 +19,7 @@ DEAD_SECONDS = 60.0  # who has not for so long is taken for dead, where its host
 
 @contextmanager
 def held(workdir: Path) -> Iterator[Callable[[], None]]:
-    """Holds a run's folder, which must exist, as long as the block runs; yields what releases it before.
+    """Holds a run's folder, which it creates, as long as the block runs; yields what releases it before.
 
     A lock that a dead process left is taken over: on this host its process is looked for; of another host it is waited
     whether the file is still touched. Times are compared by the clock of the file system alone.
@@ -37,6 +37,7 @@ def held(workdir: Path) -> Iterator[Callable[[], None]]:
                 file.unlink()
 
     with disk_errors(workdir):
+        workdir.mkdir(parents=True, exist_ok=True)
         while not _created(file, mine):
             _wait_for_the_dead(file)
     threading.Thread(target=_beat, args=(file, over), daemon=True).start()
@@ -96,9 +97,12 @@ def _parsed(content: str) -> dict[str, Any]:
 
 def _clock(folder: Path) -> float:
     """The time of a folder's file system."""
-    probe = folder / ".clock"
+    probe = folder / f"lock.{socket.gethostname()}.{os.getpid()}.clock"
     probe.touch()
-    return probe.stat().st_mtime
+    try:
+        return probe.stat().st_mtime
+    finally:
+        probe.unlink()
 
 
 def _is_alive(pid: int) -> bool:

@@ -47,7 +47,6 @@ def run(task: Task, workdir: Path) -> dict[str, float]:
         batches = stack.enter_context(closing(task.batches()))  # before there is a folder: bad data leaves none behind
         release = lambda: None
         if distributed.is_first():
-            checkpoint.make_folder(workdir)
             release = stop.finish = stack.enter_context(lock.held(workdir))
         changes = checkpoint.open_run(workdir, config, task.write_files)
         for line in task.describe():

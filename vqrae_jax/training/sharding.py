@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from vqrae_jax import config as config_lib
@@ -49,6 +50,11 @@ def make_mesh(mesh: config_lib.Mesh, devices: Sequence[Any] | None = None) -> Me
 def one_device() -> Mesh:
     """The mesh of a process by itself: its first device."""
     return make_mesh(config_lib.Mesh(), jax.local_devices()[:1])
+
+
+def off_mesh(arrays: Mapping[str, Any]) -> dict[str, jax.Array]:
+    """Arrays of `one_device()`, or of the host, without that mesh, so that they work inside a mesh of the user's."""
+    return {path: jnp.asarray(array).addressable_data(0) for path, array in arrays.items()}
 
 
 def of(mesh: Mesh, tree: Any, rules: Rules) -> Any:

@@ -18,6 +18,12 @@ STOPPED = 75  # EX_TEMPFAIL of sysexits.h: the same command continues
 MESSAGE = "stopped by a signal; the same command continues"
 
 
+def stop_if_preempted() -> None:
+    """Raises KeyboardInterrupt where all processes agreed to stop here, in the midst of what need not be finished."""
+    if distributed.preempted():
+        raise KeyboardInterrupt(MESSAGE)
+
+
 class StopSignal:
     """While this context is open, a signal stops the run at once, or is noted where it is `deferred`.
 
