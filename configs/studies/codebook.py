@@ -1,0 +1,36 @@
+"""Width, start, size and kind of the codebook at one budget (VQRAE's Table 5, with the nano encoder, which is 192 wide).
+
+    python -m vqrae_jax.study --study=configs/studies/codebook.py --out=runs/codebook --data=tfds:cifar10@DATA_DIR
+
+Each run is 300 steps of 32. The rows of 2048 codes, which decide about the width, have three seeds.
+"""
+
+from vqrae_jax.tokenizer.study import Row, Study
+
+WIDTHS, SIZES = (8, 16, 64, 192, 384), (512, 2048, 8192)
+LEVELS = {512: (8, 8, 8), 2048: (8, 8, 8, 4), 8192: (8, 8, 8, 4, 4)}  # of FSQ
+SEEDS = (0, 1, 2)
+
+
+def _row(seeds: tuple[int, ...] = SEEDS, **quantizer) -> Row:
+    # Linear layers lead into code space and out of it at every width, also at the encoder's own.
+    quantizer = {"projection": True, **quantizer} if quantizer["kind"] != "fsq" else quantizer
+    return Row(config="configs/nano_stage1.py", seeds=seeds,
+               changes={"train.steps": 300, **{f"model.quantizer.{key}": value for key, value in quantizer.items()}})
+
+
+def get_study() -> Study:
+    rows = {}
+    for size in (2048, 512, 8192):
+        for width in WIDTHS:
+            for start in ("random", "kmeans"):
+                rows[f"simvq_{size}x{width}_{start}"] = _row(
+                    SEEDS if size == 2048 else (0,), kind="simvq", size=size, dim=width, init=start)
+    for width in WIDTHS:
+        rows[f"ema_2048x{width}_kmeans"] = _row(
+            SEEDS if width == 64 else (0,), kind="ema", size=2048, dim=width, init="kmeans")
+    rows["ema_2048x64_random"] = _row((0,), kind="ema", size=2048, dim=64, init="random")
+    for size, levels in LEVELS.items():
+        rows[f"fsq_{size}"] = _row(SEEDS if size == 2048 else (0,), kind="fsq", size=size, dim=len(levels),
+                                   levels=levels, init="random")
+    return Study(title="Codebooks of the nano tokenizer", rows=rows, data="tfds:cifar10")
