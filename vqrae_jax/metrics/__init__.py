@@ -1,152 +1,182 @@
 """Metrics of a set of images: what each keeps of a batch, how it adds up, and the numbers that come of it.
 
-A new one is a function beside these and a row in `METRICS`.
+A metric that every evaluation computes is a row of `METRICS`. Those that look through another network, such as FID, are
+made by functions beside the table, for `tokenizer.instruments`. What is kept is independent of how the images are
+batched, padded and spread over devices, up to rounding.
 """
 
-from collections.abc import Callable
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vqrae_jax.metrics.codes import code_usage, perplexity
-from vqrae_jax.metrics.features import knn_top1, linear_probe_top1
+from vqrae_jax.metrics import codes, frechet
+from vqrae_jax.metrics.features import cka_from_scatter, knn_top1, linear_probe_top1
+from vqrae_jax.metrics.frechet import Moments
 from vqrae_jax.metrics.pixels import psnr, ssim
 
-__all__ = ["METRICS", "Batch", "Metric", "code_usage", "knn_top1", "linear_probe_top1", "mean_of_images", "perplexity",
-           "psnr", "ssim"]
+__all__ = ["METRICS", "Batch", "Metric", "cosine_and_cka", "frechet_distance", "inception_score", "knn_top1",
+           "linear_probe_top1", "mean_of_images", "psnr", "ssim"]
 
 KNN_IMAGES = 10_000  # comparing each with each costs their number squared
 
 
-class Batch(NamedTuple):
-    """What a model makes of a batch of images.
+@functools.partial(jax.tree_util.register_dataclass, meta_fields=("num_codes",), data_fields=(
+    "images", "reconstructions", "features", "latents", "indices", "labels", "valid", "position", "seen"))
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Batch:
+    """What a model makes of a batch of images, and what other networks see in it.
 
     Attributes:
       images: `[B, H, W, 3]` float32 in [0, 1].
       reconstructions: likewise.
       features: `[B, N, d]` float32, continuous.
+      latents: `[B, N, d]` float32, quantized, as the decoder sees them.
       indices: `[B, N]` int32, codes.
       num_codes: codes are in [0, num_codes); 1 where there are none.
       labels: `[B]` int32, -1 where unknown.
       valid: `[B]` bool; other rows are padding or bad images, and mean nothing.
+      position: `[B]` int32, the place of an image in the evaluation.
+      seen: by the name of another network what it makes of images and reconstructions.
     """
 
     images: jax.Array
     reconstructions: jax.Array
     features: jax.Array
+    latents: jax.Array
     indices: jax.Array
     num_codes: int
     labels: jax.Array
     valid: jax.Array
+    position: jax.Array
+    seen: Mapping[str, Any]
 
 
 class Metric(NamedTuple):
-    """A row of the table of metrics.
+    """A row of a table of metrics. It keeps sums on the devices, or rows of images on the host, or both.
 
     Attributes:
-      measure: `Batch -> tree of arrays`, what is kept of it; computed on the devices, which images need not leave.
-      update: `(kept so far, what `measure` gave as NumPy arrays, valid) -> kept`; at first nothing is kept: None.
-      finish: `kept -> {name: number}`, empty where the metric means nothing.
+      finish: `(sums, rows) -> {name: number}`, both on the host, rows of all valid images in the order of the
+        evaluation; empty where the metric means nothing, ValueError where it cannot be computed.
+      init: `Batch of shapes -> tree of arrays`, the sums over no images.
+      update: `(sums, Batch) -> sums`, compiled.
+      rows: `Batch -> tree of arrays [B, ...]`, of which those of valid images are kept.
+      most_rows: of more images only the rows of so many are kept, a random choice that is always the same.
+      labelled: whether it is left out where images have no labels.
+      per_image: whether `rows` is a number an image, of which a confidence interval can be made.
     """
 
-    measure: Callable[[Batch], Any]
-    update: Callable[[Any, Any, np.ndarray], Any]
-    finish: Callable[[Any], dict[str, float]]
-
-
-def _rows(kept: list[Any] | None, measured: Any, valid: np.ndarray) -> list[Any]:
-    """Keeps each valid image's values."""
-    kept = [] if kept is None else kept
-    kept.append(jax.tree.map(lambda values: values[valid], measured))
-    return kept
-
-
-def _sum(kept: Any, measured: Any, valid: np.ndarray) -> Any:
-    """Keeps the sum of what was measured."""
-    del valid  # the measurement left the others out
-    return jax.tree.map(lambda values: values.astype(np.int64), measured) if kept is None else \
-        jax.tree.map(np.add, kept, measured)
-
-
-def _joined(kept: list[Any]) -> Any:
-    return jax.tree.map(lambda *values: np.concatenate(values), *kept)
+    finish: Callable[[Any, Any], dict[str, float]]
+    init: Callable[[Batch], Any] = lambda batch: ()
+    update: Callable[[Any, Batch], Any] = lambda sums, batch: sums
+    rows: Callable[[Batch], Any] = lambda batch: ()
+    most_rows: int | None = None
+    labelled: bool = False
+    per_image: bool = False
 
 
 def mean_of_images(name: str, of_images: Callable[[Any, Any], jax.Array]) -> Metric:
-    """The mean over images of a number that each has."""
-    return Metric(measure=lambda batch: of_images(batch.images, batch.reconstructions), update=_rows,
-                  finish=lambda kept: {name: float(_joined(kept).mean(dtype=np.float64))})
+    """The mean over images of a number that each has, of the image and its reconstruction."""
+    return mean_of_rows(name, lambda batch: of_images(batch.images, batch.reconstructions))
 
 
-def _count_codes(batch: Batch) -> jax.Array:
-    uses = jnp.broadcast_to(batch.valid[:, None], batch.indices.shape).astype(jnp.int32)
-    return jax.ops.segment_sum(uses.reshape(-1), batch.indices.reshape(-1), batch.num_codes)
+def mean_of_rows(name: str, rows: Callable[[Batch], jax.Array]) -> Metric:
+    """The mean over images of a number that each has: `Batch -> [B]`."""
+    return Metric(rows=rows, per_image=True,
+                  finish=lambda sums, rows: {name: float(rows.mean(dtype=np.float64))})
 
 
-def _codes(counts: np.ndarray) -> dict[str, float]:
-    """Over all images: the share of codes that any of them hit, and exp of the entropy of the usage histogram."""
-    if len(counts) == 1:  # there are no codes
-        return {}
-    return {"code_usage": float(code_usage(jnp.asarray(counts))),
-            "code_perplexity": float(perplexity(jnp.asarray(counts)))}
+def frechet_distance(name: str, reconstructions: Callable[[Batch], jax.Array],
+                     reference: Callable[[Batch], jax.Array] | Moments) -> Metric:
+    """Frechet distance of the features of reconstructions; see `frechet.frechet_distance`.
 
-
-class _LabelledFeatures:
-    """The features of images that have a label; of more than `KNN_IMAGES`, a random choice that is always the same.
-
-    Each image draws a number, and those that drew the least stay, in their order.
-
-    Attributes:
-      images: how many images there were.
-      labelled: how many of them had a label.
+    Args:
+      name: of the number.
+      reconstructions: their features, `[B, d]` float32.
+      reference: those of the images, or what is known of other images.
     """
+    given = reference if isinstance(reference, Moments) else None
+    sides = (reconstructions,) if isinstance(reference, Moments) else (reconstructions, reference)
 
-    def __init__(self):
-        self.images = self.labelled = 0
-        self._rng, self._rows, self._count = np.random.default_rng(0), [], 0
+    def finish(sums: Any, rows: Any) -> dict[str, float]:
+        mine, *images = map(frechet.moments, sums)
+        return {name: frechet.distance(mine, given or images[0])}
 
-    def add(self, features: np.ndarray, labels: np.ndarray) -> None:
-        has_label = labels >= 0
-        count = int(has_label.sum())
-        self.images, self.labelled, self._count = self.images + len(labels), self.labelled + count, self._count + count
-        if count:
-            self._rows.append((self._rng.random(count), features[has_label], labels[has_label]))
-        if self._count > 2 * KNN_IMAGES:
-            self.choose()
-
-    def choose(self) -> tuple[np.ndarray, np.ndarray]:
-        """Features and labels of the images that stay."""
-        draws, features, labels = _joined(self._rows)
-        stay = np.sort(np.argsort(draws)[:KNN_IMAGES])
-        self._rows, self._count = [(draws[stay], features[stay], labels[stay])], len(stay)
-        return features[stay], labels[stay]
+    return Metric(
+        init=lambda batch: tuple(frechet.init(jax.eval_shape(side, batch).shape[-1]) for side in sides),
+        update=lambda sums, batch: tuple(frechet.update(kept, side(batch), batch.valid)
+                                         for kept, side in zip(sums, sides, strict=True)),
+        finish=finish)
 
 
-def _keep_labelled(kept: _LabelledFeatures | None, measured: Any, valid: np.ndarray) -> _LabelledFeatures:
-    kept = _LabelledFeatures() if kept is None else kept
-    kept.add(*(values[valid] for values in measured))
-    return kept
+def inception_score(see: Callable[[Batch], jax.Array], *, images: int) -> Metric:
+    """Inception Score of the reconstructions, over parts of 5000 images as ADM's evaluator; see `frechet`.
 
-
-def _knn(kept: _LabelledFeatures) -> dict[str, float]:
-    """Leave-one-out over all images, on the mean of their features; it takes two labels, and one of them twice.
-
-    Of more than `KNN_IMAGES` so many are chosen, and `knn_images` says so.
+    Args:
+      see: logits of the reconstructions, `[B, classes]` float32.
+      images: how many the evaluation has.
     """
-    if kept.labelled < kept.images:
+    splits = max(1, images // frechet.SCORE_IMAGES)
+
+    def update(sums: Any, batch: Batch) -> Any:
+        split = jnp.minimum(batch.position // frechet.SCORE_IMAGES, splits - 1)
+        return frechet.update_score(sums, see(batch), split, batch.valid)
+
+    def finish(sums: Any, rows: Any) -> dict[str, float]:
+        return {"inception_score": frechet.score(sums)[0]}
+
+    return Metric(init=lambda batch: frechet.init_score(splits, jax.eval_shape(see, batch).shape[-1]), update=update,
+                  finish=finish)
+
+
+def cosine_and_cka(name: str, see: Callable[[Batch], tuple[jax.Array, jax.Array]]) -> dict[str, Metric]:
+    """How alike the tokens of two encoders are: their mean cosine, token by token, and linear CKA over all tokens.
+
+    Args:
+      name: what the numbers' names begin with.
+      see: both encoders' tokens, `[B, N, d]` float32.
+    """
+    def cosine(batch: Batch) -> jax.Array:
+        x, y = (side / jnp.maximum(jnp.linalg.norm(side, axis=-1, keepdims=True), 1e-12) for side in see(batch))
+        return jnp.sum(x * y, axis=-1).mean(axis=1)
+
+    def init(batch: Batch) -> Any:
+        return frechet.init(sum(side.shape[-1] for side in jax.eval_shape(see, batch)))
+
+    def update(sums: Any, batch: Batch) -> Any:
+        tokens = jnp.concatenate(see(batch), axis=-1)
+        return frechet.update(sums, tokens.reshape(-1, tokens.shape[-1]), jnp.repeat(batch.valid, tokens.shape[1]))
+
+    def finish(sums: Any, rows: Any) -> dict[str, float]:
+        scatter = frechet.moments(sums).scatter
+        return {f"{name}_cka": cka_from_scatter(scatter, len(scatter) // 2)}
+
+    return {f"{name}_cosine": mean_of_rows(f"{name}_cosine", cosine),
+            f"{name}_cka": Metric(init=init, update=update, finish=finish)}
+
+
+def _knn(sums: Any, rows: dict[str, np.ndarray]) -> dict[str, float]:
+    """Leave-one-out on the mean of the features; it takes two labels, and one of them twice.
+
+    Of more than `KNN_IMAGES` images so many are chosen, and `knn_images` says so.
+    """
+    features, labels, images = rows["features"], rows["labels"], int(sums)
+    if (labels < 0).any() or not 1 < len(np.unique(labels)) < len(labels):
         return {}
-    features, labels = kept.choose()
-    if not 1 < len(np.unique(labels)) < len(labels):
-        return {}
-    return {"knn_top1": knn_top1(features, labels)} | ({"knn_images": len(labels)} if len(labels) < kept.images else {})
+    return {"knn_top1": knn_top1(features, labels)} | ({"knn_images": len(labels)} if len(labels) < images else {})
 
 
 METRICS: dict[str, Metric] = {
     "psnr": mean_of_images("psnr", psnr),
     "ssim": mean_of_images("ssim", ssim),
-    "codes": Metric(measure=_count_codes, update=_sum, finish=_codes),
-    "knn": Metric(measure=lambda batch: (batch.features.mean(axis=1), batch.labels), update=_keep_labelled,
-                  finish=_knn),
+    "codes": Metric(init=lambda batch: codes.init(batch.indices.shape[1], batch.num_codes),
+                    update=lambda sums, batch: codes.update(sums, batch.indices, batch.valid),
+                    finish=lambda sums, rows: codes.numbers(codes.counts(sums))),
+    "knn": Metric(init=lambda batch: np.int32(0), update=lambda sums, batch: sums + batch.valid.sum(),
+                  rows=lambda batch: {"features": batch.features.mean(axis=1), "labels": batch.labels},
+                  most_rows=KNN_IMAGES, labelled=True, finish=_knn),
 }

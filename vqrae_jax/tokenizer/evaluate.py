@@ -1,9 +1,11 @@
-"""The tokenizer's evaluation on a set of images. Its metrics are the table of `vqrae_jax.metrics`."""
+"""The tokenizer's evaluation on a set of images. What it measures are rows of `metrics.METRICS` and of instruments."""
 
+import functools
 import logging
 import math
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,14 +15,61 @@ from jax.sharding import Mesh
 
 from vqrae_jax.config import Config, keys
 from vqrae_jax.data import BadImages, Source, eval_batches, open_source
-from vqrae_jax.metrics import METRICS, Batch
+from vqrae_jax.metrics import METRICS, Batch, Metric
 from vqrae_jax.models import flat
 from vqrae_jax.models.flat import Arrays
 from vqrae_jax.training import distributed, sharding, signals
 
 log = logging.getLogger(__name__)
-# `(arrays, images, labels, valid) -> ({metric: measured}, reconstructions)`; see `make_eval_step`.
-EvalStep = Callable[[Arrays, jax.Array, jax.Array, jax.Array], tuple[dict[str, Any], jax.Array]]
+Batches = Iterable[dict[str, Any]]
+_FINITE = "finite"  # beside the rows of metrics: whether an image's reconstruction is
+
+
+class Seen(NamedTuple):
+    """What a model makes of a batch; the fields are those of `metrics.Batch`."""
+
+    images: jax.Array
+    reconstructions: jax.Array
+    features: jax.Array
+    latents: jax.Array
+    indices: jax.Array
+
+
+class Instrument(NamedTuple):
+    """A network that metrics look through.
+
+    Attributes:
+      look: `Seen -> tree of arrays`, compiled; metrics find it in `Batch.seen` under the instrument's name.
+      metrics: what is measured with it, by name.
+      weights: the files that it was read from, `{file: sha256}`.
+    """
+
+    look: Callable[[Seen], Any]
+    metrics: Mapping[str, Metric]
+    weights: Mapping[str, str]
+
+
+class Evaluation(NamedTuple):
+    """What was measured on a set of images.
+
+    Attributes:
+      metrics: numbers by name, and `num_images`.
+      failed: why a metric has no number.
+      per_image: of the metrics that are a mean over images the numbers of all images, `[n]`.
+      sums: what metrics kept, by their rows' names.
+      index: the images' places in the source, `[n]` int64.
+      originals: the first images, float32 `[samples, H, W, 3]` in [0, 1].
+      reconstructions: likewise.
+    """
+
+    metrics: dict[str, float]
+    failed: dict[str, str]
+    per_image: dict[str, np.ndarray]
+    sums: dict[str, Any]
+    index: np.ndarray
+    originals: np.ndarray
+    reconstructions: np.ndarray
+
 
 def choose_source(config: Config, training: Source, held_out: Source) -> Source:
     """The images of a config's evaluations: those of `eval.source`, or else the held-out ones.
@@ -40,7 +89,7 @@ def choose_source(config: Config, training: Source, held_out: Source) -> Source:
 
 
 def open_batches(config: Config, source: Source, bad_images: BadImages, mesh: Mesh, *,
-                 limit: int, max_bad: float) -> Iterable[dict[str, Any]]:
+                 limit: int, max_bad: float) -> Batches:
     """This process's share of the images of a source, at a config's size.
 
     Args:
@@ -57,62 +106,116 @@ def open_batches(config: Config, source: Source, bad_images: BadImages, mesh: Me
                         shard_index=jax.process_index(), shard_count=jax.process_count())
 
 
-def make_eval_step(graphdef: nnx.GraphDef, mesh: Mesh) -> EvalStep:
-    """The evaluation step, compiled: `eval_step(arrays, images, labels, valid) -> (measured, reconstructions)`.
-
-    `arrays` are all the model's parameters and buffers, `images` uint8 `[B, H, W, 3]`, `labels` int32 `[B]`, `valid`
-    bool `[B]`. What each of `METRICS` measures is by name; reconstructions are float32 `[B, H, W, 3]` in [0, 1].
-    """
-
-    def eval_step(arrays: Arrays, images: jax.Array, labels: jax.Array, valid: jax.Array):
-        images = images.astype(jnp.float32) / 255
-        model = flat.merge(graphdef, arrays)
-        output = model(images, train=False)
-        batch = Batch(images=images, reconstructions=jnp.clip(output.images, 0, 1), features=output.features,
-                      indices=output.quantized.indices, num_codes=model.quantizer.num_codes, labels=labels, valid=valid)
-        return {name: metric.measure(batch) for name, metric in METRICS.items()}, batch.reconstructions
-
-    return jax.jit(sharding.on(mesh, eval_step))
-
-
-def evaluate(eval_step: EvalStep, arrays: Arrays, mesh: Mesh, batches: Iterable[dict[str, Any]],
-             *, samples: int) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-    """Evaluates a model on all images of `batches`, those of all processes.
+class Evaluator:
+    """Evaluates arrays of one model; compiles once.
 
     Args:
-      eval_step: from `make_eval_step`.
-      arrays: all the model's parameters and buffers.
-      mesh: the devices that hold them, and take a share of every batch.
-      batches: as `data.eval_batches` yields them.
-      samples: how many images to keep for a picture, from the first batches.
-
-    Returns:
-      metrics and pictures. Metrics: the numbers of every row of `METRICS`, and `num_images`. Pictures: `original` and
-      `reconstruction`, float32 `[samples, H, W, 3]` in [0, 1].
-
-    Raises:
-      ValueError: no image could be read.
+      graphdef: of the model.
+      mesh: the devices, which take a share of every batch.
+      metrics: rows of tables of metrics, by name.
+      instruments: what else looks at the images, by name, with metrics of their own.
     """
-    kept: dict[str, Any] = dict.fromkeys(METRICS)
-    originals, reconstructions, count = [], [], 0
-    for local in batches:
-        signals.stop_if_preempted()
-        batch = sharding.put_batch(mesh, {name: local[name] for name in ("image", "label", "valid")})
-        measured, decoded = eval_step(arrays, batch["image"], batch["label"], batch["valid"])
-        # Images are large: they are gathered only as long as the picture needs some.
-        pictures = (batch["image"], decoded) if sum(map(len, originals)) < samples else None
-        measured, valid, pictures = distributed.gather((measured, batch["valid"], pictures))
-        kept = {name: metric.update(kept[name], measured[name], valid) for name, metric in METRICS.items()}
-        count += int(valid.sum())
-        if pictures:
-            missing = samples - sum(map(len, originals))
-            originals.append(pictures[0][valid][:missing].astype(np.float32) / 255)
-            reconstructions.append(pictures[1][valid][:missing])
-    if not count:
-        raise ValueError("none of the images can be read")
-    metrics = {name: number for key, metric in METRICS.items() for name, number in metric.finish(kept[key]).items()}
-    return metrics | {"num_images": count}, {
-        "original": np.concatenate(originals), "reconstruction": np.concatenate(reconstructions)}
+
+    def __init__(self, graphdef: nnx.GraphDef, mesh: Mesh, metrics: Mapping[str, Metric] = METRICS,
+                 instruments: Mapping[str, Instrument] = MappingProxyType({})):
+        self._graphdef, self._mesh, self._instruments = graphdef, mesh, instruments
+        self._metrics = {**metrics, **{name: metric for instrument in instruments.values()
+                                       for name, metric in instrument.metrics.items()}}
+        self._see = jax.jit(sharding.on(mesh, functools.partial(see, graphdef)))
+        self._update = jax.jit(sharding.on(mesh, self._updated), donate_argnums=0,
+                               out_shardings=(sharding.replicated(mesh), sharding.batch_sharding(mesh)))
+
+    def _updated(self, sums: dict[str, Any], batch: Batch) -> tuple[dict[str, Any], dict[str, Any]]:
+        rows = {name: self._metrics[name].rows(batch) for name in sums}
+        finite = jnp.isfinite(batch.reconstructions).all((1, 2, 3))
+        return ({name: self._metrics[name].update(kept, batch) for name, kept in sums.items()},
+                {**rows, _FINITE: finite})
+
+    def __call__(self, arrays: Arrays, batches: Batches, *, images: int, labelled: bool, samples: int) -> Evaluation:
+        """Evaluates a model on all images of `batches`, those of all processes.
+
+        Args:
+          arrays: all the model's parameters and buffers.
+          batches: as `data.eval_batches` yields them.
+          images: how many there are, bad ones included.
+          labelled: whether they have labels.
+          samples: how many images to keep for a picture, from the first batches.
+
+        Raises:
+          ValueError: no image could be read.
+        """
+        metrics = {name: metric for name, metric in self._metrics.items() if labelled or not metric.labelled}
+        chosen = {name: _choice(images, metric.most_rows) for name, metric in metrics.items()}
+        num_codes = flat.merge(self._graphdef, arrays).quantizer.num_codes
+        sums, rows, pictures, index = None, [], [], []
+        for number, local in enumerate(batches):
+            signals.stop_if_preempted()
+            first = (number * jax.process_count() + jax.process_index()) * len(local["valid"])
+            position = np.arange(first, first + len(local["valid"]), dtype=np.int32)
+            given = sharding.put_batch(self._mesh, {**local, "position": position})
+            seen = self._see(arrays, given["image"])
+            batch = Batch(**seen._asdict(), num_codes=num_codes, labels=given["label"], valid=given["valid"],
+                          position=given["position"],
+                          seen={name: instrument.look(seen) for name, instrument in self._instruments.items()})
+            sums = self._zeros(metrics, batch) if sums is None else sums
+            sums, measured = self._update(sums, batch)
+            # Images are large: they are gathered only as long as the picture needs some.
+            missing = samples - sum(len(shown[0]) for shown in pictures)
+            shown = (seen.images, seen.reconstructions) if missing > 0 else None
+            measured, valid, position, places, shown = distributed.gather(
+                (measured, given["valid"], given["position"], given["index"], shown))
+            keep = {name: valid & (True if name not in chosen else chosen[name][np.minimum(position, images)]) for name in measured}
+            rows.append({name: jax.tree.map(lambda values, keep=keep[name]: values[keep], measured[name])
+                         for name in measured})
+            index.append(places[valid])
+            if shown:
+                pictures.append([side[valid][:missing] for side in shown])
+        joined = jax.tree.map(lambda *values: np.concatenate(values), *rows) if rows else {_FINITE: ()}
+        finite = joined.pop(_FINITE)
+        if not len(finite):
+            raise ValueError("none of the images can be read")
+        kept = jax.tree.map(lambda array: np.asarray(array.addressable_data(0)), sums)
+        numbers, failed = _finished(metrics, kept, joined, finite)
+        originals, reconstructions = (np.concatenate(side) for side in zip(*pictures, strict=True))
+        return Evaluation(numbers | {"num_images": len(finite)}, failed,
+                          {name: joined[name] for name, metric in metrics.items() if metric.per_image}, kept,
+                          np.concatenate(index), originals, reconstructions)
+
+    def _zeros(self, metrics: Mapping[str, Metric], batch: Batch) -> dict[str, Any]:
+        shapes = jax.eval_shape(lambda batch: batch, batch)
+        return jax.jit(lambda: {name: metric.init(shapes) for name, metric in metrics.items()},
+                       out_shardings=sharding.replicated(self._mesh))()
+
+
+def see(graphdef: nnx.GraphDef, arrays: Arrays, images: jax.Array) -> Seen:
+    """What a model makes of uint8 images `[B, H, W, 3]`."""
+    images = images.astype(jnp.float32) / 255
+    output = flat.merge(graphdef, arrays)(images, train=False)
+    return Seen(images, jnp.clip(output.images, 0, 1), output.features, output.quantized.z_q, output.quantized.indices)
+
+
+def _choice(images: int, most: int | None) -> np.ndarray:
+    """Whether an image is among at most so many, by its position: a random choice that is always the same."""
+    chosen = np.zeros(images + 1, bool)
+    chosen[np.random.default_rng(0).permutation(images)[:most]] = True
+    return chosen
+
+
+def _finished(metrics: Mapping[str, Metric], sums: dict[str, Any], rows: dict[str, Any],
+              finite: np.ndarray) -> tuple[dict[str, float], dict[str, str]]:
+    numbers, failed = {}, {}
+    for name, metric in metrics.items():
+        try:
+            made = metric.finish(sums[name], rows[name])
+        except ValueError as error:
+            failed[name] = str(error)
+            continue
+        numbers |= made
+        failed |= {number: "is not a number" for number, value in made.items() if math.isnan(value)}
+    if not finite.all():
+        cause = f"{(~finite).sum()} of {len(finite)} reconstructions are not finite"
+        failed = {name: f"{reason}: {cause}" for name, reason in failed.items()}
+    return numbers, failed
 
 
 def table(columns: dict[str, dict[str, Any]]) -> str:

@@ -4,19 +4,22 @@ Besides that it holds `encoder/`, the encoder's Hugging Face config, which says 
 """
 
 import dataclasses
+import hashlib
 from contextlib import closing
 from pathlib import Path
 from typing import Literal, get_args
 
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
 from vqrae_jax import config as config_lib
 from vqrae_jax.config import Config
+from vqrae_jax.models import flat
 from vqrae_jax.models.flat import Arrays
 from vqrae_jax.models.quantizers import Quantizer
 from vqrae_jax.tokenizer import build, train_state
-from vqrae_jax.training import checkpoint, lock
+from vqrae_jax.training import checkpoint, distributed, lock, sharding
 from vqrae_jax.training.checkpoint import Checkpoints
 from vqrae_jax.weights import huggingface
 
@@ -76,6 +79,45 @@ def load_run(workdir: Path, mesh: Mesh, *, step: int | None = None, weights: Wei
     arrays = {path: array for item in items.values() for path, array in item.items()
               if array is not checkpoint.NOT_READ}
     return config, model_structure.graphdef, arrays | checkpoint.load_frozen_item(workdir, "params", frozen.params)
+
+
+def pretrained_encoder(workdir: Path, config: Config, arrays: Arrays, mesh: Mesh) -> Arrays:
+    """The parameters of a run's encoder as they were when it started, `{path inside the encoder: array}`.
+
+    They are those of the model where its encoder is frozen, the teacher's where there is one, and else read from where
+    the run read them.
+
+    Args:
+      workdir: the run's folder.
+      config: of the run.
+      arrays: of its model.
+      mesh: where the encoder is to be.
+
+    Raises:
+      OSError, ValueError: they cannot be read, or were random.
+    """
+    model_structure = structure(workdir, config)
+    state, frozen = train_state.abstract(config, model_structure, mesh)
+    encoder = {path for path in model_structure.params if flat.part(path) == "encoder"}
+    if not encoder & state.params.keys():
+        return flat.under("encoder/", {path: arrays[path] for path in encoder})
+    if frozen.teacher:
+        return flat.under("encoder/", checkpoint.load_frozen_item(workdir, "teacher", frozen.teacher))
+    if config.model.encoder.random_weights:
+        raise ValueError("the run's encoder began with random weights, of which it kept no copy")
+    loaded = huggingface.load_encoder_params(build.encoder_path(config), image_size=model_structure.input_size,
+                                             final_norm=config.model.encoder.final_norm)
+    return sharding.put(mesh, loaded, train_state.rules(config))
+
+
+def digest(arrays: Arrays) -> str:
+    """The sha256 of arrays, of their names and shapes too; all processes of a run call it together."""
+    found = hashlib.sha256()
+    for path in sorted(arrays):
+        array = np.asarray(distributed.gather(arrays[path]))
+        found.update(f"{path} {array.dtype} {array.shape}\n".encode())
+        found.update(np.ascontiguousarray(array).data)
+    return found.hexdigest()
 
 
 def write_run(workdir: Path, config: Config, params: Arrays, buffers: Arrays) -> None:

@@ -200,13 +200,18 @@ class TokenizerTask:
 
     def evaluator(self, mesh: Mesh) -> Evaluator:
         """Metrics and pictures of the averaged weights, if there are any, on the evaluation images."""
-        eval_step = evaluate.make_eval_step(self.structure.graphdef, mesh)
+        evaluator = evaluate.Evaluator(self.structure.graphdef, mesh)
+        source, limit = self._eval_source, self.config.eval.limit
 
         def evaluate_state(state: TrainState, frozen: Frozen) -> tuple[dict[str, float], dict[str, np.ndarray]]:
             arrays = {**frozen.params, **state.params, **state.buffers, **state.ema}
-            batches = evaluate.open_batches(self.config, self._eval_source, self.bad_images, mesh,
-                                            limit=self.config.eval.limit, max_bad=self.config.data.max_bad)
-            return evaluate.evaluate(eval_step, arrays, mesh, batches, samples=self.config.eval.samples)
+            batches = evaluate.open_batches(self.config, source, self.bad_images, mesh, limit=limit,
+                                            max_bad=self.config.data.max_bad)
+            evaluation = evaluator(arrays, batches, images=min(limit or len(source), len(source)),
+                                   labelled=source.num_classes is not None, samples=self.config.eval.samples)
+            for name, reason in evaluation.failed.items():
+                log.warning("%s %s", name, reason)
+            return evaluation.metrics, {"original": evaluation.originals, "reconstruction": evaluation.reconstructions}
 
         return evaluate_state
 

@@ -1,0 +1,166 @@
+"""The networks that metrics look through: LPIPS, the papers' Inception, and encoders, a run's own and others."""
+
+import functools
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from vqrae_jax import metrics
+from vqrae_jax.config import Config
+from vqrae_jax.metrics import frechet
+from vqrae_jax.metrics.frechet import Moments
+from vqrae_jax.models import flat
+from vqrae_jax.models.flat import Arrays
+from vqrae_jax.models.inception import InceptionV3, to_uint8_levels
+from vqrae_jax.models.perceptual import LPIPS
+from vqrae_jax.tokenizer import build, runs
+from vqrae_jax.tokenizer.evaluate import Batches, Instrument
+from vqrae_jax.training import sharding
+from vqrae_jax.weights import huggingface, inception, perceptual, tensors
+
+ENCODER, INCEPTION, LPIPS_VGG = "encoder", "inception", "lpips"  # names of instruments
+
+
+class View(NamedTuple):
+    """A network that looks at images, of which a Frechet distance is taken.
+
+    Attributes:
+      see: `[B, H, W, 3]` float32 in [0, 1] to a tree of arrays `[B, ...]`, compiled.
+      embedding: what `see` gave to `[B, d]` float32, of which the distance is taken.
+      weights: `{what was read: its sha256}`.
+    """
+
+    see: Callable[[jax.Array], Any]
+    embedding: Callable[[Any], jax.Array]
+    weights: Mapping[str, str]
+
+
+def _compiled(module: nnx.Module, mesh: Mesh, call: Callable[..., Any]) -> Callable[..., Any]:
+    """`call(module, *images)`, compiled, with a copy of the module on every device."""
+    graphdef, params, buffers = flat.split(module)
+    arrays = sharding.put(mesh, params | buffers, ((".*", ()),))
+    return functools.partial(
+        jax.jit(sharding.on(mesh, lambda arrays, *images: call(flat.merge(graphdef, arrays), *images))), arrays)
+
+
+def _module(make: Callable[[], nnx.Module], arrays: Mapping[str, Any]) -> Any:
+    """A module of given arrays; none of its own are made."""
+    return flat.merge(nnx.split(nnx.eval_shape(make))[0], arrays)
+
+
+def lpips(config: Config, mesh: Mesh, vgg16: str = "") -> Instrument:
+    """LPIPS with VGG16, version 0.1, of an image and its reconstruction; the mean over images.
+
+    Args:
+      config: of the run, whose `loss.perceptual` says where the weights are.
+      mesh: of the evaluation.
+      vgg16: where VGG16's weights are instead: a file, a folder or a hub id.
+
+    Raises:
+      OSError, ValueError: there are none, or not those.
+    """
+    keys = config.loss.perceptual
+    module = _module(lambda: LPIPS(rngs=nnx.Rngs(0)), perceptual.load_lpips(vgg16 or keys.lpips_vgg16, keys.lpips_linear))
+    distance = _compiled(module, mesh, lambda module, x, y: module.distance(module(x), module(y)))
+    file = tensors.local_file(vgg16 or keys.lpips_vgg16)
+    return Instrument(
+        look=lambda seen: distance(seen.images, seen.reconstructions),
+        metrics={"lpips": metrics.mean_of_rows("lpips", lambda batch: batch.seen[LPIPS_VGG])},
+        weights={str(file): tensors.sha256(file)})
+
+
+def inception_view(path: str, mesh: Mesh) -> View:
+    """The Inception of the papers, which sees images rounded to 8 bits.
+
+    Raises:
+      OSError, ValueError: there are no such weights, or not those.
+    """
+    module = _module(lambda: InceptionV3(rngs=nnx.Rngs(0)), inception.load_inception(path))
+    see = _compiled(module, mesh, lambda module, images: module(to_uint8_levels(images)))
+    file = Path(path).expanduser()
+    return View(see, lambda output: output.features, {str(file): tensors.sha256(file)})
+
+
+def encoder_view(path_or_id: str, mesh: Mesh) -> View:
+    """Any encoder, at its native size.
+
+    Raises:
+      OSError, ValueError: there is no such encoder.
+    """
+    see = _compiled(huggingface.build_encoder(path_or_id), mesh, lambda module, images: module.embedding(images))
+    return View(see, lambda embedding: embedding,
+                {str(file): tensors.sha256(file) for file in huggingface.weight_files(path_or_id)})
+
+
+def pretrained_view(workdir: Path, config: Config, arrays: Arrays, graphdef: nnx.GraphDef, mesh: Mesh) -> View:
+    """A run's own encoder as it was before training, at the size that the run uses it at; it sees tokens.
+
+    Args:
+      workdir: the run's folder.
+      config: of the run.
+      arrays: of its model.
+      graphdef: likewise.
+      mesh: of the evaluation.
+
+    Raises:
+      OSError, ValueError: it is not to be found.
+    """
+    encoder = runs.pretrained_encoder(workdir, config, arrays, mesh)
+    module = flat.merge(nnx.graphdef(flat.merge(graphdef, arrays).encoder), encoder)
+    return View(_compiled(module, mesh, lambda module, images: module(images)), lambda tokens: tokens.mean(axis=1),
+                {"pretrained encoder": runs.digest(encoder)})
+
+
+def fd_name(path_or_id: str) -> str:
+    """`facebook/dinov2-large` -> `dinov2_large`."""
+    return re.sub(r"\W+", "_", Path(path_or_id).name.lower())
+
+
+def of_view(name: str, metric: str, view: View, reference: Moments | None,
+            more: Mapping[str, metrics.Metric] | None = None, *, sees_images: bool) -> Instrument:
+    """The Frechet distance on a view, and other metrics of it.
+
+    Args:
+      name: of the instrument; metrics find what it saw of images and reconstructions under it.
+      metric: what the distance is called.
+      view: the network.
+      reference: what reconstructions are compared with; None is the images.
+      more: other metrics, by name.
+      sees_images: whether it looks at the images also where a reference is given.
+    """
+    both = reference is None or sees_images
+    of = lambda side: lambda batch: view.embedding(batch.seen[name][side])
+    return Instrument(
+        look=lambda seen: (view.see(seen.images) if both else (), view.see(seen.reconstructions)),
+        metrics={metric: metrics.frechet_distance(metric, of(1), reference or of(0)), **(more or {})},
+        weights=view.weights)
+
+
+def inception_metrics(images: int) -> dict[str, metrics.Metric]:
+    """The Inception Score."""
+    return {"inception_score": metrics.inception_score(lambda batch: batch.seen[INCEPTION][1].logits, images=images)}
+
+
+def encoder_metrics() -> dict[str, metrics.Metric]:
+    """How far a run's encoder has drifted from the pretrained one."""
+    return metrics.cosine_and_cka("drift", lambda batch: (batch.seen[ENCODER][0], batch.features))
+
+
+def moments(views: Mapping[str, View], batches: Batches, mesh: Mesh) -> dict[str, Moments]:
+    """What views see in reference images."""
+    sums: dict[str, Any] = {}
+    update = jax.jit(frechet.update, donate_argnums=0)
+    for local in batches:
+        batch = sharding.put_batch(mesh, {name: local[name] for name in ("image", "valid")})
+        images = batch["image"].astype(jnp.float32) / 255
+        for name, view in views.items():
+            embedding = view.embedding(view.see(images))
+            kept = sums[name] if name in sums else frechet.init(embedding.shape[-1])
+            sums[name] = update(kept, embedding, batch["valid"])
+    return {name: frechet.moments(kept) for name, kept in sums.items()}
