@@ -5,7 +5,6 @@ file has is read off its tensors.
 """
 
 import dataclasses
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
-from vqrae_jax.models import flat
 from vqrae_jax.models.perceptual import CONVNEXT_SMALL, LPIPS, ConvNeXt, ConvNeXtSpec
 from vqrae_jax.weights import tensors
 
@@ -60,7 +58,7 @@ def _read_vgg16(file: Path) -> Params:
     """The parameters of `LPIPS`, without the 1x1 weights where the file has none."""
     found = tensors.read(file)
     layout = _layout(file, found, _VGG16_LAYOUTS, "VGG16")
-    params = _zeros(lambda: LPIPS(rngs=nnx.Rngs(0)))
+    params = tensors.zeros(lambda: LPIPS(rngs=nnx.Rngs(0)))
     if _WEIGHT.format(0) not in found:
         params = {path: array for path, array in params.items() if not path.startswith("weights/")}
     views = _weight_views(params)
@@ -70,14 +68,14 @@ def _read_vgg16(file: Path) -> Params:
             name = layout.format(slice=stage + 1, number=_VGG16_NUMBERS[stage][i])
             suffix, view = (".bias", array) if array.ndim == 1 else (".weight", array.transpose(3, 2, 0, 1))
             views[name + suffix] = view
-    _fill(views, found, file, unused=_VGG16_UNUSED)
+    tensors.fill(views, found, file, unused=_VGG16_UNUSED)
     return params
 
 
 def _read_linear(file: Path) -> Params:
-    params = _zeros(lambda: LPIPS(rngs=nnx.Rngs(0)))
+    params = tensors.zeros(lambda: LPIPS(rngs=nnx.Rngs(0)))
     params = {path: array for path, array in params.items() if path.startswith("weights/")}
-    _fill(_weight_views(params), tensors.read(file), file)
+    tensors.fill(_weight_views(params), tensors.read(file), file)
     return params
 
 
@@ -179,7 +177,7 @@ def load_convnext_small(path_or_id: str, *, spec: ConvNeXtSpec = CONVNEXT_SMALL)
 def _read_convnext(file: Path, spec: ConvNeXtSpec) -> Params:
     found = tensors.read(file)
     layout = _layout(file, found, _CONVNEXT_LAYOUTS, "ConvNeXt")
-    params, views = _zeros(lambda: ConvNeXt(spec, rngs=nnx.Rngs(0))), {}
+    params, views = tensors.zeros(lambda: ConvNeXt(spec, rngs=nnx.Rngs(0))), {}
     for path, array in params.items():
         kind, *names = path.split("/")
         stage = int(names.pop(0)) + (kind == "downsamples") if kind in ("stages", "downsamples") else 0
@@ -198,7 +196,7 @@ def _read_convnext(file: Path, spec: ConvNeXtSpec) -> Params:
             elif leaf == "kernel":
                 view = view.T
             views[name.format(stage=stage, twice=2 * stage, next=2 * stage + 1, block=block)] = view
-    _fill(views, found, file)
+    tensors.fill(views, found, file)
     return params
 
 
@@ -217,25 +215,6 @@ def _layout(file: Path, found: Mapping[str, np.ndarray], layouts: Mapping[str, A
         if name in found:
             return layout
     raise ValueError(f"{file}: not a {what}, for tensor {' or '.join(layouts)} is missing")
-
-
-def _zeros(make: Callable[[], nnx.Module]) -> Params:
-    _, params, _ = flat.split(nnx.eval_shape(make))
-    return {path: np.zeros(param.shape, np.float32) for path, param in params.items()}
-
-
-def _fill(views: Mapping[str, np.ndarray], found: Mapping[str, np.ndarray], file: Path, *, unused: str = "") -> None:
-    """Writes tensors into views of our arrays, which have their names and shapes."""
-    for name, value in found.items():
-        if name in views:
-            if value.shape != views[name].shape:
-                raise ValueError(f"{file}: tensor {name} has shape {value.shape}, but {views[name].shape} is needed")
-            views[name][...] = value
-        elif not re.fullmatch(unused, name):
-            raise ValueError(f"{file}: unexpected tensor {name}, which this network does not have")
-    if missing := sorted(views.keys() - found.keys()):
-        raise ValueError(f"{file}: tensor {missing[0]} is missing" +
-                         (f", and {len(missing) - 1} more" if len(missing) > 1 else ""))
 
 
 # By the names of `models.perceptual.NETWORKS`: the config's section `loss.perceptual` -> parameters.

@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from flax import nnx
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
+
+from vqrae_jax.models import flat
 
 Tensors = dict[str, np.ndarray]
 
@@ -67,6 +70,12 @@ def read(file: Path) -> Tensors:
     return tensors
 
 
+def sha256(file: Path) -> str:
+    """The SHA-256 of a file's content, 64 hexadecimal digits."""
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
 def cached(file: Path, convert: Callable[[Path], Tensors], *, name: str) -> Tensors:
     """`convert(file)`, which runs only once for a content of the file.
 
@@ -79,10 +88,8 @@ def cached(file: Path, convert: Callable[[Path], Tensors], *, name: str) -> Tens
         raises is not kept.
       name: says what `convert` makes, in characters that a file name may have; another one if that changes.
     """
-    with open(file, "rb") as opened:
-        digest = hashlib.file_digest(opened, "sha256").hexdigest()
     folder = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "vqrae_jax"
-    kept = folder / f"{name}-{digest[:32]}.safetensors"
+    kept = folder / f"{name}-{sha256(file)[:32]}.safetensors"
     with contextlib.suppress(OSError, SafetensorError):
         return load_file(kept)
     params = convert(file)
@@ -90,6 +97,36 @@ def cached(file: Path, convert: Callable[[Path], Tensors], *, name: str) -> Tens
         folder.mkdir(parents=True, exist_ok=True)
         _write(kept, save({path: np.asarray(value, order="C") for path, value in params.items()}))
     return params
+
+
+def zeros(make: Callable[[], nnx.Module]) -> Tensors:
+    """{path: float32 zeros} of the shapes of a module's parameters and buffers."""
+    _, params, buffers = flat.split(nnx.eval_shape(make))
+    return {path: np.zeros(array.shape, np.float32) for path, array in {**params, **buffers}.items()}
+
+
+def fill(views: Mapping[str, np.ndarray], found: Mapping[str, np.ndarray], file: Path, *, unused: str = "") -> None:
+    """Writes the tensors of a file into views of our arrays, which have their names and shapes.
+
+    Args:
+      views: {their name: what to write into}.
+      found: {their name: tensor}.
+      file: where `found` is from, for messages.
+      unused: pattern of the names that are left out.
+
+    Raises:
+      ValueError: a tensor is missing, has another shape, or has no known use; the message names it.
+    """
+    for name, value in found.items():
+        if name in views:
+            if value.shape != views[name].shape:
+                raise ValueError(f"{file}: tensor {name} has shape {value.shape}, but {views[name].shape} is needed")
+            views[name][...] = value
+        elif not re.fullmatch(unused, name):
+            raise ValueError(f"{file}: unexpected tensor {name}, which this network does not have")
+    if missing := sorted(views.keys() - found.keys()):
+        raise ValueError(f"{file}: tensor {missing[0]} is missing" +
+                         (f", and {len(missing) - 1} more" if len(missing) > 1 else ""))
 
 
 def _write(file: Path, content: bytes) -> None:
