@@ -37,7 +37,7 @@ class Reporter:
         self._workdir, self._config, self._writes = workdir, config, distributed.is_first()
         self._file = workdir / "metrics.jsonl"
         self._tensorboard = self._wandb = None
-        lines = _lines(self._file, first_step)
+        lines = lines_until(self._file, first_step)
         self.evaluations = {line["step"]: evaluation for line in map(json.loads, lines)
                             if (evaluation := _evaluation(line))}
         if self._writes and self._file.exists():
@@ -127,8 +127,8 @@ def to_json(content: Mapping[str, Any], *, indent: int | None = None) -> str:
     return json.dumps(finite(content), indent=indent)
 
 
-def _lines(file: Path, last_step: int) -> list[str]:
-    """The lines of metrics.jsonl up to a step."""
+def lines_until(file: Path, last_step: float) -> list[str]:
+    """The lines of metrics.jsonl up to a step, without one that a killed process left incomplete; none without a file."""
     kept = []
     for line in file.read_text().splitlines(keepends=True) if file.exists() else ():
         try:
