@@ -94,6 +94,8 @@ class Eval:
     batch_size: int = _key(64, low=1, free=True)
     limit: int = _key(5000, low=0, free=True)  # images per evaluation during training; 0 is all
     samples: int = _key(8, low=1, free=True)  # images in the picture
+    # Weights of the papers' Inception, for rFID: torch-fidelity's file, or a safetensors file of the same tensors.
+    inception: str = _key("~/.cache/vqrae_jax/weights-inception-2015-12-05-6726825d.pth", free=True)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

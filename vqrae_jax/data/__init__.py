@@ -16,6 +16,7 @@ from vqrae_jax.data.sources import (
     hold_out,
     open_parts,
     open_source,
+    part,
 )
 from vqrae_jax.data.transforms import decode_image, random_flip, random_resized_crop, resize_and_center_crop
 
@@ -39,6 +40,7 @@ __all__ = [
     "hold_out",
     "open_parts",
     "open_source",
+    "part",
     "random_flip",
     "random_resized_crop",
     "resize_and_center_crop",

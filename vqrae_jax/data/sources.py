@@ -447,7 +447,7 @@ class _Part:
     """Some images of a source."""
 
     source: Source
-    indices: SharedArray  # uint32, ascending
+    indices: SharedArray  # uint32
 
     @property
     def num_classes(self) -> int | None:
@@ -461,6 +461,11 @@ class _Part:
 
     def __getitem__(self, index: int) -> Record:
         return self.source[self.indices.values[index]]
+
+
+def part(source: Source, indices: np.ndarray) -> Source:
+    """Some images of a source, in the order of their indices."""
+    return _Part(source, SharedArray(indices.astype(np.uint32)))
 
 
 def hold_out(source: Source, share: float) -> tuple[Source, Source]:
@@ -483,8 +488,8 @@ def hold_out(source: Source, share: float) -> tuple[Source, Source]:
         held_out[:] = np.fromiter((_hash(name) < share for name in local_names()), bool, len(source))
     if held_out.all():
         held_out[:] = False
-    part = lambda chosen: _Part(source, SharedArray(np.flatnonzero(chosen).astype(np.uint32)))
-    return (part(~held_out) if held_out.any() else source), part(held_out)
+    training = part(source, np.flatnonzero(~held_out)) if held_out.any() else source
+    return training, part(source, np.flatnonzero(held_out))
 
 
 def _hash(name: str) -> float:

@@ -15,12 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from vqrae_jax.metrics import codes, frechet
+from vqrae_jax.metrics import inception_score as scores
 from vqrae_jax.metrics.features import cka_from_scatter, knn_top1, linear_probe_top1
-from vqrae_jax.metrics.frechet import Moments
 from vqrae_jax.metrics.pixels import psnr, ssim
 
-__all__ = ["METRICS", "Batch", "Metric", "cosine_and_cka", "frechet_distance", "inception_score", "knn_top1",
-           "linear_probe_top1", "mean_of_images", "psnr", "ssim"]
+__all__ = ["METRICS", "Batch", "Metric", "Statistics", "cosine_and_cka", "frechet_distance", "inception_score",
+           "knn_top1", "linear_probe_top1", "mean_of_images", "mean_of_rows", "psnr", "ssim"]
 
 KNN_IMAGES = 10_000  # comparing each with each costs their number squared
 
@@ -90,8 +90,11 @@ def mean_of_rows(name: str, rows: Callable[[Batch], jax.Array]) -> Metric:
                   finish=lambda sums, rows: {name: float(rows.mean(dtype=np.float64))})
 
 
+Statistics = tuple[np.ndarray, np.ndarray]  # mean [d] and covariance [d, d] of features
+
+
 def frechet_distance(name: str, reconstructions: Callable[[Batch], jax.Array],
-                     reference: Callable[[Batch], jax.Array] | Moments) -> Metric:
+                     reference: Callable[[Batch], jax.Array] | Statistics) -> Metric:
     """Frechet distance of the features of reconstructions; see `frechet.frechet_distance`.
 
     Args:
@@ -99,12 +102,11 @@ def frechet_distance(name: str, reconstructions: Callable[[Batch], jax.Array],
       reconstructions: their features, `[B, d]` float32.
       reference: those of the images, or what is known of other images.
     """
-    given = reference if isinstance(reference, Moments) else None
-    sides = (reconstructions,) if isinstance(reference, Moments) else (reconstructions, reference)
+    sides = (reconstructions, reference) if callable(reference) else (reconstructions,)
 
     def finish(sums: Any, rows: Any) -> dict[str, float]:
-        mine, *images = map(frechet.moments, sums)
-        return {name: frechet.distance(mine, given or images[0])}
+        mine, *images = (frechet.statistics(frechet.moments(kept)) for kept in sums)
+        return {name: frechet.frechet_distance(*mine, *(images[0] if callable(reference) else reference))}
 
     return Metric(
         init=lambda batch: tuple(frechet.init(jax.eval_shape(side, batch).shape[-1]) for side in sides),
@@ -113,24 +115,17 @@ def frechet_distance(name: str, reconstructions: Callable[[Batch], jax.Array],
         finish=finish)
 
 
-def inception_score(see: Callable[[Batch], jax.Array], *, images: int) -> Metric:
-    """Inception Score of the reconstructions, over parts of 5000 images as ADM's evaluator; see `frechet`.
+def inception_score(logits: Callable[[Batch], jax.Array], *, images: int) -> Metric:
+    """Inception Score of the reconstructions, over splits of 5000 images; see the module `inception_score`.
 
     Args:
-      see: logits of the reconstructions, `[B, classes]` float32.
-      images: how many the evaluation has.
+      logits: of the reconstructions, `[B, classes]` float32.
+      images: how many the evaluation has, bad ones included.
     """
-    splits = max(1, images // frechet.SCORE_IMAGES)
-
-    def update(sums: Any, batch: Batch) -> Any:
-        split = jnp.minimum(batch.position // frechet.SCORE_IMAGES, splits - 1)
-        return frechet.update_score(sums, see(batch), split, batch.valid)
-
-    def finish(sums: Any, rows: Any) -> dict[str, float]:
-        return {"inception_score": frechet.score(sums)[0]}
-
-    return Metric(init=lambda batch: frechet.init_score(splits, jax.eval_shape(see, batch).shape[-1]), update=update,
-                  finish=finish)
+    return Metric(
+        init=lambda batch: scores.init(-(-images // scores.SPLIT), jax.eval_shape(logits, batch).shape[-1]),
+        update=lambda sums, batch: scores.update(sums, logits(batch), batch.position // scores.SPLIT, batch.valid),
+        finish=lambda sums, rows: {"inception_score": scores.finish(sums)[0]})
 
 
 def cosine_and_cka(name: str, see: Callable[[Batch], tuple[jax.Array, jax.Array]]) -> dict[str, Metric]:

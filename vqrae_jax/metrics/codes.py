@@ -30,7 +30,7 @@ def init(tokens: int, num_codes: int) -> accumulate.Sums:
       num_codes: K.
     """
     positions = tokens if tokens * num_codes <= MAX_COUNTS else 1
-    return accumulate.zeros(jax.ShapeDtypeStruct((positions, num_codes), jnp.float32))
+    return accumulate.init(jax.ShapeDtypeStruct((positions, num_codes), jnp.float32))
 
 
 def update(sums: accumulate.Sums, indices: jax.Array, valid: jax.Array) -> accumulate.Sums:

@@ -52,6 +52,11 @@ def covariance(moments: Moments) -> np.ndarray:
     return moments.scatter / (moments.count - 1)
 
 
+def statistics(moments: Moments) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and covariance, of which the distance is taken; ValueError as from `covariance`."""
+    return moments.mean, covariance(moments)
+
+
 def frechet_distance(mean1: np.ndarray, cov1: np.ndarray, mean2: np.ndarray, cov2: np.ndarray) -> float:
     """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), >= 0 (Dowson and Landau 1982; Heusel et al. 2017).
 

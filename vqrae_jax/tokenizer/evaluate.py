@@ -181,6 +181,17 @@ class Evaluator:
                           {name: joined[name] for name, metric in metrics.items() if metric.per_image}, kept,
                           np.concatenate(index), originals, reconstructions)
 
+    def pictures(self, arrays: Arrays, batches: Batches) -> tuple[np.ndarray, np.ndarray]:
+        """Images and their reconstructions, float32 `[n, H, W, 3]` in [0, 1]."""
+        sides = []
+        for local in batches:
+            given = sharding.put_batch(self._mesh, {name: local[name] for name in ("image", "valid")})
+            seen = self._see(arrays, given["image"])
+            *shown, valid = distributed.gather((seen.images, seen.reconstructions, given["valid"]))
+            sides.append([side[valid] for side in shown])
+        images, reconstructions = (np.concatenate(side) for side in zip(*sides, strict=True))
+        return images, reconstructions
+
     def _zeros(self, metrics: Mapping[str, Metric], batch: Batch) -> dict[str, Any]:
         shapes = jax.eval_shape(lambda batch: batch, batch)
         return jax.jit(lambda: {name: metric.init(shapes) for name, metric in metrics.items()},

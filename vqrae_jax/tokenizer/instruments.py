@@ -13,15 +13,14 @@ from jax.sharding import Mesh
 
 from vqrae_jax import metrics
 from vqrae_jax.config import Config
-from vqrae_jax.metrics import frechet
-from vqrae_jax.metrics.frechet import Moments
+from vqrae_jax.metrics import Statistics, frechet
 from vqrae_jax.models import flat
 from vqrae_jax.models.flat import Arrays
 from vqrae_jax.models.inception import InceptionV3, to_uint8_levels
 from vqrae_jax.models.perceptual import LPIPS
 from vqrae_jax.tokenizer import build, runs
 from vqrae_jax.tokenizer.evaluate import Batches, Instrument
-from vqrae_jax.training import sharding
+from vqrae_jax.training import sharding, signals
 from vqrae_jax.weights import huggingface, inception, perceptual, tensors
 
 ENCODER, INCEPTION, LPIPS_VGG = "encoder", "inception", "lpips"  # names of instruments
@@ -122,24 +121,21 @@ def fd_name(path_or_id: str) -> str:
     return re.sub(r"\W+", "_", Path(path_or_id).name.lower())
 
 
-def of_view(name: str, metric: str, view: View, reference: Moments | None,
-            more: Mapping[str, metrics.Metric] | None = None, *, sees_images: bool) -> Instrument:
+def of_view(name: str, view: View, distance: str | None, reference: Statistics | None,
+            more: Mapping[str, metrics.Metric]) -> Instrument:
     """The Frechet distance on a view, and other metrics of it.
 
     Args:
-      name: of the instrument; metrics find what it saw of images and reconstructions under it.
-      metric: what the distance is called.
+      name: of the instrument; metrics find what it saw of images and of reconstructions under it.
       view: the network.
+      distance: what the distance is called; None is no distance.
       reference: what reconstructions are compared with; None is the images.
       more: other metrics, by name.
-      sees_images: whether it looks at the images also where a reference is given.
     """
-    both = reference is None or sees_images
     of = lambda side: lambda batch: view.embedding(batch.seen[name][side])
-    return Instrument(
-        look=lambda seen: (view.see(seen.images) if both else (), view.see(seen.reconstructions)),
-        metrics={metric: metrics.frechet_distance(metric, of(1), reference or of(0)), **(more or {})},
-        weights=view.weights)
+    distances = {distance: metrics.frechet_distance(distance, of(1), reference or of(0))} if distance else {}
+    return Instrument(look=lambda seen: (view.see(seen.images), view.see(seen.reconstructions)),
+                      metrics={**distances, **more}, weights=view.weights)
 
 
 def inception_metrics(images: int) -> dict[str, metrics.Metric]:
@@ -152,15 +148,20 @@ def encoder_metrics() -> dict[str, metrics.Metric]:
     return metrics.cosine_and_cka("drift", lambda batch: (batch.seen[ENCODER][0], batch.features))
 
 
-def moments(views: Mapping[str, View], batches: Batches, mesh: Mesh) -> dict[str, Moments]:
-    """What views see in reference images."""
+def statistics(views: Mapping[str, View], batches: Batches, mesh: Mesh) -> dict[str, Statistics]:
+    """What views see in reference images.
+
+    Raises:
+      ValueError: features that are not finite, or fewer than two images.
+    """
     sums: dict[str, Any] = {}
     update = jax.jit(frechet.update, donate_argnums=0)
     for local in batches:
+        signals.stop_if_preempted()
         batch = sharding.put_batch(mesh, {name: local[name] for name in ("image", "valid")})
         images = batch["image"].astype(jnp.float32) / 255
         for name, view in views.items():
             embedding = view.embedding(view.see(images))
             kept = sums[name] if name in sums else frechet.init(embedding.shape[-1])
             sums[name] = update(kept, embedding, batch["valid"])
-    return {name: frechet.moments(kept) for name, kept in sums.items()}
+    return {name: frechet.statistics(frechet.moments(kept)) for name, kept in sums.items()}

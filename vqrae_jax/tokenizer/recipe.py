@@ -1,6 +1,5 @@
 """What numbers were measured on: the part of `metrics.json` that makes them comparable."""
 
-import hashlib
 import importlib.metadata
 import subprocess
 from collections.abc import Mapping
@@ -11,24 +10,25 @@ from vqrae_jax.config import Config
 
 
 def recipe(config: Config, *, data: str, part: str, images: int, reference: str, weights: Mapping[str, str],
-           averaged: str) -> dict[str, Any]:
+           configs: Mapping[str, str], run_weights: str) -> dict[str, Any]:
     """Everything that a number depends on beside the run.
 
     Args:
-      config: of the run.
+      config: of a run.
       data: SPEC of the images.
       part: which of them.
       images: how many were measured.
       reference: what distributions are compared with.
       weights: `{what was read: its sha256}`.
-      averaged: which of a run's weights, `ema` or `raw`.
+      configs: `{run: sha256 of its config.json}`.
+      run_weights: which of a run's weights, `ema` or `raw`.
     """
     return {
         "data": data, "part": part, "images": images, "image_size": config.data.image_size, "crop": "centre",
         "resampling": "bicubic, antialiased, short side",
         "pixels": "float32 in [0, 1]; rounded to 8 bits for rfid and inception_score", "reference": reference,
-        "run_weights": averaged, "weights": dict(weights), "version": importlib.metadata.version("vqrae_jax"),
-        "commit": commit()}
+        "run_weights": run_weights, "weights": dict(weights), "configs": dict(configs),
+        "version": importlib.metadata.version("vqrae_jax"), "commit": commit()}
 
 
 def commit() -> str:
@@ -41,11 +41,6 @@ def commit() -> str:
         return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.CalledProcessError):
         return ""
-
-
-def config_digest(file: Path) -> str:
-    """The sha256 of a run's config.json."""
-    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def line(recipe: Mapping[str, Any]) -> str:

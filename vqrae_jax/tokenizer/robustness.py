@@ -70,9 +70,9 @@ def robustness(graphdef: nnx.GraphDef, arrays: Arrays, mesh: Mesh, batches: Batc
         for cell, embedding in looks.items():
             kept = sums[cell] if cell in sums else frechet.init(embedding.shape[-1])
             sums[cell] = update(kept, embedding, batch["valid"])
-    moments = {cell: frechet.moments(kept) for cell, kept in sums.items()}
+    found = {cell: frechet.statistics(frechet.moments(kept)) for cell, kept in sums.items()}
     return [{"kind": kind, "share": share, "psnr": float(np.concatenate(values[kind, share]).mean(dtype=np.float64)),
-             "fd_encoder": frechet.distance(moments[kind, share], moments["images"])} for kind, share in cells]
+             "fd_encoder": frechet.frechet_distance(*found[kind, share], *found["images"])} for kind, share in cells]
 
 
 def _encode(graphdef: nnx.GraphDef, arrays: Arrays, images: jax.Array) -> tuple[jax.Array, jax.Array]:

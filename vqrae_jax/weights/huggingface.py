@@ -291,6 +291,11 @@ def read_encoder_spec(path_or_id: str | Path) -> EncoderSpec:
     return _read_spec(_local_folder(path_or_id, weights=False))
 
 
+def weight_files(path_or_id: str | Path) -> list[Path]:
+    """The files that an encoder's weights are read from; OSError as from `read_encoder_spec`."""
+    return _weight_files(_local_folder(path_or_id, weights=True))
+
+
 def copy_encoder_config(path_or_id: str | Path, out_dir: Path) -> None:
     """Copies what `read_encoder_spec` reads, so that the shape of a model is known without the original folder."""
     folder = _local_folder(path_or_id, weights=False)
@@ -485,13 +490,16 @@ def _read_spec(folder: Path) -> EncoderSpec:
     return EncoderSpec(model_type=model_type, vit=vit, image_size=image_size, mean=mean, std=std)
 
 
+def _weight_files(folder: Path) -> list[Path]:
+    if not (index := folder / "model.safetensors.index.json").exists():
+        return [folder / "model.safetensors"]
+    shards = Options.read(index).section("weight_map")
+    return [folder / name for name in sorted({shards.text(tensor) for tensor in shards.values})]
+
+
 def _tensors(folder: Path) -> Iterator[tuple[Path, str, Any]]:
     """(file, name, lazy tensor) of every tensor in the folder's weight files."""
-    files = [folder / "model.safetensors"]
-    if (index := folder / "model.safetensors.index.json").exists():
-        shards = Options.read(index).section("weight_map")
-        files = [folder / name for name in sorted({shards.text(tensor) for tensor in shards.values})]
-    for file in files:
+    for file in _weight_files(folder):
         if not file.exists():
             hint = ""
             if (folder / "pytorch_model.bin").exists():
