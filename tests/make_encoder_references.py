@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import transformers
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -154,17 +155,31 @@ def torch_layers(model: torch.nn.Module, images: np.ndarray, image_size: int) ->
     """The patch tokens of all `hidden_states`, each after the last LayerNorm; the last is the model's own output."""
     x = torch.from_numpy(images).permute(0, 3, 1, 2)
     x = torch.nn.functional.interpolate(x, (image_size, image_size), mode="bicubic", align_corners=False)
-    x = (x - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
     tower = vision_tower(model).eval()
     tokens = (image_size // tower.config.patch_size) ** 2
+    output = run_tower(tower, x)
+    normalize = final_norm(tower) or nn.Identity()
+    states = [normalize(state) for state in output.hidden_states[:-1]] + [output.last_hidden_state]
+    return [state[:, -tokens:].numpy() for state in states]
+
+
+def run_tower(tower: torch.nn.Module, x: torch.Tensor) -> SimpleNamespace:
+    """What the tower makes of images `[B, 3, H, H]` in [0, 1]."""
+    tokens = (x.shape[-1] // tower.config.patch_size) ** 2
+    x = (x - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
     interpolates = tower.config.model_type.startswith(("siglip", "vit_mae"))
     options = {"interpolate_pos_encoding": True} if interpolates else {}
     if tower.config.model_type == "vit_mae":  # nothing masked, nothing shuffled
         options["noise"] = torch.arange(tokens).repeat(len(x), 1)
-    output = tower(x, output_hidden_states=True, **options)
-    normalize = final_norm(tower) or nn.Identity()
-    states = [normalize(state) for state in output.hidden_states[:-1]] + [output.last_hidden_state]
-    return [state[:, -tokens:].numpy() for state in states]
+    return tower(x, output_hidden_states=True, **options)
+
+
+@torch.no_grad()
+def torch_cls(model: torch.nn.Module, images: np.ndarray, image_size: int) -> np.ndarray:
+    """uint8 [B, H, W, 3] -> the class token [B, d] of the PyTorch model, images resized as dgm-eval does by default."""
+    resized = [Image.fromarray(image).resize((image_size, image_size), Image.Resampling.BICUBIC) for image in images]
+    x = torch.from_numpy(np.stack([np.asarray(image) for image in resized])).permute(0, 3, 1, 2) / 255
+    return run_tower(vision_tower(model).eval(), x).last_hidden_state[:, 0].numpy()
 
 
 def make_reference(name: str, *, images: np.ndarray, folder: Path, seed: int) -> dict[str, np.ndarray]:
@@ -186,6 +201,12 @@ def make_reference(name: str, *, images: np.ndarray, folder: Path, seed: int) ->
     return tokens | {f"plain_{sizes[1]}": torch_tokens(model, images, sizes[1])}
 
 
+def make_embeddings(images: np.ndarray) -> dict[str, np.ndarray]:
+    """{"<case>_<image_size>": class tokens [B, d]} of the saved models that have one, at the smaller size."""
+    cases = {name: sizes[-1] for name, (_, sizes) in CASES.items() if not name.startswith("siglip")}
+    return {f"{name}_{size}": torch_cls(load_model(REFERENCE / name), images, size) for name, size in cases.items()}
+
+
 def main() -> None:
     images = np.random.default_rng(0).integers(0, 256, (2, 44, 44, 3), dtype=np.uint8)
     REFERENCE.mkdir(exist_ok=True)
@@ -198,6 +219,8 @@ def main() -> None:
         np.savez(folder / "tokens.npz", **tokens)
         for key, value in tokens.items():
             print(f"{name:24} {key:10} {value.shape} mean {value.mean():+.2f} std {value.std():.2f}")
+    if not (REFERENCE / "embeddings.npz").exists():
+        np.savez(REFERENCE / "embeddings.npz", **make_embeddings(images))
 
 
 if __name__ == "__main__":

@@ -171,3 +171,89 @@ def test_linear_probe_survives_constant_features_and_finds_separable_classes():
 def test_labels_that_do_not_fit_are_errors(metric):
     with pytest.raises(ValueError, match=r"\[N, d\]"):
         metric(np.zeros((4, 3)), np.zeros(5, int))
+
+
+@pytest.mark.parametrize("metric", [
+    lambda train, test: metrics.knn_top1(*test, reference=train),
+    lambda train, test: metrics.linear_probe_top1(*train, *test)], ids=["knn", "probe"])
+class TestLabels:
+
+    def test_of_one_class_teach_nothing(self, metric):
+        features, labels = labelled(30)
+        with pytest.raises(ValueError, match="needs images of at least two classes, but all labels are 3$"):
+            metric((features, np.full(30, 3)), (features, labels))
+
+    def test_that_training_lacks_count_as_wrong(self, metric):
+        (train, train_labels), (test, test_labels) = labelled(300), labelled(200, seed=1)
+        known = train_labels != 2
+        accuracy = metric((train[known], train_labels[known]), (test, test_labels))
+        of_known = metric((train[known], train_labels[known]), (test[test_labels != 2], test_labels[test_labels != 2]))
+        assert accuracy == pytest.approx(of_known * np.mean(test_labels != 2))
+        assert 0 < metric((train, train_labels), (test, np.where(test_labels == 2, 7, test_labels))) < 1
+
+    def test_are_names_and_no_sizes(self, metric):
+        """Labels of millions need no memory of millions, and any numbers do."""
+        (train, train_labels), (test, test_labels) = labelled(300), labelled(200, seed=1)
+        strange = np.array([10**9, -5, 7, 10**12, 0])
+        assert metric((train, strange[train_labels]), (test, strange[test_labels])) == \
+            metric((train, train_labels), (test, test_labels))
+
+    def test_of_features_that_are_not_finite_are_errors(self, metric):
+        good, bad = labelled(30), labelled(30)
+        bad[0][3, 2], bad[0][5, 0] = np.nan, np.inf
+        for train, test in ((good, bad), (bad, good)):
+            with pytest.raises(ValueError, match=r"^\w+: 2 of 30 rows of features are not finite: look for images"):
+                metric(train, test)
+
+
+def test_linear_probe_does_not_depend_on_its_blocks(monkeypatch):
+    train, test = labelled(300), labelled(200, seed=1)
+    whole = metrics.linear_probe_top1(*train, *test)
+    monkeypatch.setattr(feature_metrics, "_PROBE_ROWS", 7)
+    assert metrics.linear_probe_top1(*train, *test) == whole
+
+
+@pytest.mark.parametrize("limit", [2**25, 30])
+def test_zero_shot_takes_the_most_similar_class(monkeypatch, limit):
+    monkeypatch.setattr(feature_metrics, "MAX_SIMILARITIES", limit)
+    rng = np.random.default_rng(0)
+    classes, labels = rng.normal(size=(5, 8)), rng.integers(0, 5, 101)
+    images = classes[labels] * rng.uniform(0.1, 9, (101, 1)) + rng.normal(size=(101, 8))
+    unit = lambda v: v / np.linalg.norm(v, axis=-1, keepdims=True)
+    expected = np.mean((unit(images) @ unit(classes).T).argmax(-1) == labels)
+    assert 0.4 < expected < 1
+    assert feature_metrics.zero_shot_top1(images, classes, labels) == pytest.approx(expected)
+    with pytest.raises(ValueError, match="labels are between 0 and 4, but there are 4 classes: give a name"):
+        feature_metrics.zero_shot_top1(images, classes[:4], labels)
+    with pytest.raises(ValueError, match=r"must be \[N, e\] and \[C, e\], not \(101, 8\) and \(5, 7\)"):
+        feature_metrics.zero_shot_top1(images, classes[:, :7], labels)
+    with pytest.raises(ValueError, match="images: 1 of 101 rows of features are not finite"):
+        feature_metrics.zero_shot_top1(np.where(np.arange(101)[:, None] == 3, np.nan, images), classes, labels)
+
+
+def test_linear_cka_is_what_the_grams_say_and_ignores_rotation_and_scale():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(50, 6)) + 3
+    y = np.c_[x[:, :3] @ rng.normal(size=(3, 4)), rng.normal(size=50)] - 5
+    centre = np.eye(50) - 1 / 50
+    gram_x, gram_y = centre @ x @ x.T @ centre, centre @ y @ y.T @ centre  # HSIC of Kornblith et al., equation 3
+    expected = np.trace(gram_x @ gram_y) / np.sqrt(np.trace(gram_x @ gram_x) * np.trace(gram_y @ gram_y))
+    assert 0.2 < expected < 0.95
+    assert feature_metrics.linear_cka(x, y) == pytest.approx(expected, rel=1e-12)
+    assert feature_metrics.linear_cka(y, x) == pytest.approx(expected, rel=1e-12)
+    covariance = np.cov(np.c_[x, y], rowvar=False)
+    assert feature_metrics.cka_from_scatter(covariance, 6) == pytest.approx(expected, rel=1e-12)
+    rotation = np.linalg.qr(rng.normal(size=(6, 6)))[0]
+    assert feature_metrics.linear_cka(x, 7 * x @ rotation + 2) == pytest.approx(1, rel=1e-12)
+
+
+def test_linear_cka_that_does_not_exist_is_an_error():
+    x = np.random.default_rng(0).normal(size=(50, 6))
+    with pytest.raises(ValueError, match="one of the two is the same for all"):
+        feature_metrics.linear_cka(x, np.full((50, 2), 0.5))
+    with pytest.raises(ValueError, match=r"features \[N, d1\] and \[N, d2\]"):
+        feature_metrics.linear_cka(x, x[:49])
+    with pytest.raises(ValueError, match="square scatter matrix wider than d1"):
+        feature_metrics.cka_from_scatter(np.eye(6), 6)
+    with pytest.raises(ValueError, match="linear CKA: .* not finite"):
+        feature_metrics.linear_cka(x, np.where(x == x[3, 2], np.nan, x))

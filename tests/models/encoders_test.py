@@ -12,11 +12,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
+from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from tests.conftest import REFERENCE
 from vqrae_jax.models import flat
-from vqrae_jax.models.encoders import Encoder, interpolate_positions, resize_bicubic
+from vqrae_jax.models.encoders import Encoder, interpolate_positions, resize_bicubic, resize_bicubic_8bit
 from vqrae_jax.weights import huggingface, tensors
 
 FINAL_NORM = ("siglip_vision", "siglip", "dinov2", "dinov2_with_registers", "vit_mae", "siglip_so400m", "dinov3_vit")
@@ -137,6 +138,65 @@ def test_images_are_resized_as_torch_does(size):
     expected = torch.nn.functional.interpolate(torch.from_numpy(images).permute(0, 3, 1, 2), (size, size),
                                                mode="bicubic", align_corners=False, antialias=False)
     np.testing.assert_allclose(resize_bicubic(images, size), expected.permute(0, 2, 3, 1), atol=1e-5)
+
+
+@pytest.mark.parametrize("shape, size", [((45, 45), 45), ((45, 45), 32), ((64, 64), 224), ((61, 130), 56)])
+def test_8_bit_images_are_resized_bit_for_bit_as_pillow_does(shape, size):
+    rng = np.random.default_rng(0)
+    noise = rng.integers(0, 256, (2, *shape, 3), dtype=np.uint8)
+    edges = np.where(rng.random((2, *shape, 3)) < 0.5, 0, 255).astype(np.uint8)  # overshoots
+    images = np.concatenate([noise, edges])
+    expected = [np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC)) for image in images]
+    resized = resize_bicubic_8bit(images, size)
+    assert resized.dtype == jnp.float32
+    np.testing.assert_array_equal(np.rint(np.asarray(resized) * 255), np.stack(expected))
+    floats = np.float32(images) / 255 + rng.uniform(-0.4, 0.4, images.shape).astype(np.float32) / 255
+    np.testing.assert_array_equal(resize_bicubic_8bit(floats, size), resized)
+
+
+def embeddings(encoder: Encoder, images: np.ndarray, pool=None) -> np.ndarray:
+    graphdef, state = nnx.split(encoder)
+    return np.asarray(jax.jit(lambda state: nnx.merge(graphdef, state).embedding(jnp.asarray(images), pool))(state))
+
+
+def test_class_tokens_match_committed_pytorch_ones():
+    references = np.load(REFERENCE / "embeddings.npz")
+    images = np.load(REFERENCE / "images.npy")
+    assert len(references) == 5
+    for key, expected in references.items():
+        name, image_size = key.rsplit("_", 1)
+        encoder = huggingface.build_encoder(REFERENCE / name, image_size=int(image_size))
+        actual = embeddings(encoder, images)
+        assert actual.dtype == np.float32
+        np.testing.assert_allclose(actual, expected, atol=1e-4, rtol=0, err_msg=key)
+        np.testing.assert_array_equal(embeddings(encoder, np.float32(images) / 255), actual)
+
+
+@pytest.mark.parametrize("name", ["dinov2", "dinov3_vit"])
+def test_class_tokens_match_live_pytorch(name, references, tmp_path):
+    images, size = np.load(REFERENCE / "images.npy"), references.CASES[name][1][1]
+    references.make_reference(name, images=reference_images(), folder=tmp_path / name, seed=7)
+    expected = references.torch_cls(references.load_model(tmp_path / name), images, size)
+    encoder = huggingface.build_encoder(tmp_path / name, image_size=size)
+    np.testing.assert_allclose(embeddings(encoder, images), expected, atol=1e-4, rtol=0)
+
+
+def test_the_mean_embedding_is_that_of_the_features_where_nothing_is_resized():
+    images = np.load(REFERENCE / "images.npy")[:, :40, :40]
+    for name, default in {"siglip_vision": "mean", "dinov2_with_registers": "cls"}.items():
+        encoder = huggingface.build_encoder(REFERENCE / name)
+        mean = embeddings(encoder, images, "mean")
+        np.testing.assert_allclose(mean, features(encoder, images).mean(axis=1), atol=1e-6)
+        np.testing.assert_array_equal(embeddings(encoder, images), embeddings(encoder, images, default))
+        assert default == "mean" or not np.allclose(embeddings(encoder, images), mean, atol=0.1)
+
+
+def test_a_pooling_that_cannot_be_had_is_named():
+    encoder = huggingface.build_encoder(REFERENCE / "siglip_vision")
+    with pytest.raises(ValueError, match="pool 'cls' cannot apply: this encoder has no class token; use 'mean'"):
+        encoder.embedding(reference_images(), "cls")
+    with pytest.raises(ValueError, match="pool 'max' is unknown: use cls or mean"):
+        encoder.embedding(reference_images(), "max")  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize("antialias", [False, True])

@@ -1,6 +1,7 @@
 """Pretrained vision encoders: images in, continuous features out. Their weights come from `vqrae_jax.weights`."""
 
 import functools
+import math
 import operator
 from typing import Literal, get_args
 
@@ -12,6 +13,7 @@ from flax import nnx
 from vqrae_jax.models.vit import SAVE_MATMULS, FinalNorm, Remat, ViT, ViTSpec
 
 Combine = Literal["sum", "concat"]
+Pool = Literal["cls", "mean"]
 
 
 class Encoder(nnx.Module):
@@ -67,11 +69,42 @@ class Encoder(nnx.Module):
         """
         if images.dtype == jnp.uint8:
             images = images.astype(jnp.float32) / 255
-        side = self.grid * self.patch_size
-        images = resize_bicubic(images, self.image_size)[:, :side, :side]
-        images = (images - jnp.asarray(self.mean, jnp.float32)) / jnp.asarray(self.std, jnp.float32)
-        states = self.vit.features(images, self.layers)
+        states = self.vit.features(self._seen(resize_bicubic(images, self.image_size)), self.layers)
         return functools.reduce(operator.add, states) if self.combine == "sum" else jnp.concatenate(states, axis=-1)
+
+    def embedding(self, images: jax.Array, pool: Pool | None = None) -> jax.Array:
+        """One vector for each image, as Frechet distances compare: the last block's tokens after the last LayerNorm.
+
+        With DINOv2-L at `image_size=224` and the cls token this is the embedding of FD-DINOv2 (Stein et al. 2023,
+        arXiv 2306.04675), whose code (layer6ai-labs/dgm-eval) resizes 8-bit images with Pillow, as
+        `resize_bicubic_8bit` does. It differs from theirs in one thing: position embeddings are resampled as
+        `transformers` does it, without the offset of 0.1 patches of DINOv2's own code.
+
+        Args:
+          images: `[B, H, W, 3]`, uint8, or float32 in [0, 1], which is rounded to 256 levels; of any H and W.
+          pool: `cls` takes the class token, `mean` the mean of the patch tokens. None is `cls` where the encoder has
+            that token (DINOv2, DINOv3, MAE, InternViT), and `mean` where not (SigLIP).
+
+        Returns:
+          `[B, d]` float32; d is the ViT's width.
+
+        Raises:
+          ValueError: an unknown `pool`, or `cls` of an encoder without a class token.
+        """
+        prefix = self.vit.spec.prefix_tokens
+        pool = pool if pool is not None else "cls" if prefix else "mean"
+        if pool not in get_args(Pool):
+            raise ValueError(f"pool {pool!r} is unknown: use {' or '.join(get_args(Pool))}")
+        if pool == "cls" and not prefix:
+            raise ValueError("pool 'cls' cannot apply: this encoder has no class token; use 'mean'")
+        images = self._seen(resize_bicubic_8bit(images, self.image_size))
+        (tokens,) = self.vit.tokens(images, [self.vit.spec.depth])
+        return tokens[:, 0] if pool == "cls" else jnp.mean(tokens[:, prefix:], axis=1)
+
+    def _seen(self, images: jax.Array) -> jax.Array:
+        """What the ViT is given of images in [0, 1] that have its size: whole patches, standardised."""
+        side = self.grid * self.patch_size
+        return (images[:, :side, :side] - jnp.asarray(self.mean, jnp.float32)) / jnp.asarray(self.std, jnp.float32)
 
 
 def resize_bicubic(images: jax.Array, size: int, *, antialias: bool = False) -> jax.Array:
@@ -84,6 +117,46 @@ def resize_bicubic(images: jax.Array, size: int, *, antialias: bool = False) -> 
         return images
     shape = (*images.shape[:-3], size, size, images.shape[-1])
     return jax.image.resize(images, shape, jax.image.ResizeMethod.CUBIC_PYTORCH, antialias=antialias)
+
+
+def resize_bicubic_8bit(images: jax.Array | np.ndarray, size: int) -> jax.Array:
+    """`[..., H, W, C] -> [..., size, size, C]` float32 on the 256 levels of [0, 1]: bit for bit Pillow's resizing.
+
+    Pillow resizes 8-bit images with an antialiased bicubic filter, in fixed-point arithmetic, and rounds to 8 bits
+    after the columns and again after the rows. Images are uint8, or float in [0, 1], which is rounded to the levels
+    first.
+    """
+    levels = jnp.asarray(images)
+    if levels.dtype != jnp.uint8:
+        levels = jnp.clip(jnp.round(levels * 255), 0, 255)
+    levels = levels.astype(jnp.int32)
+    for axis in (levels.ndim - 2, levels.ndim - 3):
+        if levels.shape[axis] != size:
+            at, weights = _pillow_taps(levels.shape[axis], size)
+            column = lambda values, axis=axis: values.reshape(-1, *[1] * (levels.ndim - 1 - axis))
+            summed = sum(jnp.take(levels, at[:, tap], axis=axis) * column(weights[:, tap]) for tap in range(at.shape[1]))
+            levels = jnp.clip((summed + 2**(_PILLOW_BITS - 1)) >> _PILLOW_BITS, 0, 255)
+    return levels.astype(jnp.float32) / 255
+
+
+_PILLOW_BITS = 22  # of the fraction of a weight; sums of 8-bit values then fit 32 bits
+
+
+def _pillow_taps(old: int, new: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which pixels of a row of `old` make each of `new`, and their fixed-point weights: `[new, taps]` int32 twice.
+
+    The kernel is Keys' with a = -0.5, stretched where the image shrinks and cut off at its border.
+    """
+    stretch = max(old / new, 1.0)
+    centre = (np.arange(new)[:, None] + 0.5) * (old / new)
+    first = np.maximum(np.trunc(centre - 2 * stretch + 0.5), 0)
+    end = np.minimum(np.trunc(centre + 2 * stretch + 0.5), old)
+    at = first + np.arange(math.ceil(2 * stretch) * 2 + 1)
+    x = np.abs((at - centre + 0.5) * (1 / stretch))
+    near, far = (1.5 * x - 2.5) * x * x + 1, (((x - 5) * x + 8) * x - 4) * -0.5
+    weights = np.where(at < end, np.where(x < 1, near, np.where(x < 2, far, 0)), 0)
+    weights = weights * (1 / weights.sum(axis=1, keepdims=True)) * 2**_PILLOW_BITS
+    return np.minimum(at, old - 1).astype(np.int32), np.trunc(weights + np.copysign(0.5, weights)).astype(np.int32)
 
 
 def interpolate_positions(positions: jax.Array | np.ndarray, grid: int, *, antialias: bool) -> jax.Array:

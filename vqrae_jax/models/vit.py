@@ -375,6 +375,10 @@ class ViT(nnx.Module):
 
         Layers are numbered as in `Transformer.hidden_states`; the same LayerNorm serves all of them.
         """
+        return [tokens[:, self.spec.prefix_tokens:] for tokens in self.tokens(images, layers)]
+
+    def tokens(self, images: jax.Array, layers: Sequence[int]) -> list[jax.Array]:
+        """As `features`, with the prefix tokens in front: cls, then registers. `[B, prefix_tokens + N, d]` each."""
         spec, rope = self.spec, None
         if spec.rope_theta is not None:
             rope = rope_table(spec.width // spec.heads, self.grid, theta=spec.rope_theta,
@@ -384,7 +388,7 @@ class ViT(nnx.Module):
             prefix = jnp.broadcast_to(self.prefix[...].astype(x.dtype), (x.shape[0], *self.prefix.shape))
             x = jnp.concatenate([prefix, x], axis=1)
         states = self.transformer.hidden_states(x, layers, rope)
-        return [self.transformer.normalize(state)[:, spec.prefix_tokens:] for state in states]
+        return [self.transformer.normalize(state) for state in states]
 
 
 def blocks_work(spec: TransformerSpec, tokens: int, *, depth: int) -> Work:
