@@ -2,11 +2,12 @@
 
     python -m vqrae_jax.evaluate --workdir=DIR [--data=SPEC] [--reference=SPEC] [--probe=SPEC] [--out=DIR]
 
-prints a table and writes `metrics.json`, `reconstructions.png` and `report.html`. Without --data the images are those of
-the first run's `eval.source`, or all that were held out of its `data.source`. Given several times, or as a pattern such
-as 'runs/dim*', --workdir puts the runs side by side, on the same images, with the config keys in which they differ.
-Images are resized bicubically to the run's size on the short side and cropped to the centre; original and reconstruction
-are compared on exactly these pixels. A metric whose weights are not there is left out, and a line says how to get them.
+prints a table and writes `metrics.json`, `reconstructions.png` and `report.html`. Without --data the images are those
+of the first run's `eval.source`, or all that were held out of its `data.source`. Given several times, or as a pattern
+such as 'runs/dim*', --workdir puts the runs side by side, on the same images, with the config keys in which they
+differ. Images are resized bicubically to the run's size on the short side and cropped to the centre; original and
+reconstruction are compared on exactly these pixels. A metric whose weights are not there is left out, and a line says
+how to get them.
 """
 
 import glob
@@ -66,10 +67,10 @@ if __name__ == "__main__":
     _OUT = flags.DEFINE_string("out", "", "folder for the results; empty is WORKDIR/evaluation")
     _OPTIONS = {
         "data": flags.DEFINE_string("data", "", "SPEC of the images; empty is what the first run was evaluated on"),
-        "reference": flags.DEFINE_string("reference", "", "SPEC of the images that Frechet distances compare with, or an "
-                                         ".npz file with Inception's mu and sigma; empty is the originals"),
+        "reference": flags.DEFINE_string("reference", "", "SPEC of the images that Frechet distances compare with, or "
+                                         "an .npz file with Inception's mu and sigma; empty is the originals"),
         "fd": flags.DEFINE_multi_string("fd", [], "encoder, a folder or hub id, for another Frechet distance"),
-        "probe": flags.DEFINE_string("probe", "", "SPEC of images with labels that kNN and a linear probe are fitted to"),
+        "probe": flags.DEFINE_string("probe", "", "SPEC of images with labels to fit kNN and a linear probe to"),
         "inception": flags.DEFINE_string("inception", "", "weights of the papers' Inception; empty is eval.inception"),
         "vgg16": flags.DEFINE_string("vgg16", "", "VGG16's weights for LPIPS, a file, a folder or a hub id; empty is "
                                      "loss.perceptual.lpips_vgg16, if it is on this machine"),

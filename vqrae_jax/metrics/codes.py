@@ -1,7 +1,5 @@
 """How much of a codebook is in use, and how evenly."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np

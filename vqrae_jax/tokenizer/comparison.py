@@ -182,7 +182,7 @@ class Comparison:
         options, mesh = self._options, self._mesh
         config, graphdef, arrays = runs.load_run(workdir, mesh, step=options.step, weights=options.weights)
         if config.data.image_size != self._config.data.image_size:
-            raise ValueError(f"{workdir} is a run for images of {config.data.image_size} pixels, and cannot be compared "
+            raise ValueError(f"{workdir} is a run for images of {config.data.image_size} pixels, and not to be compared "
                              f"with one for {self._config.data.image_size}: one at a time")
         failed = dict(self.failed)
         tried = functools.partial(self._tried, failed)

@@ -164,7 +164,8 @@ class Evaluator:
             shown = (seen.images, seen.reconstructions) if missing > 0 else None
             measured, valid, position, places, shown = distributed.gather(
                 (measured, given["valid"], given["position"], given["index"], shown))
-            keep = {name: valid & (True if name not in chosen else chosen[name][np.minimum(position, images)]) for name in measured}
+            position = np.minimum(position, images)  # where padding is not chosen
+            keep = {_FINITE: valid, **{name: valid & wanted[position] for name, wanted in chosen.items()}}
             rows.append({name: jax.tree.map(lambda values, keep=keep[name]: values[keep], measured[name])
                          for name in measured})
             index.append(places[valid])

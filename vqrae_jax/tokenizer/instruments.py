@@ -18,7 +18,7 @@ from vqrae_jax.models import flat
 from vqrae_jax.models.flat import Arrays
 from vqrae_jax.models.inception import InceptionV3, to_uint8_levels
 from vqrae_jax.models.perceptual import LPIPS
-from vqrae_jax.tokenizer import build, runs
+from vqrae_jax.tokenizer import runs
 from vqrae_jax.tokenizer.evaluate import Batches, Instrument
 from vqrae_jax.training import sharding, signals
 from vqrae_jax.weights import huggingface, inception, perceptual, tensors
@@ -59,15 +59,15 @@ def lpips(config: Config, mesh: Mesh, vgg16: str = "") -> Instrument:
     Args:
       config: of the run, whose `loss.perceptual` says where the weights are.
       mesh: of the evaluation.
-      vgg16: where VGG16's weights are instead: a file, a folder or a hub id.
+      vgg16: where VGG16's weights are instead: a file, a folder or a hub id, which may be downloaded.
 
     Raises:
       OSError, ValueError: there are none, or not those.
     """
     keys = config.loss.perceptual
-    module = _module(lambda: LPIPS(rngs=nnx.Rngs(0)), perceptual.load_lpips(vgg16 or keys.lpips_vgg16, keys.lpips_linear))
+    file = perceptual.vgg16_file(vgg16 or keys.lpips_vgg16, download=bool(vgg16))
+    module = _module(lambda: LPIPS(rngs=nnx.Rngs(0)), perceptual.load_lpips(str(file), keys.lpips_linear))
     distance = _compiled(module, mesh, lambda module, x, y: module.distance(module(x), module(y)))
-    file = tensors.local_file(vgg16 or keys.lpips_vgg16)
     return Instrument(
         look=lambda seen: distance(seen.images, seen.reconstructions),
         metrics={"lpips": metrics.mean_of_rows("lpips", lambda batch: batch.seen[LPIPS_VGG])},

@@ -24,7 +24,8 @@ _BLOCK = 1024
 Kind = Literal["random", "nearest"]
 
 
-def robustness(graphdef: nnx.GraphDef, arrays: Arrays, mesh: Mesh, batches: Batches, view: View) -> list[dict[str, Any]]:
+def robustness(graphdef: nnx.GraphDef, arrays: Arrays, mesh: Mesh, batches: Batches,
+               view: View) -> list[dict[str, Any]]:
     """PSNR, and Frechet distance to the images, after replacing a share of the codes.
 
     Every code is replaced with the probability of the share, by one drawn at random from all others (`random`) or by

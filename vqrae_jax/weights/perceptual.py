@@ -44,7 +44,7 @@ def load_lpips(vgg16: str, linear: str = "") -> Params:
       OSError: there is no such file, and the message says how to get it; or it is damaged.
       ValueError: a tensor is missing, has another shape, or has no known use; the message names it.
     """
-    file = _local_file(vgg16, "VGG16", "get it with `hf download timm/vgg16.tv_in1k model.safetensors`")
+    file = vgg16_file(vgg16)
     params = tensors.cached(file, _read_vgg16, name="vgg16")
     if "weights/0" in params:
         return params
@@ -52,6 +52,12 @@ def load_lpips(vgg16: str, linear: str = "") -> Params:
         return params | _read_linear(LPIPS_WEIGHTS)
     file = _local_file(linear, "1x1 weights of LPIPS", "leave the path empty for those that are shipped")
     return params | tensors.cached(file, _read_linear, name="lpips")
+
+
+def vgg16_file(path_or_id: str, *, download: bool = True) -> Path:
+    """The file of VGG16's weights; arguments as of `tensors.local_file`, errors as of `load_lpips`."""
+    return _local_file(path_or_id, "VGG16", "get it with `hf download timm/vgg16.tv_in1k model.safetensors`",
+                       download=download)
 
 
 def _read_vgg16(file: Path) -> Params:
@@ -200,11 +206,11 @@ def _read_convnext(file: Path, spec: ConvNeXtSpec) -> Params:
     return params
 
 
-def _local_file(path_or_id: str, what: str, remedy: str) -> Path:
+def _local_file(path_or_id: str, what: str, remedy: str, *, download: bool = True) -> Path:
     if not path_or_id:
         raise OSError(f"no file with {what} is given: {remedy}")
     try:
-        return tensors.local_file(path_or_id)
+        return tensors.local_file(path_or_id, download=download)
     except OSError as error:
         raise OSError(f"no {what} at {path_or_id}: {remedy} ({error})") from error
 

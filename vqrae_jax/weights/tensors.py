@@ -143,8 +143,13 @@ def _write(file: Path, content: bytes) -> None:
         raise
 
 
-def local_folder(path_or_id: str | Path, patterns: list[str]) -> Path:
+def local_folder(path_or_id: str | Path, patterns: list[str], *, download: bool = True) -> Path:
     """The folder itself, or the hub's snapshot of that id with the files that match `patterns`.
+
+    Args:
+      path_or_id: a folder, or the id of a model on the hub.
+      patterns: of the files that are needed.
+      download: whether the hub may be asked for what is not on this machine.
 
     Raises:
       OSError: neither a folder, nor can it be fetched.
@@ -153,15 +158,21 @@ def local_folder(path_or_id: str | Path, patterns: list[str]) -> Path:
     if folder.is_dir():
         return folder
     try:
-        return Path(snapshot_download(str(path_or_id), allow_patterns=patterns))
+        return Path(snapshot_download(str(path_or_id), allow_patterns=patterns, local_files_only=not download))
     except Exception as error:  # the hub's client raises what its network stack raises
+        if not download:
+            raise FileNotFoundError(f"{path_or_id} is neither a folder nor in the Hugging Face hub's cache") from error
         raise OSError(f"{path_or_id} is not a folder, and could not be fetched from the Hugging Face hub "
                       f"({type(error).__name__}); download it where there is a network and give the local folder") \
             from error
 
 
-def local_file(path_or_id: str | Path) -> Path:
+def local_file(path_or_id: str | Path, *, download: bool = True) -> Path:
     """A weights file: the file itself, or the one in a folder or in the hub's snapshot of that id.
+
+    Args:
+      path_or_id: a file, a folder, or the id of a model on the hub.
+      download: see `local_folder`.
 
     Raises:
       OSError: none of these.
@@ -170,7 +181,7 @@ def local_file(path_or_id: str | Path) -> Path:
     if file.is_file():
         return file
     names = ["model.safetensors", "pytorch_model.bin"]
-    folder = local_folder(path_or_id, names)
+    folder = local_folder(path_or_id, names, download=download)
     for name in names:
         if (folder / name).is_file():
             return folder / name
