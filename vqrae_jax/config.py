@@ -292,21 +292,7 @@ def load_config(file: str | os.PathLike, **changes: Any) -> Config:
       ValueError: it has no `get_config`, or a key is unknown, of the wrong type or out of range, or two keys
         contradict each other.
     """
-    name, colon, arguments = os.fspath(file).partition(":")
-    check_file(name)
-    path = Path(name).expanduser().resolve()
-    with _importable(path):
-        spec = importlib.util.spec_from_file_location(f"config {path}", path)
-        if spec is None or spec.loader is None:
-            raise ValueError(f"{name} is no config file: it must be a Python file that defines get_config()")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        if not hasattr(module, "get_config"):
-            raise ValueError(f"{name} is no config file: it defines no get_config()")
-        if colon and not inspect.signature(module.get_config).parameters:
-            raise ValueError(f"{name} takes no arguments, but {arguments!r} follows its name")
-        config = module.get_config(arguments) if colon else module.get_config()
-    values = config.to_dict()
+    values = call_file(os.fspath(file), "get_config", "config").to_dict()
     for key, value in changes.items():
         check_key(key)
         *sections, last = key.split(".")
@@ -314,14 +300,43 @@ def load_config(file: str | os.PathLike, **changes: Any) -> Config:
     return parse(values)
 
 
-def check_file(name: str) -> None:
-    """Raises FileNotFoundError where there is no such config file; the message names one of a similar name."""
+def call_file(file: str, function: str, what: str) -> Any:
+    """What a function of a Python file returns, given what follows a colon behind the file's name.
+
+    Args:
+      file: its path, perhaps with arguments.
+      function: `get_config` or `get_study`.
+      what: the file is, in messages.
+
+    Raises:
+      FileNotFoundError: there is no such file; the message names one of a similar name beside it.
+      ValueError: it defines no such function, or one without arguments.
+    """
+    name, colon, arguments = file.partition(":")
+    check_file(name, what)
+    path = Path(name).expanduser().resolve()
+    with _importable(path):
+        spec = importlib.util.spec_from_file_location(f"{what} {path}", path)
+        if spec is None or spec.loader is None:
+            raise ValueError(f"{name} is no {what} file: it must be a Python file that defines {function}()")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        if not hasattr(module, function):
+            raise ValueError(f"{name} is no {what} file: it defines no {function}()")
+        make = getattr(module, function)
+        if colon and not inspect.signature(make).parameters:
+            raise ValueError(f"{name} takes no arguments, but {arguments!r} follows its name")
+        return make(arguments) if colon else make()
+
+
+def check_file(name: str, what: str = "config") -> None:
+    """Raises FileNotFoundError where there is no such file; the message names one of a similar name."""
     file = Path(name).expanduser()
     if file.is_file():
         return
     others = [str(other) for folder in (file.parent, Path("configs")) for other in sorted(folder.glob("*.py"))]
     near = difflib.get_close_matches(name, others, n=1)
-    raise FileNotFoundError(f"there is no config file {name}" + (f": did you mean {near[0]}?" if near else ""))
+    raise FileNotFoundError(f"there is no {what} file {name}" + (f": did you mean {near[0]}?" if near else ""))
 
 
 @contextlib.contextmanager

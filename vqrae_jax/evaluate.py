@@ -40,7 +40,7 @@ def main(_) -> None:
     print(recipe.line(comparison.recipe(results)))
     for name, reason in comparison.bad_images.names().items():
         print(f"left out: {name}: {reason}")
-    comparison.write(results)
+    comparison.write(results, out)
     print(f"wrote {out / 'metrics.json'}, {out / 'reconstructions.png'} and {out / 'report.html'}")
     if missing := comparison.missing(results):
         raise ValueError(f"not all that was asked for could be measured: {missing}")
@@ -71,6 +71,8 @@ if __name__ == "__main__":
                                          "an .npz file with Inception's mu and sigma; empty is the originals"),
         "fd": flags.DEFINE_multi_string("fd", [], "encoder, a folder or hub id, for another Frechet distance"),
         "probe": flags.DEFINE_string("probe", "", "SPEC of images with labels to fit kNN and a linear probe to"),
+        "probe_limit": flags.DEFINE_integer("probe_limit", Options.probe_limit, "only so many images of --probe",
+                                            lower_bound=1),
         "inception": flags.DEFINE_string("inception", "", "weights of the papers' Inception; empty is eval.inception"),
         "vgg16": flags.DEFINE_string("vgg16", "", "VGG16's weights for LPIPS, a file, a folder or a hub id; empty is "
                                      "loss.perceptual.lpips_vgg16, if it is on this machine"),

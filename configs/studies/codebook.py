@@ -5,11 +5,14 @@
 Each run is 300 steps of 32. The rows of 2048 codes, which decide about the width, have three seeds.
 """
 
+from vqrae_jax.tokenizer.comparison import Options
 from vqrae_jax.tokenizer.study import Row, Study
 
 WIDTHS, SIZES = (8, 16, 64, 192, 384), (512, 2048, 8192)
 LEVELS = {512: (8, 8, 8), 2048: (8, 8, 8, 4), 8192: (8, 8, 8, 4, 4)}  # of FSQ
 SEEDS = (0, 1, 2)
+METRICS = ("psnr", "ssim", "fd_encoder", "code_usage", "code_perplexity", "code_bits_by_position",
+           "probe_linear_latents", "probe_knn_latents", "probe_linear_reconstructions", "probe_linear_features")
 
 
 def _row(seeds: tuple[int, ...] = SEEDS, **quantizer) -> Row:
@@ -33,4 +36,5 @@ def get_study() -> Study:
     for size, levels in LEVELS.items():
         rows[f"fsq_{size}"] = _row(SEEDS if size == 2048 else (0,), kind="fsq", size=size, dim=len(levels),
                                    levels=levels, init="random")
-    return Study(title="Codebooks of the nano tokenizer", rows=rows, data="tfds:cifar10")
+    return Study(title="Codebooks of the nano tokenizer, 300 steps of 32 on CIFAR-10", rows=rows, data="tfds:cifar10",
+                 metrics=METRICS, probe=True, options=Options(limit=2000, probe_limit=5000, robustness=False))

@@ -3,10 +3,14 @@
     python -m vqrae_jax.study --study=configs/studies/strategy.py --out=runs/strategy --data=tfds:cifar10@DATA_DIR
 """
 
+from vqrae_jax.tokenizer.comparison import Options
 from vqrae_jax.tokenizer.study import Row, Study
 
 STAGE1, STAGE2 = "configs/nano_stage1.py", "configs/nano_stage2.py"
 SEEDS = (0, 1, 2)
+METRICS = ("psnr", "ssim", "fd_encoder", "code_usage", "code_perplexity", "drift_cosine", "drift_cka",
+           "probe_linear_features", "probe_knn_features", "probe_linear_latents", "probe_knn_latents",
+           "probe_linear_reconstructions")
 
 
 def get_study() -> Study:
@@ -19,4 +23,6 @@ def get_study() -> Study:
         "two_stages": Row(config=STAGE2, changes={**half, **undistilled}, seeds=SEEDS, init_from="stage1"),
         "two_stages_distilled": Row(config=STAGE2, changes=half, seeds=SEEDS, init_from="stage1"),
     }
-    return Study(title="Training strategies of the nano tokenizer", rows=rows, data="tfds:cifar10")
+    return Study(title="Training strategies of the nano tokenizer, 600 steps of 32 on CIFAR-10", rows=rows,
+                 data="tfds:cifar10", metrics=METRICS, probe=True,
+                 options=Options(limit=2000, probe_limit=5000, robustness=False))

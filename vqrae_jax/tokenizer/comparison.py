@@ -42,6 +42,7 @@ class Options:
         empty is the originals.
       fd: encoders, folders or hub ids, on whose features another Frechet distance is taken.
       probe: SPEC of images with labels that classifiers are fitted to; empty is no probe.
+      probe_limit: only so many of them, always the same: their features are kept.
       inception: weights of the papers' Inception; empty is the first run's `eval.inception`.
       vgg16: weights for LPIPS; empty is the first run's `loss.perceptual.lpips_vgg16`, which is not downloaded.
       robustness: whether to measure reconstructions from codes of which some are replaced.
@@ -55,6 +56,7 @@ class Options:
     reference: str = ""
     fd: tuple[str, ...] = ()
     probe: str = ""
+    probe_limit: int = 50_000
     inception: str = ""
     vgg16: str = ""
     robustness: bool = True
@@ -106,7 +108,7 @@ class Comparison:
       config: of the first run, which says of what images and where networks are.
       options: what to measure.
       mesh: the devices.
-      out: folder for what is written, which is made once the images are found.
+      out: folder for the names of images that cannot be read, which is made once the images are found.
 
     Attributes:
       bad_images: those that could not be read.
@@ -114,13 +116,14 @@ class Comparison:
       data: SPEC of the images.
       part: which of them.
       images: how many there are, bad ones included.
+      image_size: of the runs.
 
     Raises:
       ValueError, OSError: the images are not there.
     """
 
     def __init__(self, config: Config, options: Options, mesh: Mesh, out: Path):
-        self._config, self._options, self._mesh, self._out = config, options, mesh, out
+        self._config, self._options, self._mesh, self.image_size = config, options, mesh, config.data.image_size
         self.data, self.part, self._source = _open(config, options.data)
         self.bad_images = _empty(out / "bad_images.jsonl")
         self.failed: dict[str, str] = {}
@@ -181,15 +184,15 @@ class Comparison:
         """
         options, mesh = self._options, self._mesh
         config, graphdef, arrays = runs.load_run(workdir, mesh, step=options.step, weights=options.weights)
-        if config.data.image_size != self._config.data.image_size:
-            raise ValueError(f"{workdir} is a run for images of {config.data.image_size} pixels, and not to be compared "
-                             f"with one for {self._config.data.image_size}: one at a time")
+        if config.data.image_size != self.image_size:
+            raise ValueError(f"runs for images of different sizes, {self.image_size} and {config.data.image_size} in "
+                             f"{workdir}, cannot be compared: one at a time")
         failed = dict(self.failed)
         tried = functools.partial(self._tried, failed)
         view = tried(_FD_ENCODER, lambda: instruments.pretrained_view(workdir, config, arrays, graphdef, mesh))
         metrics, perturbed = dict(METRICS), None
         if view and self._probe:
-            limited = self._batches(config, self._probe, probe.IMAGES)
+            limited = self._batches(config, self._probe, options.probe_limit)
             if fitted := tried("probe", lambda: probe.representations(graphdef, arrays, mesh, limited, view)):
                 metrics["probe"] = probe.probe(fitted)
         found = self._instruments(view)
@@ -245,6 +248,7 @@ class Comparison:
         return recipe.recipe(
             self._config, data=self.data, part=self.part, reference=self._options.reference or "the same images",
             images=next(iter(results.values())).metrics["num_images"], weights=weights,
+            options=recipe.plain(self._options),
             configs={name: tensors.sha256(result.workdir / "config.json") for name, result in results.items()},
             run_weights=self._options.weights)
 
@@ -256,9 +260,8 @@ class Comparison:
                  _FD_ENCODER: options.reference, **{f"fd_{instruments.fd_name(path)}": path for path in options.fd}}
         return "; ".join(f"{metric}: {reason}" for metric, reason in failed.items() if asked.get(metric))
 
-    def write(self, results: Mapping[str, Result]) -> None:
-        """Writes `metrics.json`, `reconstructions.png` and `report.html`."""
-        out = self._out
+    def write(self, results: Mapping[str, Result], out: Path) -> None:
+        """Writes `metrics.json`, `reconstructions.png` and `report.html` into a folder."""
         differing = config_lib.differing({name: result.config for name, result in results.items()})
         made = self.recipe(results)
         columns = {name: _content(result) for name, result in results.items()}
@@ -269,6 +272,7 @@ class Comparison:
         rows = {"original": first.originals, **{
             f"{name}  {result.metrics['psnr']:.2f} dB": result.reconstructions for name, result in results.items()}}
         with disk_errors(out):
+            out.mkdir(parents=True, exist_ok=True)
             (out / "metrics.json").write_text(reporting.to_json(content, indent=2) + "\n")
             reporting.save_png(out / "reconstructions.png", reporting.image_rows(rows))
             report.write_report(out / "report.html", title=" · ".join(results), recipe=made, runs={

@@ -16,7 +16,7 @@ from vqrae_jax.tokenizer.evaluate import Batches
 from vqrae_jax.tokenizer.instruments import ENCODER, View
 from vqrae_jax.training import distributed, sharding, signals
 
-IMAGES = 50_000  # at most, to fit to and to be asked about: their features are kept
+IMAGES = 50_000  # at most, to be asked about: their features are kept
 # What is asked about, and what the classifiers are then fitted to: a reconstruction is shown to the pretrained encoder
 # in the place of its original.
 REPRESENTATIONS = {"encoder": "encoder", "features": "features", "latents": "latents", "reconstructions": "encoder"}

@@ -1,6 +1,8 @@
 """What numbers were measured on: the part of `metrics.json` that makes them comparable."""
 
+import dataclasses
 import importlib.metadata
+import json
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +12,7 @@ from vqrae_jax.config import Config
 
 
 def recipe(config: Config, *, data: str, part: str, images: int, reference: str, weights: Mapping[str, str],
-           configs: Mapping[str, str], run_weights: str) -> dict[str, Any]:
+           options: Mapping[str, Any], configs: Mapping[str, str], run_weights: str) -> dict[str, Any]:
     """Everything that a number depends on beside the run.
 
     Args:
@@ -20,6 +22,7 @@ def recipe(config: Config, *, data: str, part: str, images: int, reference: str,
       images: how many were measured.
       reference: what distributions are compared with.
       weights: `{what was read: its sha256}`.
+      options: what else was asked for.
       configs: `{run: sha256 of its config.json}`.
       run_weights: which of a run's weights, `ema` or `raw`.
     """
@@ -27,8 +30,18 @@ def recipe(config: Config, *, data: str, part: str, images: int, reference: str,
         "data": data, "part": part, "images": images, "image_size": config.data.image_size, "crop": "centre",
         "resampling": "bicubic, antialiased, short side",
         "pixels": "float32 in [0, 1]; rounded to 8 bits for rfid and inception_score", "reference": reference,
-        "run_weights": run_weights, "weights": dict(weights), "configs": dict(configs),
-        "version": importlib.metadata.version("vqrae_jax"), "commit": commit()}
+        "run_weights": run_weights, "weights": dict(weights), "configs": dict(configs), "options": dict(options),
+        "version": version(), "commit": commit()}
+
+
+def plain(options: Any) -> dict[str, Any]:
+    """A dataclass as it is after it was written as JSON and read again."""
+    return json.loads(json.dumps(dataclasses.asdict(options)))
+
+
+def version() -> str:
+    """Of the package."""
+    return importlib.metadata.version("vqrae_jax")
 
 
 def commit() -> str:
@@ -45,9 +58,10 @@ def commit() -> str:
 
 def line(recipe: Mapping[str, Any]) -> str:
     """A recipe for people, in one line."""
-    shown = [f"{recipe['data']} ({recipe['part']}, {recipe['images']} images)",
-             f"{recipe['image_size']} px, {recipe['resampling']}, {recipe['crop']} crop", recipe["pixels"],
-             f"reference: {recipe['reference']}", f"weights: {recipe['run_weights']}",
+    commit, changed = recipe["commit"][:8], "+" if recipe["commit"].endswith("+") else ""
+    shown = [f"data: {recipe['data']}, {recipe['part']}", f"weights: {recipe['run_weights']}",
+             f"{recipe['images']} images of {recipe['image_size']} px", recipe["resampling"], f"{recipe['crop']} crop",
+             recipe["pixels"], f"reference: {recipe['reference']}",
              *(f"{Path(file).name} {digest[:8]}" for file, digest in recipe["weights"].items()),
-             f"vqrae_jax {recipe['version']}" + (f" at {recipe['commit'][:8]}" if recipe["commit"] else "")]
+             f"vqrae_jax {recipe['version']}" + (f" at {commit}{changed}" if commit else "")]
     return "; ".join(shown)

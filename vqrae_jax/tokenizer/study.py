@@ -1,13 +1,21 @@
-"""Studies: the runs of a grid of configs and seeds, trained where they are missing."""
+"""Studies: the runs of a grid of configs and seeds, trained and measured where they are missing, and their table."""
 
 import dataclasses
+import json
 import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vqrae_jax.config import Config, load_config
-from vqrae_jax.tokenizer import task
+from jax.sharding import Mesh
+
+from vqrae_jax.config import Config, call_file, load, load_config
+from vqrae_jax.tokenizer import recipe, study_report, task
+from vqrae_jax.tokenizer.comparison import Comparison, Options
+from vqrae_jax.tokenizer.study_report import StudyRow
+from vqrae_jax.training import checkpoint, distributed, reporting
+from vqrae_jax.training.files import disk_errors
+from vqrae_jax.weights import tensors
 
 log = logging.getLogger(__name__)
 
@@ -37,20 +45,47 @@ class Study:
       title: one line, over the table.
       rows: by name.
       data: SPEC of the images that all runs train on.
+      metrics: the table's columns; all metrics are in `table.json`.
+      probe: whether to fit kNN and linear probes, to the training images of `data`.
+      options: what else to measure, and on what; see `comparison.Options`.
     """
 
     title: str
     rows: Mapping[str, Row]
     data: str
+    metrics: tuple[str, ...]
+    probe: bool = False
+    options: Options = Options()
 
 
 class Cell(NamedTuple):
-    """One run of a study."""
+    """One run of a study: its row, its folder and its config."""
 
     row: str
     seed: int
     workdir: Path
     config: Config
+
+
+def read(file: str) -> Study:
+    """The study of a Python file that defines `get_study()`.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: it gives no study, or one that contradicts itself.
+    """
+    study = call_file(file, "get_study", "study")
+    if not isinstance(study, Study):
+        raise ValueError(f"{file}: get_study() must return a vqrae_jax.tokenizer.study.Study, not {study!r}")
+    for name, row in study.rows.items():
+        if "/" in name or not name.strip("."):
+            raise ValueError(f"{file}: the row {name!r} needs another name, for a folder is called so")
+        before = list(study.rows)[:list(study.rows).index(name)]
+        if row.init_from and row.init_from not in before:
+            raise ValueError(f"{file}: {name} starts from {row.init_from!r}, which is no row before it")
+        if row.init_from and (missing := set(row.seeds) - set(study.rows[row.init_from].seeds)):
+            raise ValueError(f"{file}: {name} starts from {row.init_from}, which has no seed {min(missing)}")
+    return study
 
 
 def cells(study: Study, out: Path) -> list[Cell]:
@@ -69,7 +104,75 @@ def _workdir(out: Path, row: str, seed: int) -> Path:
     return out / "runs" / row / f"seed{seed}"
 
 
-def train(cell: Cell) -> None:
-    """Trains a run as far as it is missing."""
-    log.info("%s, seed %d", cell.row, cell.seed)
-    task.train(cell.config, cell.workdir)
+def run(study: Study, out: Path, mesh: Mesh, only: int | None = None) -> None:
+    """Trains and measures the runs of a study that are missing, and writes the table of all.
+
+    Whatever ends it, the same call goes on where it stopped: in the midst of a run, or between two.
+
+    Args:
+      study: the study.
+      out: its folder, of `runs/ROW/seedN/`, `table.md`, `table.json`, `study.png` and `report.html`.
+      mesh: the devices that measure.
+      only: the number of the one run to train and measure, from 0, without a table; None is all.
+
+    Raises:
+      ValueError, OSError: there is no such run, or one cannot be trained or measured.
+    """
+    every = cells(study, out)
+    if only is not None and only not in range(len(every)):
+        raise ValueError(f"the study has the runs 0 to {len(every) - 1}, not {only}")
+    options = dataclasses.replace(study.options, probe=study.data if study.probe else "")
+    comparison = None
+    for number, cell in enumerate(every):
+        if only in (None, number):
+            log.info("run %d of %d: %s, seed %d", number, len(every), cell.row, cell.seed)
+            comparison = _complete(cell, options, mesh, out, comparison)
+    if only is None and distributed.is_first():
+        _write(study, every, out)
+
+
+def _complete(cell: Cell, options: Options, mesh: Mesh, out: Path, comparison: Comparison | None) -> Comparison | None:
+    """Trains and measures a run as far as it is missing; returns what measured it, for the next one."""
+    if not _is_trained(cell):
+        task.train(cell.config, cell.workdir)
+    if _is_measured(cell, options):
+        return comparison
+    if comparison is None or comparison.image_size != cell.config.data.image_size:
+        comparison = Comparison(cell.config, options, mesh, out)
+    result = comparison.measure(cell.workdir)
+    if distributed.is_first():
+        comparison.write({cell.row: result}, cell.workdir / "evaluation")
+    distributed.wait_for_all("measured")
+    return comparison
+
+
+def _is_trained(cell: Cell) -> bool:
+    steps = checkpoint.steps(cell.workdir)
+    return bool(steps) and steps[-1] == cell.config.train.steps and load(cell.workdir / "config.json") == cell.config
+
+
+def _is_measured(cell: Cell, options: Options) -> bool:
+    """Whether its numbers are those of this config, of these options and of this version."""
+    file = cell.workdir / "evaluation" / "metrics.json"
+    if not file.exists():
+        return False
+    found = json.loads(file.read_text())["recipe"]
+    return found["version"] == recipe.version() and found["options"] == recipe.plain(options) and (
+        found["configs"] == {cell.row: tensors.sha256(cell.workdir / "config.json")})
+
+
+def _write(study: Study, every: list[Cell], out: Path) -> None:
+    found = [json.loads((cell.workdir / "evaluation" / "metrics.json").read_text()) for cell in every]
+    rows = [StudyRow(name, [cell.seed for cell in every if cell.row == name],
+                     [metrics for cell, metrics in zip(every, found, strict=True) if cell.row == name])
+            for name in study.rows]
+    made = {name: value for name, value in found[0]["recipe"].items() if name not in ("weights", "configs")}
+    table = study_report.study_table(rows, study.metrics)
+    print(table)
+    with disk_errors(out):
+        (out / "table.md").write_text(table)
+        (out / "table.json").write_text(reporting.to_json({"recipe": made, "rows": study_report.study_json(rows)},
+                                                          indent=2) + "\n")
+        study_report.draw_study(out / "study.png", rows, study.metrics)
+        study_report.write_study_report(out / "report.html", title=study.title, recipe=made, rows=rows,
+                                        metrics=study.metrics)
