@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -176,6 +177,12 @@ def test_the_projection_is_as_wide_as_the_tower_where_the_config_does_not_say(fo
         else:
             with pytest.raises(ValueError, match="text embeddings of width 16"):
                 siglip.load_siglip_heads(folder)
+
+
+def test_without_transformers_the_error_says_what_to_install(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(OSError, match="needs transformers and sentencepiece: pip install transformers sentencepiece"):
+        siglip.load_tokenizer(folder, 6)
 
 
 def test_a_tokenizer_that_cannot_be_had_is_named(folder):
