@@ -207,6 +207,23 @@ def make_embeddings(images: np.ndarray) -> dict[str, np.ndarray]:
     return {f"{name}_{size}": torch_cls(load_model(REFERENCE / name), images, size) for name, size in cases.items()}
 
 
+@torch.no_grad()
+def make_pair_reference(*, images: np.ndarray, token_ids: np.ndarray, folder: Path, seed: int) -> dict[str, np.ndarray]:
+    """Saves a random SigLIP with both towers to `folder`; returns its embeddings and logits of images and texts."""
+    model = transformers.SiglipModel(transformers.SiglipConfig(
+        vision_config=TINY | {"intermediate_size": 40},
+        text_config=TEXT | {"num_hidden_layers": 2, "vocab_size": 30, "max_position_embeddings": 12,
+                            "projection_size": TINY["hidden_size"]}))
+    randomize(model, seed=seed)
+    model.save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": MEAN, "image_std": STD}) + "\n")
+    x = torch.from_numpy(images).permute(0, 3, 1, 2)
+    x = nn.functional.interpolate(x, (TINY["image_size"],) * 2, mode="bicubic", align_corners=False)
+    x = (x - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
+    output = model.eval()(input_ids=torch.from_numpy(token_ids), pixel_values=x)
+    return {name: output[name].numpy() for name in ("image_embeds", "text_embeds", "logits_per_image")}
+
+
 def main() -> None:
     images = np.random.default_rng(0).integers(0, 256, (2, 44, 44, 3), dtype=np.uint8)
     REFERENCE.mkdir(exist_ok=True)
@@ -221,6 +238,10 @@ def main() -> None:
             print(f"{name:24} {key:10} {value.shape} mean {value.mean():+.2f} std {value.std():.2f}")
     if not (REFERENCE / "embeddings.npz").exists():
         np.savez(REFERENCE / "embeddings.npz", **make_embeddings(images))
+    if not (folder := REFERENCE / "siglip_pair").exists():
+        token_ids = np.random.default_rng(0).integers(0, 30, (5, 12))
+        outputs = make_pair_reference(images=np.float32(images) / 255, token_ids=token_ids, folder=folder, seed=100)
+        np.savez(folder / "embeddings.npz", token_ids=token_ids, **outputs)
 
 
 if __name__ == "__main__":

@@ -152,6 +152,9 @@ def test_8_bit_images_are_resized_bit_for_bit_as_pillow_does(shape, size):
     np.testing.assert_array_equal(np.rint(np.asarray(resized) * 255), np.stack(expected))
     floats = np.float32(images) / 255 + rng.uniform(-0.4, 0.4, images.shape).astype(np.float32) / 255
     np.testing.assert_array_equal(resize_bicubic_8bit(floats, size), resized)
+    floats[1, 3, 4, 0], floats[2, 0, 0, 1] = np.nan, np.inf
+    np.testing.assert_array_equal(np.isnan(resize_bicubic_8bit(floats, size)).all(axis=(1, 2, 3)),
+                                  [False, True, True, False])
 
 
 def embeddings(encoder: Encoder, images: np.ndarray, pool=None) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""What features know of labels (nearest neighbours, a linear probe, class names), and how alike two kinds of them are."""
+"""What features know of labels (nearest neighbours, a linear probe, class names), and how alike two of them are."""
 
 import functools
 
@@ -132,8 +132,8 @@ def zero_shot_top1(image_embeddings: np.ndarray, class_embeddings: np.ndarray, l
     _check_labelled("images", image_embeddings, labels)
     _check_finite("classes", class_embeddings)
     if class_embeddings.ndim != 2 or class_embeddings.shape[1] != image_embeddings.shape[1]:
-        raise ValueError(f"embeddings of images and classes must be [N, e] and [C, e], not {image_embeddings.shape} and "
-                         f"{class_embeddings.shape}")
+        raise ValueError("embeddings of images and classes must be [N, e] and [C, e], not "
+                         f"{image_embeddings.shape} and {class_embeddings.shape}")
     if np.min(labels) < 0 or np.max(labels) >= len(class_embeddings):
         raise ValueError(f"labels are between {np.min(labels)} and {np.max(labels)}, but there are "
                          f"{len(class_embeddings)} classes: give a name for each label from 0")
@@ -209,5 +209,5 @@ def _check_labelled(name: str, features: np.ndarray, labels: np.ndarray) -> None
 
 def _check_finite(name: str, features: np.ndarray) -> None:
     if bad := int(np.sum(~np.all(np.isfinite(features), axis=-1))):
-        raise ValueError(f"{name}: {bad} of {len(features)} rows of features are not finite: look for images or weights "
-                         "that are not")
+        raise ValueError(f"{name}: {bad} of {len(features)} rows of features are not finite: look for images or "
+                         "weights that are not")

@@ -124,19 +124,19 @@ def resize_bicubic_8bit(images: jax.Array | np.ndarray, size: int) -> jax.Array:
 
     Pillow resizes 8-bit images with an antialiased bicubic filter, in fixed-point arithmetic, and rounds to 8 bits
     after the columns and again after the rows. Images are uint8, or float in [0, 1], which is rounded to the levels
-    first.
+    first; one with a value that is not finite becomes NaN everywhere.
     """
-    levels = jnp.asarray(images)
-    if levels.dtype != jnp.uint8:
-        levels = jnp.clip(jnp.round(levels * 255), 0, 255)
+    images = jnp.asarray(images)
+    levels = images if images.dtype == jnp.uint8 else jnp.clip(jnp.round(images * 255), 0, 255)
     levels = levels.astype(jnp.int32)
-    for axis in (levels.ndim - 2, levels.ndim - 3):
+    for axis in (-2, -3):
         if levels.shape[axis] != size:
             at, weights = _pillow_taps(levels.shape[axis], size)
-            column = lambda values, axis=axis: values.reshape(-1, *[1] * (levels.ndim - 1 - axis))
-            summed = sum(jnp.take(levels, at[:, tap], axis=axis) * column(weights[:, tap]) for tap in range(at.shape[1]))
+            weights = np.expand_dims(weights, (2, 3) if axis == -3 else 2)
+            summed = sum(jnp.take(levels, at[:, tap], axis=axis) * weights[:, tap] for tap in range(at.shape[1]))
             levels = jnp.clip((summed + 2**(_PILLOW_BITS - 1)) >> _PILLOW_BITS, 0, 255)
-    return levels.astype(jnp.float32) / 255
+    finite = jnp.all(jnp.isfinite(images), axis=(-3, -2, -1), keepdims=True)  # integers cannot say so
+    return jnp.where(finite, levels.astype(jnp.float32) / 255, jnp.nan)
 
 
 _PILLOW_BITS = 22  # of the fraction of a weight; sums of 8-bit values then fit 32 bits

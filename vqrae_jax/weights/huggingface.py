@@ -4,7 +4,7 @@ A folder holds `config.json`, `preprocessor_config.json` (mean and std) and `mod
 listed in `model.safetensors.index.json`. PyTorch pickles are not read.
 
 A family is a value: how its config describes a ViT, and which of its tensors is which of our parameters. The key
-map is read in both directions, because `_views` presents our arrays under the family's names and shapes:
+map is read in both directions, because `foreign_views` presents our arrays under the family's names and shapes:
 loading writes into those views, saving reads from them.
 """
 
@@ -327,7 +327,8 @@ def load_encoder_params(path_or_id: str | Path, *, image_size: int | None = None
     folder = _local_folder(path_or_id, weights=True)
     spec = _read_spec(folder)
     prefix = FAMILIES[spec.model_type].prefix
-    found = {name.removeprefix(prefix): (f"{file}: tensor {name}", tensor) for file, name, tensor in _tensors(folder)}
+    found = {name.removeprefix(prefix): (f"{file}: tensor {name}", tensor)
+             for file, name, tensor in folder_tensors(folder)}
     return params_from_tensors(found, spec, image_size=image_size, final_norm=final_norm,
                                origin=f"{folder}: tensor ")
 
@@ -347,19 +348,12 @@ def params_from_tensors(found: Mapping[str, tuple[str, Any]], spec: EncoderSpec,
     family, run_size = FAMILIES[spec.model_type], _run_size(spec, image_size)
     paths = _shapes(spec, run_size, final_norm)
     # Names and shapes are compared before there is memory for them, which a wrong config.json may ask any amount of.
-    expected = {key: view.shape for key, view in _views(family, _allocate(spec, empty=True)).items()}
-    for key, (called, tensor) in found.items():
-        if key not in expected:
-            if not re.fullmatch(family.unused, key):
-                raise ValueError(f"{called} is unexpected: {family.architecture} does not have it")
-        elif (shape := _shape(tensor)) != expected[key]:
-            raise ValueError(f"{called} has shape {shape}, but config.json implies {expected[key]}")
+    expected = {key: view.shape for key, view in foreign_views(family.keys, _allocate(spec, empty=True)).items()}
     optional = set() if final_norm == "affine" else final_norm_tensors(spec)
-    if missing := sorted(expected.keys() - found.keys() - optional):
-        raise ValueError(f"{origin}{missing[0]} is missing, which {family.architecture} has" +
-                         (f", and {len(missing) - 1} more" if len(missing) > 1 else ""))
+    check_tensors(found, expected, unused=family.unused, optional=optional, architecture=family.architecture,
+                  origin=origin)
     arrays = _allocate(spec)
-    views = _views(family, arrays)
+    views = foreign_views(family.keys, arrays)
     for key in found.keys() & expected.keys():
         views[key][...] = found[key][1][:]
 
@@ -368,6 +362,32 @@ def params_from_tensors(found: Mapping[str, tuple[str, Any]], spec: EncoderSpec,
         grid = run_size // spec.vit.patch_size
         params[path] = np.asarray(interpolate_positions(params[path], grid, antialias=family.antialias))
     return {path: params[path] for path in paths}
+
+
+def check_tensors(found: Mapping[str, tuple[str, Any]], expected: Mapping[str, tuple[int, ...]], *, unused: str,
+                  optional: set[str], architecture: str, origin: str) -> None:
+    """Compares tensors with the shapes that config.json implies.
+
+    Args:
+      found: as in `params_from_tensors`.
+      expected: {name: shape}.
+      unused: pattern of the tensors that may be there as well.
+      optional: names of `expected` that may be absent.
+      architecture: who has such tensors, for the error.
+      origin: as in `params_from_tensors`.
+
+    Raises:
+      ValueError: a tensor is missing, has another shape, or is neither expected nor unused.
+    """
+    for key, (called, tensor) in found.items():
+        if key not in expected:
+            if not re.fullmatch(unused, key):
+                raise ValueError(f"{called} is unexpected: {architecture} does not have it")
+        elif (shape := _shape(tensor)) != expected[key]:
+            raise ValueError(f"{called} has shape {shape}, but config.json implies {expected[key]}")
+    if missing := sorted(expected.keys() - found.keys() - optional):
+        raise ValueError(f"{origin}{missing[0]} is missing, which {architecture} has" +
+                         (f", and {len(missing) - 1} more" if len(missing) > 1 else ""))
 
 
 def final_norm_tensors(spec: EncoderSpec) -> set[str]:
@@ -434,7 +454,7 @@ def save_encoder(params: Mapping[str, np.ndarray], *, spec: EncoderSpec, out_dir
                     "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
                     "image_mean": list(spec.mean), "image_std": list(spec.std)}
     tensors = {family.saved_prefix + key: np.ascontiguousarray(view, dtype)
-               for key, view in _views(family, arrays).items()}
+               for key, view in foreign_views(family.keys, arrays).items()}
     out_dir.mkdir(parents=True, exist_ok=True)
     (out_dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     (out_dir / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=2) + "\n")
@@ -497,7 +517,7 @@ def _weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in sorted({shards.text(tensor) for tensor in shards.values})]
 
 
-def _tensors(folder: Path) -> Iterator[tuple[Path, str, Any]]:
+def folder_tensors(folder: Path) -> Iterator[tuple[Path, str, Any]]:
     """(file, name, lazy tensor) of every tensor in the folder's weight files."""
     for file in _weight_files(folder):
         if not file.exists():
@@ -574,16 +594,16 @@ def _unfold_prefix(params: Mapping[str, np.ndarray], *, into: Params) -> None:
             into["vit/registers"][0] = params["vit/prefix"][1:]
 
 
-def _views(family: Family, arrays: Params) -> Params:
-    """{their key: view into our array, in their shape}, without prefix."""
+def foreign_views(keys: Mapping[str, str | tuple[str, ...]], arrays: Params) -> Params:
+    """{their key: view into our array, in their shape}; `keys` as in `Family`."""
     views = {}
     for path, array in arrays.items():
         ours = path.removeprefix("vit/")
         module, _, leaf = ours.rpartition("/")
-        if ours in family.keys:
-            names, suffix = family.keys[ours], ""
+        if ours in keys:
+            names, suffix = keys[ours], ""
         else:
-            names, suffix = family.keys[module], ".bias" if leaf == "bias" else ".weight"
+            names, suffix = keys[module], ".bias" if leaf == "bias" else ".weight"
         names = (names,) if isinstance(names, str) else names
         for i, layer in enumerate(array if "blocks" in path else [array]):
             for name, view in zip(names, np.split(layer, len(names), axis=-1), strict=True):
