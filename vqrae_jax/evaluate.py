@@ -71,6 +71,8 @@ if __name__ == "__main__":
                                          "an .npz file with Inception's mu and sigma; empty is the originals"),
         "fd": flags.DEFINE_multi_string("fd", [], "encoder, a folder or hub id, for another Frechet distance"),
         "probe": flags.DEFINE_string("probe", "", "SPEC of images with labels to fit kNN and a linear probe to"),
+        "classes": flags.DEFINE_string("classes", "", "file of class names, one a line in the order of the labels, for "
+                                       "zero-shot accuracy with the text tower of a SigLIP encoder"),
         "probe_limit": flags.DEFINE_integer("probe_limit", Options.probe_limit, "only so many images of --probe",
                                             lower_bound=1),
         "inception": flags.DEFINE_string("inception", "", "weights of the papers' Inception; empty is eval.inception"),

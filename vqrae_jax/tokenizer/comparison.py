@@ -21,7 +21,7 @@ from vqrae_jax.models.flat import Arrays
 from vqrae_jax.models.inception import FEATURES
 from vqrae_jax.tokenizer import evaluate, instruments, probe, recipe, report, robustness, runs
 from vqrae_jax.tokenizer.evaluate import Evaluation, Instrument
-from vqrae_jax.tokenizer.instruments import ENCODER, INCEPTION, LPIPS_VGG, View
+from vqrae_jax.tokenizer.instruments import ENCODER, INCEPTION, LPIPS_VGG, ZERO_SHOT, View
 from vqrae_jax.tokenizer.runs import Weights
 from vqrae_jax.training import distributed, reporting
 from vqrae_jax.training.files import disk_errors
@@ -43,6 +43,8 @@ class Options:
       fd: encoders, folders or hub ids, on whose features another Frechet distance is taken.
       probe: SPEC of images with labels that classifiers are fitted to; empty is no probe.
       probe_limit: only so many of them, always the same: their features are kept.
+      classes: file of class names, one a line in the order of the labels, for zero-shot accuracy with the text tower of
+        a SigLIP encoder; empty is none.
       inception: weights of the papers' Inception; empty is the first run's `eval.inception`.
       vgg16: weights for LPIPS; empty is the first run's `loss.perceptual.lpips_vgg16`, which is not downloaded.
       robustness: whether to measure reconstructions from codes of which some are replaced.
@@ -57,6 +59,7 @@ class Options:
     fd: tuple[str, ...] = ()
     probe: str = ""
     probe_limit: int = 50_000
+    classes: str = ""
     inception: str = ""
     vgg16: str = ""
     robustness: bool = True
@@ -195,7 +198,7 @@ class Comparison:
             limited = self._batches(config, self._probe, options.probe_limit)
             if fitted := tried("probe", lambda: probe.representations(graphdef, arrays, mesh, limited, view)):
                 metrics["probe"] = probe.probe(fitted)
-        found = self._instruments(view)
+        found = self._instruments(config, arrays, view, tried)
         evaluator = evaluate.Evaluator(graphdef, mesh, metrics, found)
         evaluation = evaluator(
             arrays, self._batches(config, self._source, options.limit), images=self.images,
@@ -215,8 +218,9 @@ class Comparison:
             {str(workdir): runs.digest(arrays), **{file: digest for instrument in found.values()
                                                    for file, digest in instrument.weights.items()}})
 
-    def _instruments(self, view: View | None) -> dict[str, Instrument]:
-        """All instruments; `view` is a run's own encoder."""
+    def _instruments(self, config: Config, arrays: Arrays, view: View | None,
+                     tried: Callable[..., Any]) -> dict[str, Instrument]:
+        """All instruments for a run; `view` is its own encoder."""
         found = {LPIPS_VGG: self._lpips} if self._lpips else {}
         for metric, shared in self._views.items():
             name, more = (INCEPTION, instruments.inception_metrics(self.images)) if metric == "rfid" else (metric, {})
@@ -224,7 +228,12 @@ class Comparison:
         if view:
             distance = None if _FD_ENCODER in self.failed else _FD_ENCODER
             given = self._seen({_FD_ENCODER: view}).get(_FD_ENCODER) if distance else None
-            found[ENCODER] = instruments.of_view(ENCODER, view, distance, given, instruments.encoder_metrics())
+            own = None if runs.encoder_learns(config, arrays) else lambda seen: seen.features
+            found[ENCODER] = instruments.of_view(ENCODER, view, distance, given, instruments.encoder_metrics(), own)
+            classes = Path(self._options.classes)
+            zero_shot = self._options.classes and tried("zero_shot", lambda: instruments.zero_shot(config, classes,
+                                                                                                  self._mesh))
+            found |= {ZERO_SHOT: zero_shot} if zero_shot else {}
         return found
 
     def _extremes(self, config: Config, evaluator: evaluate.Evaluator, arrays: Arrays,
@@ -233,14 +242,13 @@ class Comparison:
         order = np.argsort(evaluation.per_image["psnr"], kind="stable")
         chosen = [order[:_EXTREMES], order[::-1][:_EXTREMES]]
         places = np.concatenate(chosen)
-        again = part(self._source, evaluation.index[places])
+        again = part(self._source, evaluation.places[places])
         originals, reconstructions = evaluator.pictures(arrays, self._batches(config, again))
         values = {name: of_images[places].tolist() for name, of_images in evaluation.per_image.items()}
         names = [again.name(i) for i in range(len(again))]
-        first, second = slice(0, len(chosen[0])), slice(len(chosen[0]), None)
-        return tuple(report.Extremes(originals[some], reconstructions[some], names[some],
-                                     {name: of_images[some] for name, of_images in values.items()})
-                     for some in (first, second))
+        of = lambda some: report.Extremes(originals[some], reconstructions[some], names[some],
+                                          {name: of_images[some] for name, of_images in values.items()})
+        return of(slice(0, len(chosen[0]))), of(slice(len(chosen[0]), None))
 
     def recipe(self, results: Mapping[str, Result]) -> dict[str, Any]:
         """What the numbers of runs were measured on, for `metrics.json`."""
@@ -256,7 +264,7 @@ class Comparison:
         """What of the metrics that a flag asks for could not be measured, and why, in one line."""
         options, failed = self._options, {**self.failed, **{
             metric: reason for result in results.values() for metric, reason in result.failed.items()}}
-        asked = {"rfid": options.inception or options.reference, "lpips": options.vgg16, "probe": options.probe,
+        asked = {"rfid": options.inception or options.reference, "lpips": options.vgg16, "probe": options.probe, "zero_shot": options.classes,
                  _FD_ENCODER: options.reference, **{f"fd_{instruments.fd_name(path)}": path for path in options.fd}}
         return "; ".join(f"{metric}: {reason}" for metric, reason in failed.items() if asked.get(metric))
 

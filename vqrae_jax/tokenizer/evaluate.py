@@ -39,12 +39,13 @@ class Instrument(NamedTuple):
     """A network that metrics look through.
 
     Attributes:
-      look: `Seen -> tree of arrays`, compiled; metrics find it in `Batch.seen` under the instrument's name.
+      look: `(Seen, what the instruments before it saw) -> tree of arrays`, compiled; metrics find it in `Batch.seen`
+        under the instrument's name.
       metrics: what is measured with it, by name.
       weights: the files that it was read from, `{file: sha256}`.
     """
 
-    look: Callable[[Seen], Any]
+    look: Callable[[Seen, Mapping[str, Any]], Any]
     metrics: Mapping[str, Metric]
     weights: Mapping[str, str]
 
@@ -57,7 +58,7 @@ class Evaluation(NamedTuple):
       failed: why a metric has no number.
       per_image: of the metrics that are a mean over images the numbers of all images, `[n]`.
       sums: what metrics kept, by their rows' names.
-      index: the images' places in the source, `[n]` int64.
+      places: of the images in the source, `[n]` int64.
       originals: the first images, float32 `[samples, H, W, 3]` in [0, 1].
       reconstructions: likewise.
     """
@@ -66,7 +67,7 @@ class Evaluation(NamedTuple):
     failed: dict[str, str]
     per_image: dict[str, np.ndarray]
     sums: dict[str, Any]
-    index: np.ndarray
+    places: np.ndarray
     originals: np.ndarray
     reconstructions: np.ndarray
 
@@ -147,40 +148,42 @@ class Evaluator:
         metrics = {name: metric for name, metric in self._metrics.items() if labelled or not metric.labelled}
         chosen = {name: _choice(images, metric.most_rows) for name, metric in metrics.items()}
         num_codes = flat.merge(self._graphdef, arrays).quantizer.num_codes
-        sums, rows, pictures, index = None, [], [], []
+        sums, rows, pictures, places = None, [], [], []
         for number, local in enumerate(batches):
             signals.stop_if_preempted()
             first = (number * jax.process_count() + jax.process_index()) * len(local["valid"])
             position = np.arange(first, first + len(local["valid"]), dtype=np.int32)
             given = sharding.put_batch(self._mesh, {**local, "position": position})
             seen = self._see(arrays, given["image"])
+            looked: dict[str, Any] = {}
+            for name, instrument in self._instruments.items():
+                looked[name] = instrument.look(seen, looked)
             batch = Batch(**seen._asdict(), num_codes=num_codes, labels=given["label"], valid=given["valid"],
-                          position=given["position"],
-                          seen={name: instrument.look(seen) for name, instrument in self._instruments.items()})
+                          position=given["position"], seen=looked)
             sums = self._zeros(metrics, batch) if sums is None else sums
             sums, measured = self._update(sums, batch)
             # Images are large: they are gathered only as long as the picture needs some.
             missing = samples - sum(len(shown[0]) for shown in pictures)
             shown = (seen.images, seen.reconstructions) if missing > 0 else None
-            measured, valid, position, places, shown = distributed.gather(
+            measured, valid, position, place, shown = distributed.gather(
                 (measured, given["valid"], given["position"], given["index"], shown))
             position = np.minimum(position, images)  # where padding is not chosen
             keep = {_FINITE: valid, **{name: valid & wanted[position] for name, wanted in chosen.items()}}
             rows.append({name: jax.tree.map(lambda values, keep=keep[name]: values[keep], measured[name])
                          for name in measured})
-            index.append(places[valid])
+            places.append(place[valid])
             if shown:
                 pictures.append([side[valid][:missing] for side in shown])
-        joined = jax.tree.map(lambda *values: np.concatenate(values), *rows) if rows else {_FINITE: ()}
-        finite = joined.pop(_FINITE)
-        if not len(finite):
+        if not sum(map(len, places)):
             raise ValueError("none of the images can be read")
+        joined: dict[str, Any] = jax.tree.map(lambda *values: np.concatenate(values), *rows)
+        finite = joined.pop(_FINITE)
         kept = jax.tree.map(lambda array: np.asarray(array.addressable_data(0)), sums)
         numbers, failed = _finished(metrics, kept, joined, finite)
         originals, reconstructions = (np.concatenate(side) for side in zip(*pictures, strict=True))
         return Evaluation(numbers | {"num_images": len(finite)}, failed,
                           {name: joined[name] for name, metric in metrics.items() if metric.per_image}, kept,
-                          np.concatenate(index), originals, reconstructions)
+                          np.concatenate(places), originals, reconstructions)
 
     def pictures(self, arrays: Arrays, batches: Batches) -> tuple[np.ndarray, np.ndarray]:
         """Images and their reconstructions, float32 `[n, H, W, 3]` in [0, 1]."""

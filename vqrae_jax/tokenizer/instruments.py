@@ -18,12 +18,14 @@ from vqrae_jax.models import flat
 from vqrae_jax.models.flat import Arrays
 from vqrae_jax.models.inception import InceptionV3, to_uint8_levels
 from vqrae_jax.models.perceptual import LPIPS
-from vqrae_jax.tokenizer import runs
-from vqrae_jax.tokenizer.evaluate import Batches, Instrument
+from vqrae_jax.models.siglip import class_embeddings
+from vqrae_jax.tokenizer import build, runs
+from vqrae_jax.tokenizer.evaluate import Batches, Instrument, Seen
 from vqrae_jax.training import sharding, signals
-from vqrae_jax.weights import huggingface, inception, perceptual, tensors
+from vqrae_jax.weights import huggingface, inception, perceptual, siglip, tensors
 
-ENCODER, INCEPTION, LPIPS_VGG = "encoder", "inception", "lpips"  # names of instruments
+ENCODER, INCEPTION, LPIPS_VGG, ZERO_SHOT = "encoder", "inception", "lpips", "zero_shot"  # names of instruments
+DGM_EVAL_SIZE = 224  # at which dgm-eval shows images to DINOv2, whose native size is 518
 
 
 class View(NamedTuple):
@@ -69,7 +71,7 @@ def lpips(config: Config, mesh: Mesh, vgg16: str = "") -> Instrument:
     module = _module(lambda: LPIPS(rngs=nnx.Rngs(0)), perceptual.load_lpips(str(file), keys.lpips_linear))
     distance = _compiled(module, mesh, lambda module, x, y: module.distance(module(x), module(y)))
     return Instrument(
-        look=lambda seen: distance(seen.images, seen.reconstructions),
+        look=lambda seen, looked: distance(seen.images, seen.reconstructions),
         metrics={"lpips": metrics.mean_of_rows("lpips", lambda batch: batch.seen[LPIPS_VGG])},
         weights={str(file): tensors.sha256(file)})
 
@@ -87,12 +89,14 @@ def inception_view(path: str, mesh: Mesh) -> View:
 
 
 def encoder_view(path_or_id: str, mesh: Mesh) -> View:
-    """Any encoder, at its native size.
+    """Any encoder, at its native size, but DINOv2 at 224, as dgm-eval has it (Stein et al. 2023, arXiv 2306.04675).
 
     Raises:
       OSError, ValueError: there is no such encoder.
     """
-    see = _compiled(huggingface.build_encoder(path_or_id), mesh, lambda module, images: module.embedding(images))
+    of_dgm_eval = huggingface.read_encoder_spec(path_or_id).model_type.startswith("dinov2")
+    encoder = huggingface.build_encoder(path_or_id, image_size=DGM_EVAL_SIZE if of_dgm_eval else None)
+    see = _compiled(encoder, mesh, lambda module, images: module.embedding(images))
     return View(see, lambda embedding: embedding,
                 {str(file): tensors.sha256(file) for file in huggingface.weight_files(path_or_id)})
 
@@ -122,7 +126,7 @@ def fd_name(path_or_id: str) -> str:
 
 
 def of_view(name: str, view: View, distance: str | None, reference: Statistics | None,
-            more: Mapping[str, metrics.Metric]) -> Instrument:
+            more: Mapping[str, metrics.Metric], see_images: Callable[[Seen], Any] | None = None) -> Instrument:
     """The Frechet distance on a view, and other metrics of it.
 
     Args:
@@ -131,10 +135,12 @@ def of_view(name: str, view: View, distance: str | None, reference: Statistics |
       distance: what the distance is called; None is no distance.
       reference: what reconstructions are compared with; None is the images.
       more: other metrics, by name.
+      see_images: what the view makes of the images, where the run's model has made it already.
     """
+    see_images = see_images or (lambda seen: view.see(seen.images))
     of = lambda side: lambda batch: view.embedding(batch.seen[name][side])
     distances = {distance: metrics.frechet_distance(distance, of(1), reference or of(0))} if distance else {}
-    return Instrument(look=lambda seen: (view.see(seen.images), view.see(seen.reconstructions)),
+    return Instrument(look=lambda seen, looked: (see_images(seen), view.see(seen.reconstructions)),
                       metrics={**distances, **more}, weights=view.weights)
 
 
@@ -146,6 +152,36 @@ def inception_metrics(images: int) -> dict[str, metrics.Metric]:
 def encoder_metrics() -> dict[str, metrics.Metric]:
     """How far a run's encoder has drifted from the pretrained one."""
     return metrics.cosine_and_cka("drift", lambda batch: (batch.seen[ENCODER][0], batch.features))
+
+
+def zero_shot(config: Config, classes: Path, mesh: Mesh) -> Instrument:
+    """Zero-shot accuracy of a SigLIP encoder, with the OpenAI templates: `zero_shot_encoder` and `zero_shot_features`.
+
+    Args:
+      config: of the run, whose `model.encoder.path` has a text tower.
+      classes: a file of class names, one a line, in the order of the labels.
+      mesh: of the evaluation.
+
+    Raises:
+      OSError, ValueError: there are no such files, no text tower, no tokenizer, or fewer than two classes.
+    """
+    path, final_norm = build.encoder_path(config), config.model.encoder.final_norm
+    names = [name.strip() for name in classes.read_text().splitlines() if name.strip()]
+    heads = siglip.load_siglip_heads(path)
+    asked = class_embeddings(heads, siglip.load_tokenizer(path, heads.text_spec.length), names,
+                             siglip.openai_templates())
+    embed = _compiled(heads, mesh, lambda heads, tokens: heads.image_embedding(tokens, final_norm=final_norm))
+
+    def accuracy(name: str, of: Callable[[Any], jax.Array]) -> metrics.Metric:
+        return metrics.Metric(
+            rows=lambda batch: {"embeddings": of(batch.seen[ZERO_SHOT]), "labels": batch.labels}, labelled=True,
+            finish=lambda sums, rows: {name: metrics.zero_shot_top1(rows["embeddings"], asked, rows["labels"])})
+
+    return Instrument(
+        look=lambda seen, looked: (embed(looked[ENCODER][0]), embed(seen.features)),
+        metrics={"zero_shot_encoder": accuracy("zero_shot_encoder", lambda seen: seen[0]),
+                 "zero_shot_features": accuracy("zero_shot_features", lambda seen: seen[1])},
+        weights={str(file): tensors.sha256(file) for file in huggingface.weight_files(path)})
 
 
 def statistics(views: Mapping[str, View], batches: Batches, mesh: Mesh) -> dict[str, Statistics]:

@@ -55,7 +55,8 @@ def robustness(graphdef: nnx.GraphDef, arrays: Arrays, mesh: Mesh, batches: Batc
     update = jax.jit(frechet.update, donate_argnums=0)
     cells: list[tuple[str, float]] = [("none", 0.0), *((kind, share) for kind in ("random", "nearest")
                                                        for share in SHARES)]
-    values, sums = {cell: [] for cell in cells}, {}
+    values: dict[tuple[str, float], list[np.ndarray]] = {cell: [] for cell in cells}
+    sums: dict[Any, Any] = {}
     for number, local in enumerate(batches):
         signals.stop_if_preempted()
         first = (number * jax.process_count() + jax.process_index()) * len(local["valid"])
