@@ -19,9 +19,9 @@ from vqrae_jax.training import reporting
 _TEMPLATES = Path(__file__).parents[1] / "assets"
 _PAIRED = matplotlib.colormaps["tab20"].colors
 _COLOURS = [matplotlib.colors.to_hex(colour) for colour in (*_PAIRED[::2], *_PAIRED[1::2])]
-STYLE = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.6, "axes.grid": True,
-         "grid.linewidth": 0.4, "grid.color": "0.88", "axes.axisbelow": True, "lines.linewidth": 1.2,
-         "text.parse_math": False, "svg.hashsalt": "report"}  # names are never formulas; same numbers, same file
+STYLE = {"font.size": 8, "axes.titlesize": 8, "axes.spines.top": False, "axes.spines.right": False,
+         "axes.linewidth": 0.6, "axes.grid": True, "grid.linewidth": 0.4, "grid.color": "0.88", "axes.axisbelow": True,
+         "lines.linewidth": 1.2, "text.parse_math": False, "svg.hashsalt": "report"}  # same numbers, same file
 _POINTS = 500  # of a line: more cannot be seen, and make the file large
 # Units and the better direction, of names that start so; the first that fits.
 _UNITS = {"psnr": "dB ↑", "ssim": "↑", "lpips": "↓", "rfid": "↓", "fd_": "↓", "inception_score": "↑", "knn_": "↑",
@@ -119,10 +119,10 @@ def write_report(file: Path, *, title: str, recipe: Mapping[str, Any], runs: Map
         file, "report.html.jinja", title=title, recipe=recipe, runs=runs, colours=colours, originals=reports[0].images,
         metrics=_union(metrics for run in reports for metrics in (run.metrics, run.failed)),
         differing=_union(run.differing for run in reports),
-        usage=_chart(usage, x="codes, the most used first", y="uses", log=True) if usage else None,
-        robustness=[_chart(lines, x="replaced codes (%)", y=label(metric))
+        usage=_chart(usage, title="uses of each code", x="codes, the most used first", log=True) if usage else None,
+        robustness=[_chart(lines, title=label(metric), x="replaced codes (%)")
                     for metric, lines in _robustness(runs, colours).items()],
-        training=[_chart(lines, x="step", y=label(curve)) for curve, lines in training.items()])
+        training=[_chart(lines, title=label(curve), x="step") for curve, lines in training.items()])
 
 
 def _union(names: Iterable[Iterable[str]]) -> list[str]:
@@ -148,7 +148,7 @@ def _robustness(runs: Mapping[str, RunReport], colours: Mapping[str, str]) -> di
     return charts
 
 
-def _chart(lines: Sequence[_Line], *, x: str, y: str, log: bool = False) -> str:
+def _chart(lines: Sequence[_Line], *, title: str, x: str, log: bool = False) -> str:
     """A small chart, as wide as a telephone, as the address of an SVG."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(3.5, 2.3), layout="constrained")
@@ -159,7 +159,8 @@ def _chart(lines: Sequence[_Line], *, x: str, y: str, log: bool = False) -> str:
             axes.plot(np.asarray(line.x)[points], np.asarray(line.y)[points], line.style.removeprefix("o"),
                       color=line.colour, marker="o" if marked else "", markersize=3,
                       markerfacecolor="white" if "--" in line.style else line.colour)
-        axes.set(xlabel=x, ylabel=y)
+        axes.set_title(title, loc="left")
+        axes.set_xlabel(x)
         if log:
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter("{x:g}")
