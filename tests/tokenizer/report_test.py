@@ -130,8 +130,8 @@ def test_the_same_numbers_make_the_same_page(tmp_path):
 
 def test_large_images_are_shown_no_wider_than_a_telephone_and_long_curves_stay_small(tmp_path):
     steps = list(range(100_000))
-    page = written(tmp_path, only=run(images=images(1, 512), curves={"loss/total": (steps, [math.sin(x) for x in steps])},
-                                      code_counts=np.arange(1, 65536)))
+    curves = {"loss/total": (steps, [math.sin(x) for x in steps])}
+    page = written(tmp_path, only=run(images=images(1, 512), curves=curves, code_counts=np.arange(1, 65536)))
     assert page.pictures[0]["width"] == "256" and "class" not in page.pictures[0]
     assert all(len(chart) < 100_000 for chart in page.decoded("image/svg+xml"))
 
@@ -151,7 +151,7 @@ def test_curves_are_those_of_metrics_jsonl_without_a_damaged_last_line(tmp_path)
 
 
 PSNRS = [20.1, 20.4, 20.9]
-ROWS = [StudyRow("a|b $x$ " + SCRIPT, [0, 1, 2], [{"psnr": value, "knn_top1": 0.5} for value in PSNRS]),
+ROWS = [StudyRow("a|b $\\x$ " + SCRIPT, [0, 1, 2], [{"psnr": value, "knn_top1": 0.5} for value in PSNRS]),
         StudyRow("one", [7], [{"psnr": 19.0}]),
         StudyRow("failed", [0, 1, 2], [{"psnr": 1.0}, {"psnr": 3.0}, {"psnr": math.nan}])]
 
@@ -161,8 +161,8 @@ def test_a_study_shows_means_and_sample_deviations():
     assert table[0] == "|  | seeds | psnr (dB ↑) | knn_top1 (↑) |"
     assert table[2].endswith(f"| 3 | 20.47 ± {statistics.stdev(PSNRS):.2f} | 0.5000 ± 0.0000 |")
     assert table[2].startswith("| a\\|b")
-    assert table[3] == "| one | 1 | 19.00 | – |"
-    assert table[4] == "| failed | 3 | 2.000 ± 1.414 (2 of 3) | – |"  # a lost seed is seen
+    assert table[3] == "| one | 1 | 19.00 | - |"
+    assert table[4] == "| failed | 3 | 2.000 ± 1.414 (2 of 3) | - |"  # a lost seed is seen
     content = json.loads(reporting.to_json(study_report.study_json(ROWS)))
     assert content[ROWS[0].name]["psnr"] == {"mean": statistics.fmean(PSNRS), "deviation": statistics.stdev(PSNRS),
                                              "values": {"0": 20.1, "1": 20.4, "2": 20.9}}
@@ -186,9 +186,22 @@ def test_a_study_report_is_one_file(tmp_path):
     assert "20.47 ± 0.40" in page.text and "2.000 ± 1.414 (2 of 3)" in page.text
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def opened(page, profile) -> str:
+    """What a browser makes of a page."""
+    return subprocess.run([CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={profile}",
+                           "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=120).stdout
+
+
+@pytest.fixture
+def browser(tmp_path):
+    (tmp_path / "probe.html").write_text("<script>document.write(6 * 7)</script>")
+    if CHROMIUM is None or "42" not in opened(tmp_path / "probe.html", tmp_path / "profile"):
+        pytest.skip("needs a Chromium that may read temporary files")
+    return lambda page: opened(page, tmp_path / "profile")
+
+
 @pytest.mark.parametrize("kind", ["report", "study"])
-def test_a_browser_shows_all_pictures_and_nothing_overflows(tmp_path, kind):
+def test_a_browser_shows_all_pictures_and_nothing_overflows(tmp_path, browser, kind):
     name = "a_long_name_that_has_no_place_to_break_" * 3
     if kind == "report":
         recipe = {**RECIPE, "data": f"folder:/{name}"}
@@ -207,15 +220,14 @@ def test_a_browser_shows_all_pictures_and_nothing_overflows(tmp_path, kind):
     frames = "".join(f'<iframe width="{width}" height="900" srcdoc="{html.escape(page)}"></iframe>'
                      for width in (1200, 400))
     (tmp_path / "frames.html").write_text(f"""<!doctype html><meta charset="utf-8">{frames}<script>
-        onload = () => document.body.textContent = "found" + JSON.stringify([...document.querySelectorAll("iframe")].map(
-            ({{contentDocument: page, contentWindow: view}}) => ({{
-                title: page.title, errors: view.errors, images: page.images.length, width: view.innerWidth,
-                missing: [...page.images].filter(image => !image.complete || !image.naturalWidth).length,
-                overflow: Math.max(0, page.documentElement.scrollWidth - page.documentElement.clientWidth)}}))) + "found"
+        const look = ({{contentDocument: page, contentWindow: view}}) => ({{
+            title: page.title, errors: view.errors, images: page.images.length, width: view.innerWidth,
+            missing: [...page.images].filter(image => !image.complete || !image.naturalWidth).length,
+            overflow: Math.max(0, page.documentElement.scrollWidth - page.documentElement.clientWidth)}});
+        onload = () => document.body.textContent =
+            "found" + JSON.stringify([...document.querySelectorAll("iframe")].map(look)) + "found";
         </script>""", encoding="utf-8")
-    result = subprocess.run([CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/user",
-                             "--dump-dom", f"file://{tmp_path}/frames.html"], capture_output=True, text=True, timeout=120)
-    found = json.loads(html.unescape(result.stdout.split("found")[1]))
+    found = json.loads(html.unescape(browser(tmp_path / "frames.html").split("found")[1]))
     number = len(Page(tmp_path / "page.html").pictures)
     assert found == [{"title": name, "errors": [], "images": number, "width": width, "missing": 0, "overflow": 0}
                      for width in (1200, 400)]
