@@ -2,9 +2,9 @@
 
     python -m vqrae_jax.study --study=configs/studies/codebook.py --out=DIR [--data=SPEC] [--only=N]
 
-A study is a grid of configs and seeds. DIR gets the runs, `table.md`, `table.json`, `study.png` and `report.html`. It may
-be stopped at any moment: the same command goes on. On a cluster --only=N trains and measures the N-th run alone, from 0;
-when all are done, the command without it writes the table.
+A study is a grid of configs and seeds. DIR gets the runs, `table.md`, `table.json`, `study.png` and `report.html`. It
+may be stopped at any moment: the same command goes on. On a cluster --only=N trains and measures the N-th run alone,
+from 0; when all are done, the command without it writes the table.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""Width, start, size and kind of the codebook at one budget (VQRAE's Table 5, with the nano encoder, which is 192 wide).
+"""Width, start, size and kind of the codebook at one budget (VQRAE's Table 5); the nano encoder is 192 wide.
 
     python -m vqrae_jax.study --study=configs/studies/codebook.py --out=runs/codebook --data=tfds:cifar10@DATA_DIR
 

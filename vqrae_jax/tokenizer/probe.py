@@ -37,7 +37,8 @@ def probe(train: dict[str, np.ndarray]) -> Metric:
                 "reconstructions": reconstructions, "labels": batch.labels}
 
     def finish(sums: Any, rows: dict[str, np.ndarray]) -> dict[str, float]:
-        rows, numbers = _labelled(rows), {}
+        rows = _labelled(rows)
+        numbers: dict[str, float] = {}
         for name, fitted in REPRESENTATIONS.items():
             given, asked = (train[fitted], train["labels"]), (rows[name], rows["labels"])
             numbers[f"probe_linear_{name}"] = linear_probe_top1(*given, *asked)

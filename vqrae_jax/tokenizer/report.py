@@ -11,17 +11,19 @@ from typing import Any, NamedTuple
 import jinja2
 import matplotlib
 import numpy as np
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 from PIL import Image
 
 from vqrae_jax.training import reporting
 
 _TEMPLATES = Path(__file__).parents[1] / "assets"
-_PAIRED = matplotlib.colormaps["tab20"].colors
-_COLOURS = [matplotlib.colors.to_hex(colour) for colour in (*_PAIRED[::2], *_PAIRED[1::2])]
-STYLE = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.6, "axes.grid": True,
-         "grid.linewidth": 0.4, "grid.color": "0.88", "axes.axisbelow": True, "lines.linewidth": 1.2,
-         "text.parse_math": False, "svg.hashsalt": "report"}  # names are never formulas; same numbers, same file
+_COLOURS = [to_hex(matplotlib.colormaps["tab20"](i)) for i in (*range(0, 20, 2), *range(1, 20, 2))]
+STYLE: dict[Any, Any] = {
+    "font.size": 8, "axes.titlesize": 8, "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.6,
+    "axes.grid": True, "grid.linewidth": 0.4, "grid.color": "0.88", "axes.axisbelow": True, "lines.linewidth": 1.2,
+    "text.parse_math": False, "svg.hashsalt": "report"}  # names are no formulas; the same numbers make the same file
 _POINTS = 500  # of a line: more cannot be seen, and make the file large
 # Units and the better direction, of names that start so; the first that fits.
 _UNITS = {"psnr": "dB ↑", "ssim": "↑", "lpips": "↓", "rfid": "↓", "fd_": "↓", "inception_score": "↑", "knn_": "↑",
@@ -111,7 +113,8 @@ def write_report(file: Path, *, title: str, recipe: Mapping[str, Any], runs: Map
     """
     reports = list(runs.values())
     colours = {name: _COLOURS[i % len(_COLOURS)] for i, name in enumerate(runs)}
-    usage = [_Line(colours[name], np.arange(1, 1 + np.count_nonzero(run.code_counts)), _descending(run.code_counts))
+    usage = [_Line(colours[name], np.arange(1, 1 + np.count_nonzero(run.code_counts)),
+                   np.sort(run.code_counts[run.code_counts > 0])[::-1])
              for name, run in runs.items() if np.any(run.code_counts)]
     training = {curve: [_Line(colours[name], *run.curves[curve]) for name, run in runs.items() if curve in run.curves]
                 for curve in _union(run.curves for run in reports)}
@@ -119,10 +122,10 @@ def write_report(file: Path, *, title: str, recipe: Mapping[str, Any], runs: Map
         file, "report.html.jinja", title=title, recipe=recipe, runs=runs, colours=colours, originals=reports[0].images,
         metrics=_union(metrics for run in reports for metrics in (run.metrics, run.failed)),
         differing=_union(run.differing for run in reports),
-        usage=_chart(usage, x="codes, the most used first", y="uses", log=True) if usage else None,
-        robustness=[_chart(lines, x="replaced codes (%)", y=label(metric))
+        usage=_chart(usage, title="uses of each code", x="codes, the most used first", log=True) if usage else None,
+        robustness=[_chart(lines, title=label(metric), x="replaced codes (%)")
                     for metric, lines in _robustness(runs, colours).items()],
-        training=[_chart(lines, x="step", y=label(curve)) for curve, lines in training.items()])
+        training=[_chart(lines, title=label(curve), x="step") for curve, lines in training.items()])
 
 
 def _union(names: Iterable[Iterable[str]]) -> list[str]:
@@ -130,40 +133,36 @@ def _union(names: Iterable[Iterable[str]]) -> list[str]:
     return list(dict.fromkeys(name for some in names for name in some))
 
 
-def _descending(counts: np.ndarray) -> np.ndarray:
-    return -np.sort(-counts[counts > 0])
-
-
 def _robustness(runs: Mapping[str, RunReport], colours: Mapping[str, str]) -> dict[str, list[_Line]]:
     """The lines of each metric's chart."""
     charts: dict[str, list[_Line]] = {}
     for name, run in runs.items():
-        for metric in _union(run.robustness):
-            for kind, style in {"random": "o-", "nearest": "o--"}.items():
+        for metric in [name for name in _union(run.robustness) if name not in ("kind", "share")]:
+            for kind, style in {"random": "-", "nearest": "--"}.items():
                 points = sorted((100 * entry["share"], entry[metric]) for entry in run.robustness
-                                if metric not in ("kind", "share") and metric in entry
-                                and (entry["kind"] == kind or not entry["share"]))
+                                if metric in entry and (not entry["share"] or entry["kind"] == kind))
                 if points:
-                    charts.setdefault(metric, []).append(_Line(colours[name], *zip(*points, strict=True), style))
+                    shares, values = zip(*points, strict=True)
+                    charts.setdefault(metric, []).append(_Line(colours[name], shares, values, style))
     return charts
 
 
-def _chart(lines: Sequence[_Line], *, x: str, y: str, log: bool = False) -> str:
+def _chart(lines: Sequence[_Line], *, title: str, x: str, log: bool = False) -> str:
     """A small chart, as wide as a telephone, as the address of an SVG."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(3.5, 2.3), layout="constrained")
         axes = figure.subplots()
         for line in lines:
             points = np.unique(np.linspace(0, len(line.x) - 1, _POINTS).astype(int))
-            marked = "o" in line.style or len(points) < 20
-            axes.plot(np.asarray(line.x)[points], np.asarray(line.y)[points], line.style.removeprefix("o"),
-                      color=line.colour, marker="o" if marked else "", markersize=3,
-                      markerfacecolor="white" if "--" in line.style else line.colour)
-        axes.set(xlabel=x, ylabel=y)
+            axes.plot(np.asarray(line.x)[points], np.asarray(line.y)[points], line.style, color=line.colour,
+                      marker="o" if len(points) < 20 else "", markersize=3,
+                      markerfacecolor="white" if line.style == "--" else line.colour)
+        axes.set_title(title, loc="left")
+        axes.set_xlabel(x)
         if log:
             axes.set_yscale("log")
-            axes.yaxis.set_major_formatter("{x:g}")
-            axes.yaxis.set_minor_formatter("")
+            axes.yaxis.set_major_formatter(LogFormatter())
+            axes.yaxis.set_minor_formatter(LogFormatter())  # labels what lies between powers of ten where there are few
         return picture(figure)
 
 
@@ -197,7 +196,10 @@ def label(name: str) -> str:
 
 
 def number(value: Any, like: float | None = None) -> str:
-    """A number for people: with four digits, or with as many decimals as `like` has so; None is one JSON could not say."""
+    """A number for people: with four digits, or with as many decimals as `like` then has.
+
+    None, to which JSON turns what it cannot say, is not finite either.
+    """
     if value is None or (isinstance(value, float | np.floating) and not math.isfinite(value)):
         return "not finite"
     if not isinstance(value, float | np.floating):

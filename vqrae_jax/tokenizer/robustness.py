@@ -63,7 +63,7 @@ def robustness(graphdef: nnx.GraphDef, arrays: Arrays, mesh: Mesh, batches: Batc
         position = np.arange(first, first + len(local["valid"]), dtype=np.int32)
         batch = sharding.put_batch(mesh, {"image": local["image"], "valid": local["valid"], "position": position})
         images, codes = encode(arrays, batch["image"])
-        looks = {"images": view.embedding(view.see(images))}
+        looks: dict[Any, jax.Array] = {"images": view.embedding(view.see(images))}
         for kind, share in cells:
             decoded, of_images = decode(arrays, images, codes, near, batch["position"], share, kind == "nearest")
             looks[kind, share] = view.embedding(view.see(decoded))

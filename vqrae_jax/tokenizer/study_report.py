@@ -61,7 +61,7 @@ def study_table(rows: Sequence[StudyRow], metrics: Sequence[str]) -> str:
 def _cell(row: StudyRow, metric: str) -> str:
     values, mean, deviation = spread(row, metric)
     if not values:
-        return "–"
+        return "-"
     shown = report.number(mean)
     if len(values) > 1:
         shown += f" ± {report.number(deviation, like=mean)}"
@@ -104,8 +104,9 @@ def _figure(rows: Sequence[StudyRow], metrics: Sequence[str]) -> Figure:
         mean, deviation = (np.array([getattr(values, name) for values in found]) for name in ("mean", "deviation"))
         axes.hlines(height, mean - deviation, mean + deviation, color="tab:blue", linewidth=1)
         axes.plot(mean, height, "|", color="tab:blue", markersize=8, markeredgewidth=1.4)
-        dots = [(value, y) for y, values in zip(height, found, strict=True) for value in values.values.values()]
-        axes.plot(*np.reshape(dots, (-1, 2)).T, "o", color="tab:orange", markersize=3.5, markeredgewidth=0, alpha=0.8)
+        for y, row in enumerate(found):
+            axes.plot(list(row.values.values()), [y] * len(row.values), "o", color="tab:orange", markersize=3.5,
+                      markeredgewidth=0, alpha=0.8)
         axes.set_xlabel(report.label(metric))
     panels[0].set(yticks=height, yticklabels=[row.name for row in rows], ylim=(len(rows) - 0.5, -0.5))
     for axes in panels[len(metrics):]:

@@ -128,7 +128,7 @@ def to_json(content: Mapping[str, Any], *, indent: int | None = None) -> str:
 
 
 def lines_until(file: Path, last_step: float) -> list[str]:
-    """The lines of metrics.jsonl up to a step, without one that a killed process left incomplete; none without a file."""
+    """The lines of metrics.jsonl up to a step, less one that a killed process left incomplete; none without a file."""
     kept = []
     for line in file.read_text().splitlines(keepends=True) if file.exists() else ():
         try:
