@@ -32,13 +32,15 @@ def draw(name: str, shape: tuple[int, ...]) -> np.ndarray:
     return noise * np.float32((1.9 / np.prod(shape[1:])) ** 0.5)
 
 
-def images(height: int, width: int) -> np.ndarray:
-    """`[1, H, W, 3]` uint8: smooth shapes, edges and noise."""
-    rng = np.random.default_rng(height * width)
+def images(height: int, width: int, *, count: int = 1, seed: int = 0) -> np.ndarray:
+    """`[count, H, W, 3]` uint8: smooth colours, edges and noise."""
+    rng = np.random.default_rng((height, width, seed))
     y, x = np.mgrid[0:1:height * 1j, 0:1:width * 1j][..., None]
-    smooth = 127 + 100 * np.sin(9 * x * rng.random(3) + 7 * y * rng.random(3) + 6 * rng.random(3))
-    edges = 60 * (np.abs(x - 0.5) + np.abs(y - 0.4) < 0.3)
-    return np.clip(smooth + edges + 20 * rng.standard_normal((height, width, 3)), 0, 255).astype(np.uint8)[None]
+    waves, across, down, phase, centre = rng.random((5, count, 1, 1, 3))
+    smooth = 127 + 100 * waves * np.sin(9 * across * x + 7 * down * y + 6 * phase)
+    edges = 60 * (np.abs(x - centre) + np.abs(y - 0.4) < 0.3)
+    noise = 20 * rng.standard_normal((count, height, width, 3))
+    return np.clip(smooth + edges + noise, 0, 255).astype(np.uint8)
 
 
 def torch_fidelity(module: str) -> types.ModuleType:

@@ -32,19 +32,24 @@ def init(shapes: Any) -> Sums:
 def add(acc: Sums, values: Any) -> Sums:
     """`acc` with a tree of values added, as float32: pure, and made to be called under `jax.jit`.
 
-    The error of each addition is Knuth's two-sum (The Art of Computer Programming, volume 2, section 4.2.2, theorem B).
-    Integers below 2**24 are added exactly up to sums of 2**48.
+    The pair of float32 numbers has 48 bits. The error of each addition is Knuth's (The Art of Computer Programming,
+    volume 2, section 4.2.2, theorem B). It is added to `low`, which then moves into `high` what float32 can hold there:
+    otherwise `low` would grow, and lose digits itself. Integers below 2**24 are added exactly up to sums of 2**48.
     """
-    high = jax.tree.map(lambda a, b: a + b.astype(jnp.float32), acc.high, values)
-    low = jax.tree.map(lambda low, a, b, total: low + _rounding(a, b.astype(jnp.float32), total), acc.low, acc.high,
-                       values, high)
-    return Sums(high, low)
+    both = jax.tree.map(_add, acc.high, acc.low, values)
+    return Sums(*jax.tree.transpose(jax.tree.structure(acc.high), jax.tree.structure((0, 0)), both))
 
 
-def _rounding(a: jax.Array, b: jax.Array, total: jax.Array) -> jax.Array:
-    """What `total`, float32 a + b, is short of the exact sum."""
+def _add(high: jax.Array, low: jax.Array, value: jax.Array) -> tuple[jax.Array, jax.Array]:
+    high, error = _exact_sum(high, value.astype(jnp.float32))
+    return _exact_sum(high, low + error)
+
+
+def _exact_sum(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """float32 a + b, and what it is short of the exact sum: 0 where that is not finite."""
+    total = a + b
     virtual = total - a
-    return (a - (total - virtual)) + (b - virtual)
+    return total, jnp.where(jnp.isfinite(total), (a - (total - virtual)) + (b - virtual), 0)
 
 
 def merge(a: Sums, b: Sums) -> Sums:
@@ -54,8 +59,4 @@ def merge(a: Sums, b: Sums) -> Sums:
 
 def total(acc: Sums) -> Any:
     """The tree of sums as float64 NumPy arrays; what is infinite or NaN in any term is so in its sum."""
-    def both(high: Any, low: Any) -> np.ndarray:
-        high, low = np.asarray(high, np.float64), np.asarray(low, np.float64)
-        return np.where(np.isfinite(high), high + low, high)
-
-    return jax.tree.map(both, *jax.device_get(acc))
+    return jax.tree.map(lambda high, low: np.asarray(high, np.float64) + low, *jax.device_get(acc))

@@ -150,7 +150,18 @@ def moments(acc: MomentSums) -> Moments:
         raise ValueError(f"features of {count} images are not all finite: no Frechet distance can be taken of them")
     if count == 0:
         return Moments(0, origin, products)
-    return Moments(count, origin + first / count, products - np.outer(first, first) / count)
+    scatter = products - np.outer(first, first) / count
+    return Moments(count, origin + first / count, _of_rank(count - 1, scatter) if count <= len(scatter) else scatter)
+
+
+def _of_rank(rank: int, scatter: np.ndarray) -> np.ndarray:
+    """The matrix with all but its `rank` largest eigenvalues set to 0.
+
+    The others are rounding errors of float32 products, the root of which a Frechet distance would take: 1e-4 of it.
+    """
+    values, vectors = np.linalg.eigh(scatter)
+    largest = slice(len(values) - rank, None)
+    return vectors[:, largest] * values[largest] @ vectors[:, largest].T
 
 
 def read_statistics(file: str | Path, width: int) -> tuple[np.ndarray, np.ndarray]:
