@@ -43,7 +43,7 @@ def probe(train: dict[str, np.ndarray]) -> Metric:
             given, asked = (train[fitted], train["labels"]), (rows[name], rows["labels"])
             numbers[f"probe_linear_{name}"] = linear_probe_top1(*given, *asked)
             numbers[f"probe_knn_{name}"] = knn_top1(*asked, reference=given)
-        return numbers | {"probe_images": len(train["labels"])}
+        return numbers | {"num_probe_images": len(train["labels"])}
 
     return Metric(rows=rows, finish=finish, most_rows=IMAGES, labelled=True)
 

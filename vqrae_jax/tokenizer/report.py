@@ -26,7 +26,7 @@ STYLE: dict[Any, Any] = {
     "text.parse_math": False, "svg.hashsalt": "report"}  # names are no formulas; the same numbers make the same file
 _POINTS = 500  # of a line: more cannot be seen, and make the file large
 # Units and the better direction, of names that start so; the first that fits.
-_UNITS = {"psnr": "dB ↑", "ssim": "↑", "lpips": "↓", "rfid": "↓", "fd_": "↓", "inception_score": "↑", "knn_": "↑",
+_UNITS = {"psnr": "dB ↑", "ssim": "↑", "lpips": "↓", "rfid": "↓", "fd_": "↓", "inception_score": "↑", "knn_top1": "↑",
           "probe_": "↑", "zero_shot": "↑", "code_perplexity": "codes", "code_bits": "bits"}
 # Of metrics.jsonl; the first rows first.
 _CURVES = ("loss/total", "loss/", "code_usage_window", "code_perplexity_window", "eval/", "grad_norm")
