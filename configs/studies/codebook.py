@@ -15,7 +15,7 @@ METRICS = ("psnr", "ssim", "fd_encoder", "code_usage", "code_perplexity", "code_
            "probe_linear_latents", "probe_knn_latents", "probe_linear_reconstructions", "probe_linear_features")
 
 
-def _row(seeds: tuple[int, ...] = SEEDS, **quantizer) -> Row:
+def _row(seeds: tuple[int, ...] = (0,), **quantizer) -> Row:
     # Linear layers lead into code space and out of it at every width, also at the encoder's own.
     quantizer = {"projection": True, **quantizer} if quantizer["kind"] != "fsq" else quantizer
     return Row(config="configs/nano_stage1.py", seeds=seeds,
@@ -27,14 +27,12 @@ def get_study() -> Study:
     for size in (2048, 512, 8192):
         for width in WIDTHS:
             for start in ("random", "kmeans"):
-                rows[f"simvq_{size}x{width}_{start}"] = _row(
-                    SEEDS if size == 2048 and width in DECIDING else (0,), kind="simvq", size=size, dim=width, init=start)
+                seeds = SEEDS if size == 2048 and width in DECIDING else (0,)
+                rows[f"simvq_{size}x{width}_{start}"] = _row(seeds, kind="simvq", size=size, dim=width, init=start)
     for width in WIDTHS:
-        rows[f"ema_2048x{width}_kmeans"] = _row(
-            (0,), kind="ema", size=2048, dim=width, init="kmeans")
-    rows["ema_2048x64_random"] = _row((0,), kind="ema", size=2048, dim=64, init="random")
+        rows[f"ema_2048x{width}_kmeans"] = _row(kind="ema", size=2048, dim=width, init="kmeans")
+    rows["ema_2048x64_random"] = _row(kind="ema", size=2048, dim=64, init="random")
     for size, levels in LEVELS.items():
-        rows[f"fsq_{size}"] = _row((0,), kind="fsq", size=size, dim=len(levels),
-                                   levels=levels, init="random")
+        rows[f"fsq_{size}"] = _row(kind="fsq", size=size, dim=len(levels), levels=levels, init="random")
     return Study(title="Codebooks of the nano tokenizer, 300 steps of 32 on CIFAR-10", rows=rows, data="tfds:cifar10",
                  metrics=METRICS, probe=True, options=Options(limit=2000, probe_limit=5000, robustness=False))

@@ -193,6 +193,9 @@ class Comparison:
         failed = dict(self.failed)
         tried = functools.partial(self._tried, failed)
         view = tried(_FD_ENCODER, lambda: instruments.pretrained_view(workdir, config, arrays, graphdef, mesh))
+        need_view = {"probe": self._probe, "zero_shot": options.classes, "robustness": options.robustness}
+        for metric in [metric for metric, asked in need_view.items() if asked and not view]:
+            self._note(failed, metric, failed[_FD_ENCODER])
         metrics, perturbed = dict(METRICS), None
         if view and self._probe:
             limited = self._batches(config, self._probe, options.probe_limit)
@@ -264,8 +267,9 @@ class Comparison:
         """What of the metrics that a flag asks for could not be measured, and why, in one line."""
         options, failed = self._options, {**self.failed, **{
             metric: reason for result in results.values() for metric, reason in result.failed.items()}}
-        asked = {"rfid": options.inception or options.reference, "lpips": options.vgg16, "probe": options.probe, "zero_shot": options.classes,
-                 _FD_ENCODER: options.reference, **{f"fd_{instruments.fd_name(path)}": path for path in options.fd}}
+        asked = {"rfid": options.inception or options.reference, "lpips": options.vgg16, "probe": options.probe,
+                 "zero_shot": options.classes, _FD_ENCODER: options.reference,
+                 **{f"fd_{instruments.fd_name(path)}": path for path in options.fd}}
         return "; ".join(f"{metric}: {reason}" for metric, reason in failed.items() if asked.get(metric))
 
     def write(self, results: Mapping[str, Result], out: Path) -> None:
