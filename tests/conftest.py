@@ -91,3 +91,15 @@ def tiny_networks():
         small = lambda gan, **options: PatchGAN(channels=gan.channels, stages=1, **options)
         patch.setitem(DISCRIMINATORS, "patchgan", DISCRIMINATORS["patchgan"]._replace(build=small))
         yield
+
+
+@pytest.fixture(scope="session")
+def torch_fidelity():
+    """Imports modules of torch-fidelity by their names."""
+    from tests.make_inception_references import torch_fidelity
+
+    try:
+        torch_fidelity("version")
+    except ImportError as error:
+        pytest.skip(f"parity needs torch and torch-fidelity ({error})")
+    return torch_fidelity
