@@ -146,7 +146,7 @@ def of_view(name: str, view: View, distance: str | None, reference: Statistics |
 
 def inception_metrics(images: int) -> dict[str, metrics.Metric]:
     """The Inception Score."""
-    return {"inception_score": metrics.inception_score(lambda batch: batch.seen[INCEPTION][1].logits, images=images)}
+    return {"inception_score": metrics.mean_inception_score(lambda batch: batch.seen[INCEPTION][1].logits, images=images)}
 
 
 def encoder_metrics() -> dict[str, metrics.Metric]:
