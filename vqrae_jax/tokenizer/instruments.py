@@ -117,7 +117,7 @@ def pretrained_view(workdir: Path, config: Config, arrays: Arrays, graphdef: nnx
     encoder = runs.pretrained_encoder(workdir, config, arrays, mesh)
     module = flat.merge(nnx.graphdef(flat.merge(graphdef, arrays).encoder), encoder)
     return View(_compiled(module, mesh, lambda module, images: module(images)), lambda tokens: tokens.mean(axis=1),
-                {"pretrained encoder": runs.digest(encoder)})
+                {str(workdir / "pretrained encoder"): runs.digest(encoder)})
 
 
 def fd_name(path_or_id: str) -> str:
