@@ -143,7 +143,7 @@ def test_verbs_take_the_weights_themselves(run, tmp_path):
     for weights in ("ema", "raw"):
         flags, out = (f"--workdir={run}", f"--weights={weights}"), tmp_path / weights
         result = command("vqrae_jax.evaluate", *flags, f"--out={out}", "--limit=8")
-        assert f"data: embedded, held out; weights: {weights}\n" in result.stdout, result.stderr
+        assert f"\ndata: embedded, held out; weights: {weights}; 8 images of 32 px; " in result.stdout, result.stderr
         metrics = json.loads((out / "metrics.json").read_text())
         psnr[weights] = metrics["psnr"]
         assert metrics["weights"] == weights
@@ -164,7 +164,7 @@ def test_evaluate_shows_the_held_out_images_of_a_folder_and_all_of_data_that_are
     shown = task.train(config_lib.parse(config), tmp_path / "run")
     for flags, part, count in (([], "held out", shown["num_images"]), ([f"--data={data}"], "all", 40)):
         result = command("vqrae_jax.evaluate", f"--workdir={tmp_path / 'run'}", *flags)
-        assert f"data: {data}, {part}; weights: ema\n" in result.stdout
+        assert f"\ndata: {data}, {part}; weights: ema; {count} images of 32 px; " in result.stdout
         metrics = json.loads((tmp_path / "run" / "evaluation" / "metrics.json").read_text())
         assert (metrics["num_images"], metrics["part"]) == (count, part)
     assert 0 < shown["num_images"] < 20

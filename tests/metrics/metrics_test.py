@@ -1,7 +1,5 @@
 """The metrics against scikit-image and brute force."""
 
-import pickle
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -92,45 +90,6 @@ def test_knn_is_compiled_once_for_all_features_of_a_shape(caplog):
     with jax.log_compiles(), caplog.at_level("WARNING"):
         metrics.knn_top1(features + 1, labels)
     assert not [message for message in caplog.messages if "ompil" in message]
-
-
-def knn_of_batches(features, labels, batch_size=7):
-    """The numbers of the table's row, and all features that it held at any time."""
-    metric, kept, held = metrics.METRICS["knn"], None, 0
-    for start in range(0, len(features), batch_size):
-        rows = slice(start, start + batch_size)
-        kept = metric.update(kept, (features[rows], labels[rows]), np.ones(len(labels[rows]), bool))
-        held = max(held, len(pickle.dumps(kept)))
-    return metric.finish(kept), held
-
-
-def test_knn_of_many_images_is_that_of_a_random_choice_and_says_so(monkeypatch):
-    features, labels = labelled(400, classes=4)
-    order = np.argsort(labels, kind="stable")  # as in a folder of classes
-    whole = {"knn_top1": metrics.knn_top1(features[order], labels[order])}
-    assert knn_of_batches(features[order], labels[order])[0] == whole
-    monkeypatch.setattr(metrics, "KNN_IMAGES", 400)
-    assert knn_of_batches(features[order], labels[order])[0] == whole
-    asked = []
-    monkeypatch.setattr(metrics, "knn_top1", lambda *arguments: asked.append(arguments) or 0.5)
-    monkeypatch.setattr(metrics, "KNN_IMAGES", 100)
-    for _ in range(2):
-        assert knn_of_batches(features[order], labels[order])[0] == {"knn_top1": 0.5, "knn_images": 100}
-    (chosen, chosen_labels), (again, _) = asked
-    np.testing.assert_array_equal(chosen, again)
-    assert np.bincount(chosen_labels).min() > 10  # not the first classes
-    places = [np.flatnonzero((features[order] == row).all(1))[0] for row in chosen]
-    assert len(set(places)) == 100 and sorted(places) == places
-    np.testing.assert_array_equal(chosen_labels, labels[order][places])
-
-
-def test_features_without_labels_are_not_kept():
-    features, labels = labelled(700, dim=64)
-    assert knn_of_batches(features, labels)[1] > features.nbytes
-    numbers, held = knn_of_batches(features, np.full(700, -1))
-    assert numbers == {} and held < 3000
-    labels[300] = -1
-    assert knn_of_batches(features, labels)[0] == {}
 
 
 def test_leave_one_out_does_not_ask_the_image_itself():

@@ -14,13 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vqrae_jax.metrics import codes, frechet
-from vqrae_jax.metrics import inception_score as scores
+from vqrae_jax.metrics import codes, frechet, inception_score
 from vqrae_jax.metrics.features import cka_from_scatter, knn_top1, linear_probe_top1, zero_shot_top1
 from vqrae_jax.metrics.pixels import psnr, ssim
 
-__all__ = ["METRICS", "Batch", "Metric", "Statistics", "cosine_and_cka", "frechet_distance", "inception_score",
-           "knn_top1", "linear_probe_top1", "mean_of_images", "mean_of_rows", "psnr", "ssim",
+__all__ = ["METRICS", "Batch", "Metric", "Statistics", "cosine_and_cka", "frechet_distance", "knn_top1",
+           "linear_probe_top1", "mean_inception_score", "mean_of_images", "mean_of_rows", "psnr", "ssim",
            "zero_shot_top1"]
 
 KNN_IMAGES = 10_000  # comparing each with each costs their number squared
@@ -116,17 +115,18 @@ def frechet_distance(name: str, reconstructions: Callable[[Batch], jax.Array],
         finish=finish)
 
 
-def inception_score(logits: Callable[[Batch], jax.Array], *, images: int) -> Metric:
+def mean_inception_score(logits: Callable[[Batch], jax.Array], *, images: int) -> Metric:
     """Inception Score of the reconstructions, over splits of 5000 images; see the module `inception_score`.
 
     Args:
       logits: of the reconstructions, `[B, classes]` float32.
       images: how many the evaluation has, bad ones included.
     """
+    split = inception_score.SPLIT
     return Metric(
-        init=lambda batch: scores.init(-(-images // scores.SPLIT), jax.eval_shape(logits, batch).shape[-1]),
-        update=lambda sums, batch: scores.update(sums, logits(batch), batch.position // scores.SPLIT, batch.valid),
-        finish=lambda sums, rows: {"inception_score": scores.finish(sums)[0]})
+        init=lambda batch: inception_score.init(-(-images // split), jax.eval_shape(logits, batch).shape[-1]),
+        update=lambda sums, batch: inception_score.update(sums, logits(batch), batch.position // split, batch.valid),
+        finish=lambda sums, rows: {"inception_score": inception_score.finish(sums)[0]})
 
 
 def cosine_and_cka(name: str, see: Callable[[Batch], tuple[jax.Array, jax.Array]]) -> dict[str, Metric]:

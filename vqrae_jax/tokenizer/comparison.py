@@ -131,13 +131,20 @@ class Comparison:
         self.bad_images = _empty(out / "bad_images.jsonl")
         self.failed: dict[str, str] = {}
         self.images = min(options.limit or len(self._source), len(self._source))
+        self._labelled = self._source.num_classes is not None
         tried = functools.partial(self._tried, self.failed)
+        for metric in self._of_labels() if not self._labelled else ():
+            self._note(self.failed, metric, f"the images of {self.data} have no labels")
         self._probe = tried("probe", lambda: open_source(options.probe, training=True)) if options.probe else None
         self._lpips = tried("lpips", lambda: instruments.lpips(config, mesh, options.vgg16))
         path = options.inception or config.eval.inception
+        others = {f"fd_{instruments.fd_name(path)}": path for path in options.fd}
+        if _FD_ENCODER in others or len(others) < len(options.fd):
+            raise ValueError(f"--fd: distances on {', '.join(options.fd)} would be called alike, or {_FD_ENCODER}, for "
+                             "the last parts of the paths name them: rename or link the folders")
         views = {"rfid": tried("rfid", lambda: instruments.inception_view(path, mesh)), **{
             metric: tried(metric, lambda path=path: instruments.encoder_view(path, mesh))
-            for path in options.fd for metric in [f"fd_{instruments.fd_name(path)}"]}}
+            for metric, path in others.items()}}
         self._views = {metric: view for metric, view in views.items() if view}
         self._reference: Source | None = None
         self._statistics = self._read_reference() if options.reference else {}
@@ -154,7 +161,6 @@ class Comparison:
         except (OSError, ValueError) as error:
             for metric in ["rfid"] if of_inception else [*self._views, _FD_ENCODER]:
                 self._note(self.failed, metric, error)
-                self._views.pop(metric, None)
             return {}
 
     def _seen(self, views: Mapping[str, View]) -> dict[str, Statistics]:
@@ -162,6 +168,11 @@ class Comparison:
         if not views or self._reference is None:
             return {}
         return instruments.statistics(views, self._batches(self._config, self._reference), self._mesh)
+
+    def _of_labels(self) -> list[str]:
+        """Metrics that a flag asks for and that take labels and the pretrained encoder."""
+        asked = {"probe": self._options.probe, "zero_shot": self._options.classes}
+        return [metric for metric, given in asked.items() if given]
 
     def _batches(self, config: Config, source: Source, limit: int = 0) -> evaluate.Batches:
         max_bad = config.data.max_bad if self._options.max_bad is None else self._options.max_bad
@@ -193,19 +204,19 @@ class Comparison:
         failed = dict(self.failed)
         tried = functools.partial(self._tried, failed)
         view = tried(_FD_ENCODER, lambda: instruments.pretrained_view(workdir, config, arrays, graphdef, mesh))
-        need_view = {"probe": self._probe, "zero_shot": options.classes, "robustness": options.robustness}
-        for metric in [metric for metric, asked in need_view.items() if asked and not view]:
-            self._note(failed, metric, failed[_FD_ENCODER])
+        need_view = [*self._of_labels(), *(["robustness"] if options.robustness else [])]
+        for metric in [metric for metric in need_view if metric not in failed and not view]:
+            self._note(failed, metric, f"it takes the pretrained encoder: {failed[_FD_ENCODER]}")
         metrics, perturbed = dict(METRICS), None
-        if view and self._probe:
+        if view and self._probe and self._labelled:
             limited = self._batches(config, self._probe, options.probe_limit)
             if fitted := tried("probe", lambda: probe.representations(graphdef, arrays, mesh, limited, view)):
                 metrics["probe"] = probe.probe(fitted)
         found = self._instruments(config, arrays, view, tried)
         evaluator = evaluate.Evaluator(graphdef, mesh, metrics, found)
         evaluation = evaluator(
-            arrays, self._batches(config, self._source, options.limit), images=self.images,
-            labelled=self._source.num_classes is not None, samples=self._config.eval.samples)
+            arrays, self._batches(config, self._source, options.limit), images=self.images, labelled=self._labelled,
+            samples=self._config.eval.samples)
         for metric, reason in evaluation.failed.items():
             self._note(failed, metric, reason)
         if view and options.robustness:
@@ -227,22 +238,25 @@ class Comparison:
         found = {LPIPS_VGG: self._lpips} if self._lpips else {}
         for metric, shared in self._views.items():
             name, more = (INCEPTION, instruments.inception_metrics(self.images)) if metric == "rfid" else (metric, {})
-            found[name] = instruments.of_view(name, shared, metric, self._statistics.get(metric), more)
+            distance = None if metric in self.failed else metric  # of a reference that is not there
+            if distance or more:
+                found[name] = instruments.of_view(name, shared, distance, self._statistics.get(metric), more)
         if view:
             distance = None if _FD_ENCODER in self.failed else _FD_ENCODER
             given = self._seen({_FD_ENCODER: view}).get(_FD_ENCODER) if distance else None
             own = None if runs.encoder_learns(config, arrays) else lambda seen: seen.features
             found[ENCODER] = instruments.of_view(ENCODER, view, distance, given, instruments.encoder_metrics(), own)
-            classes = Path(self._options.classes)
-            zero_shot = self._options.classes and tried("zero_shot", lambda: instruments.zero_shot(config, classes,
-                                                                                                  self._mesh))
-            found |= {ZERO_SHOT: zero_shot} if zero_shot else {}
+            if self._options.classes and self._labelled:
+                classes = Path(self._options.classes)
+                zero_shot = tried("zero_shot", lambda: instruments.zero_shot(config, classes, self._mesh))
+                found |= {ZERO_SHOT: zero_shot} if zero_shot else {}
         return found
 
     def _extremes(self, config: Config, evaluator: evaluate.Evaluator, arrays: Arrays,
                   evaluation: Evaluation) -> tuple[report.Extremes, report.Extremes]:
-        """The images with the least and the greatest PSNR, read once more."""
-        order = np.argsort(evaluation.per_image["psnr"], kind="stable")
+        """The images with the least and the greatest PSNR, read once more; what is not a number is worst."""
+        psnr = evaluation.per_image["psnr"]
+        order = np.argsort(np.where(np.isnan(psnr), -np.inf, psnr), kind="stable")
         chosen = [order[:_EXTREMES], order[::-1][:_EXTREMES]]
         places = np.concatenate(chosen)
         again = part(self._source, evaluation.places[places])
@@ -256,6 +270,8 @@ class Comparison:
     def recipe(self, results: Mapping[str, Result]) -> dict[str, Any]:
         """What the numbers of runs were measured on, for `metrics.json`."""
         weights = {file: digest for result in results.values() for file, digest in result.weights.items()}
+        if self._statistics and self._reference is None:
+            weights[self._options.reference] = tensors.sha256(Path(self._options.reference).expanduser())
         return recipe.recipe(
             self._config, data=self.data, part=self.part, reference=self._options.reference or "the same images",
             images=next(iter(results.values())).metrics["num_images"], weights=weights,
@@ -267,10 +283,12 @@ class Comparison:
         """What of the metrics that a flag asks for could not be measured, and why, in one line."""
         options, failed = self._options, {**self.failed, **{
             metric: reason for result in results.values() for metric, reason in result.failed.items()}}
-        asked = {"rfid": options.inception or options.reference, "lpips": options.vgg16, "probe": options.probe,
-                 "zero_shot": options.classes, _FD_ENCODER: options.reference,
-                 **{f"fd_{instruments.fd_name(path)}": path for path in options.fd}}
-        return "; ".join(f"{metric}: {reason}" for metric, reason in failed.items() if asked.get(metric))
+        by_flag = [(options.inception, ["rfid", "inception_score"]), (options.reference, ["rfid", _FD_ENCODER]),
+                   (options.vgg16, ["lpips"]), (options.probe, ["probe"]),
+                   (options.classes, ["zero_shot", "zero_shot_encoder", "zero_shot_features"]),
+                   (options.fd, [f"fd_{instruments.fd_name(path)}" for path in options.fd])]
+        asked = {metric for flag, metrics in by_flag if flag for metric in metrics}
+        return "; ".join(f"{metric}: {reason}" for metric, reason in failed.items() if metric in asked)
 
     def write(self, results: Mapping[str, Result], out: Path) -> None:
         """Writes `metrics.json`, `reconstructions.png` and `report.html` into a folder."""
@@ -285,7 +303,6 @@ class Comparison:
             f"{name}  {result.metrics['psnr']:.2f} dB": result.reconstructions for name, result in results.items()}}
         with disk_errors(out):
             out.mkdir(parents=True, exist_ok=True)
-            (out / "metrics.json").write_text(reporting.to_json(content, indent=2) + "\n")
             reporting.save_png(out / "reconstructions.png", reporting.image_rows(rows))
             report.write_report(out / "report.html", title=" · ".join(results), recipe=made, runs={
                 name: report.RunReport(
@@ -293,6 +310,10 @@ class Comparison:
                     result.worst, result.best, result.code_counts, result.robustness,
                     report.curves(result.workdir / "metrics.jsonl"), differing[name])
                 for name, result in results.items()})
+            # The last, and at once: where it is, everything is.
+            made_last = out / "metrics.json.tmp"
+            made_last.write_text(reporting.to_json(content, indent=2) + "\n")
+            made_last.replace(out / "metrics.json")
 
 
 def _content(result: Result) -> dict[str, Any]:

@@ -45,7 +45,11 @@ class View(NamedTuple):
 def _compiled(module: nnx.Module, mesh: Mesh, call: Callable[..., Any]) -> Callable[..., Any]:
     """`call(module, *images)`, compiled, with a copy of the module on every device."""
     graphdef, params, buffers = flat.split(module)
-    arrays = sharding.put(mesh, params | buffers, ((".*", ()),))
+    return _bound(graphdef, sharding.put(mesh, params | buffers, ((".*", ()),)), mesh, call)
+
+
+def _bound(graphdef: nnx.GraphDef, arrays: Arrays, mesh: Mesh, call: Callable[..., Any]) -> Callable[..., Any]:
+    """Likewise of a module whose arrays are on the devices of a mesh."""
     return functools.partial(
         jax.jit(sharding.on(mesh, lambda arrays, *images: call(flat.merge(graphdef, arrays), *images))), arrays)
 
@@ -115,9 +119,9 @@ def pretrained_view(workdir: Path, config: Config, arrays: Arrays, graphdef: nnx
       OSError, ValueError: it is not to be found.
     """
     encoder = runs.pretrained_encoder(workdir, config, arrays, mesh)
-    module = flat.merge(nnx.graphdef(flat.merge(graphdef, arrays).encoder), encoder)
-    return View(_compiled(module, mesh, lambda module, images: module(images)), lambda tokens: tokens.mean(axis=1),
-                {"pretrained encoder": runs.digest(encoder)})
+    of_encoder = nnx.graphdef(flat.merge(graphdef, arrays).encoder)
+    see = _bound(of_encoder, encoder, mesh, lambda module, images: module(images))
+    return View(see, lambda tokens: tokens.mean(axis=1), {str(workdir / "pretrained encoder"): runs.digest(encoder)})
 
 
 def fd_name(path_or_id: str) -> str:
@@ -146,7 +150,7 @@ def of_view(name: str, view: View, distance: str | None, reference: Statistics |
 
 def inception_metrics(images: int) -> dict[str, metrics.Metric]:
     """The Inception Score."""
-    return {"inception_score": metrics.inception_score(lambda batch: batch.seen[INCEPTION][1].logits, images=images)}
+    return {"inception_score": metrics.mean_inception_score(lambda batch: batch.seen[INCEPTION][1].logits, images=images)}
 
 
 def encoder_metrics() -> dict[str, metrics.Metric]:

@@ -72,11 +72,18 @@ def read(file: str) -> Study:
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: it gives no study, or one that contradicts itself.
+      ValueError: it fails, gives no study, or one that contradicts itself.
     """
-    study = call_file(file, "get_study", "study")
+    try:
+        study = call_file(file, "get_study", "study")
+    except (ValueError, FileNotFoundError):
+        raise
+    except Exception as error:  # it is arbitrary Python
+        raise ValueError(f"{file}: {type(error).__name__}: {error}") from error
     if not isinstance(study, Study):
         raise ValueError(f"{file}: get_study() must return a vqrae_jax.tokenizer.study.Study, not {study!r}")
+    if not study.rows or not study.metrics:
+        raise ValueError(f"{file}: a study needs at least one row and one of metrics, the table's columns")
     for name, row in study.rows.items():
         if "/" in name or not name.strip("."):
             raise ValueError(f"{file}: the row {name!r} needs another name, for a folder is called so")
@@ -126,19 +133,32 @@ def run(study: Study, out: Path, mesh: Mesh, only: int | None = None) -> None:
     for number, cell in enumerate(every):
         if only in (None, number):
             log.info("run %d of %d: %s, seed %d", number, len(every), cell.row, cell.seed)
-            comparison = _complete(cell, options, mesh, out, comparison)
+            # What is shown must not depend on which runs were missing.
+            first = next(other.config for other in every
+                         if other.config.data.image_size == cell.config.data.image_size)
+            comparison = _complete(cell, first, options, mesh, out, comparison)
     if only is None and distributed.is_first():
         _write(study, every, out)
 
 
-def _complete(cell: Cell, options: Options, mesh: Mesh, out: Path, comparison: Comparison | None) -> Comparison | None:
-    """Trains and measures a run as far as it is missing; returns what measured it, for the next one."""
+def _complete(cell: Cell, first: Config, options: Options, mesh: Mesh, out: Path,
+              comparison: Comparison | None) -> Comparison | None:
+    """Trains and measures a run as far as it is missing; returns what measured it, for the next one.
+
+    Args:
+      cell: the run.
+      first: the config of the first run for images of this size, which says of what images.
+      options: what to measure.
+      mesh: the devices that measure.
+      out: the study's folder.
+      comparison: what measured the run before, if it was measured.
+    """
     if not _is_trained(cell):
         task.train(cell.config, cell.workdir)
     if _is_measured(cell, options):
         return comparison
     if comparison is None or comparison.image_size != cell.config.data.image_size:
-        comparison = Comparison(cell.config, options, mesh, out)
+        comparison = Comparison(first, options, mesh, out)
     result = comparison.measure(cell.workdir)
     if distributed.is_first():
         comparison.write({cell.row: result}, cell.workdir / "evaluation")

@@ -122,6 +122,8 @@ def to_json(content: Mapping[str, Any], *, indent: int | None = None) -> str:
     def finite(value: Any) -> Any:
         if isinstance(value, Mapping):
             return {name: finite(entry) for name, entry in value.items()}
+        if isinstance(value, list | tuple):
+            return [finite(entry) for entry in value]
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
     return json.dumps(finite(content), indent=indent)
