@@ -104,12 +104,14 @@ def test_a_network_and_a_discriminator_from_outside_train(example, tiny_config):
 def test_a_source_and_a_metric_from_outside_are_used(example, tiny_config, tmp_path):
     example("source")
     example("metric")
+    example("metric_of_sums")
     tiny_config.data.source = "noise:24"
     tiny_config.train.steps = 3
     tiny_config.eval.limit = 0
     result = task.train(config_lib.parse(tiny_config), tmp_path)
     assert result["num_images"] == 24
     assert 0.1 < result["mae"] < 0.4  # of images that are noise
+    assert 0 < max(abs(result[f"shift_{channel}"]) for channel in ("red", "green", "blue")) < result["mae"]
     tiny_config.data.source = "nois:24"
     with pytest.raises(ValueError, match=r"give embedded, .*, array_record:GLOB or noise:COUNT"):
         task.train(config_lib.parse(tiny_config), tmp_path / "other")

@@ -15,11 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from vqrae_jax.metrics import codes, frechet, inception_score
+from vqrae_jax.metrics.codes import code_usage, perplexity
 from vqrae_jax.metrics.features import cka_from_scatter, knn_top1, linear_probe_top1, zero_shot_top1
 from vqrae_jax.metrics.pixels import psnr, ssim
 
-__all__ = ["METRICS", "Batch", "Metric", "Statistics", "cosine_and_cka", "frechet_distance", "knn_top1",
-           "linear_probe_top1", "mean_inception_score", "mean_of_images", "mean_of_rows", "psnr", "ssim",
+__all__ = ["METRICS", "Batch", "Metric", "Statistics", "code_usage", "cosine_and_cka", "frechet_distance", "knn_top1",
+           "linear_probe_top1", "mean_inception_score", "mean_of_images", "mean_of_rows", "perplexity", "psnr", "ssim",
            "zero_shot_top1"]
 
 KNN_IMAGES = 10_000  # comparing each with each costs their number squared

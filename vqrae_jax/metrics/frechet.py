@@ -63,7 +63,8 @@ def frechet_distance(mean1: np.ndarray, cov1: np.ndarray, mean2: np.ndarray, cov
     The trace of the root is the sum of the singular values of C1^(1/2) C2^(1/2): two symmetric eigen-decompositions and
     a singular value decomposition, O(d^3), in float64. So it is exact, and never complex, for covariances of any rank,
     also of fewer images than dimensions, where implementations that take the root of the product itself add to the
-    diagonal. Equal arguments give 0 up to 1e-8 of the trace. At d = 2048 it takes about 10 seconds on two CPU cores.
+    diagonal. Equal arguments give 0 up to 1e-8 of the trace. At d = 2048 it takes 27 seconds of CPU time, and 13
+    for covariances of 1000 images.
 
     Args:
       mean1: `[d]`.

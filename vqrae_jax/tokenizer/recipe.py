@@ -29,7 +29,8 @@ def recipe(config: Config, *, data: str, part: str, images: int, reference: str,
     return {
         "data": data, "part": part, "images": images, "image_size": config.data.image_size, "crop": "centre",
         "resampling": "bicubic, antialiased, short side",
-        "pixels": "float32 in [0, 1]; rounded to 8 bits for rfid and inception_score", "reference": reference,
+        "pixels": "float32 in [0, 1]; rounded to 8 bits for rfid, inception_score and encoders of --fd",
+        "reference": reference,
         "run_weights": run_weights, "weights": dict(weights), "configs": dict(configs), "options": dict(options),
         "version": version(), "commit": commit()}
 
