@@ -150,7 +150,8 @@ def of_view(name: str, view: View, distance: str | None, reference: Statistics |
 
 def inception_metrics(images: int) -> dict[str, metrics.Metric]:
     """The Inception Score."""
-    return {"inception_score": metrics.mean_inception_score(lambda batch: batch.seen[INCEPTION][1].logits, images=images)}
+    logits = lambda batch: batch.seen[INCEPTION][1].logits
+    return {"inception_score": metrics.mean_inception_score(logits, images=images)}
 
 
 def encoder_metrics() -> dict[str, metrics.Metric]:
