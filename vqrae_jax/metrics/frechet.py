@@ -194,8 +194,8 @@ def read_statistics(file: str | Path, width: int) -> tuple[np.ndarray, np.ndarra
     if mean.ndim != 1 or cov.shape != 2 * mean.shape:
         raise ValueError(f"{file}: mu must be [d] and sigma [d, d], not {mean.shape} and {cov.shape}")
     if len(mean) != width:
-        raise ValueError(f"{file} holds statistics of {len(mean)} features, but {width} are needed: they are of another "
-                         "network")
+        raise ValueError(f"{file} holds statistics of {len(mean)} features, but {width} are needed: they are of "
+                         "another network")
     if not (np.isfinite(mean).all() and np.isfinite(cov).all()):
         raise ValueError(f"{file} holds statistics that are not finite")
     return mean, cov

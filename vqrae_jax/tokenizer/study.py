@@ -55,7 +55,7 @@ class Study:
     data: str
     metrics: tuple[str, ...]
     probe: bool = False
-    options: Options = Options()
+    options: Options = dataclasses.field(default_factory=Options)
 
 
 class Cell(NamedTuple):

@@ -43,7 +43,7 @@ def load_inception(path: str | Path = INCEPTION) -> dict[str, np.ndarray]:
 
 
 def views(params: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """{torch-fidelity's name: view, in its layout, of the array in `params`}, all of which have `InceptionV3`'s paths."""
+    """{torch-fidelity's name: view, in its layout, of the array in `params`}, of `InceptionV3`'s paths."""
     found = {}
     for path, array in params.items():
         module, _, leaf = path.rpartition("/")
