@@ -48,7 +48,7 @@ def counts(sums: accumulate.Sums) -> np.ndarray:
 def entropy(counts: np.ndarray) -> np.ndarray:
     """Entropy of histograms in bits: `[..., K] -> [...]` float64; 0 where nothing was counted."""
     shares = counts / np.maximum(counts.sum(-1, keepdims=True), 1)
-    return -np.sum(shares * np.log2(np.where(shares > 0, shares, 1)), axis=-1)
+    return 0.0 - np.sum(shares * np.log2(np.where(shares > 0, shares, 1)), axis=-1)
 
 
 def share_of_codes(counts: np.ndarray, *, uses: float) -> float:

@@ -49,9 +49,18 @@ def _compiled(module: nnx.Module, mesh: Mesh, call: Callable[..., Any]) -> Calla
 
 
 def _bound(graphdef: nnx.GraphDef, arrays: Arrays, mesh: Mesh, call: Callable[..., Any]) -> Callable[..., Any]:
-    """Likewise of a module whose arrays are on the devices of a mesh."""
-    return functools.partial(
-        jax.jit(sharding.on(mesh, lambda arrays, *images: call(flat.merge(graphdef, arrays), *images))), arrays)
+    """Likewise of a module whose arrays are on the devices of a mesh.
+
+    What is seen in an image that is not finite is NaN. It would be so by itself, but for ReLUs, to which XLA's maximum
+    on a CPU gives 0 for NaN in some programs: such images had a Frechet distance.
+    """
+    def see(arrays: Arrays, *images: jax.Array) -> Any:
+        finite = functools.reduce(jnp.logical_and, (
+            jnp.isfinite(image).all(range(1, image.ndim)) for image in images))
+        only_finite = lambda seen: jnp.where(finite.reshape(-1, *[1] * (seen.ndim - 1)), seen, jnp.nan)
+        return jax.tree.map(only_finite, call(flat.merge(graphdef, arrays), *images))
+
+    return functools.partial(jax.jit(sharding.on(mesh, see)), arrays)
 
 
 def _module(make: Callable[[], nnx.Module], arrays: Mapping[str, Any]) -> Any:

@@ -168,10 +168,13 @@ def _duration(seconds: float) -> str:
 
 
 def image_rows(rows: Mapping[str, np.ndarray]) -> np.ndarray:
-    """A picture of captioned rows of images: `{caption: [N, H, W, 3] float in [0, 1]} -> uint8 [h, w, 3]`."""
+    """A picture of captioned rows of images: `{caption: [N, H, W, 3] float in [0, 1]} -> uint8 [h, w, 3]`.
+
+    NaN is black.
+    """
     strips = []
     for caption, images in rows.items():
-        pixels = np.round(np.clip(images, 0, 1) * 255).astype(np.uint8)
+        pixels = np.round(np.clip(np.nan_to_num(images), 0, 1) * 255).astype(np.uint8)
         framed = np.pad(pixels, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255)
         strip = np.concatenate(list(framed), axis=1)
         bar = Image.new("RGB", (strip.shape[1], 14), "white")
