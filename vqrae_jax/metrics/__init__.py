@@ -27,7 +27,7 @@ KNN_IMAGES = 10_000  # comparing each with each costs their number squared
 
 
 @functools.partial(jax.tree_util.register_dataclass, meta_fields=("num_codes",), data_fields=(
-    "images", "reconstructions", "features", "latents", "indices", "labels", "valid", "position", "seen"))
+    "images", "reconstructions", "features", "latents", "indices", "labels", "valid", "rank", "seen"))
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Batch:
     """What a model makes of a batch of images, and what other networks see in it.
@@ -41,7 +41,7 @@ class Batch:
       num_codes: codes are in [0, num_codes); 1 where there are none.
       labels: `[B]` int32, -1 where unknown.
       valid: `[B]` bool; other rows are padding or bad images, and mean nothing.
-      position: `[B]` int32, the place of an image in the evaluation.
+      rank: `[B]` int32, the place of an image in a random order of the evaluation that is always the same.
       seen: by the name of another network what it makes of images and reconstructions.
     """
 
@@ -53,7 +53,7 @@ class Batch:
     num_codes: int
     labels: jax.Array
     valid: jax.Array
-    position: jax.Array
+    rank: jax.Array
     seen: Mapping[str, Any]
 
 
@@ -126,7 +126,7 @@ def mean_inception_score(logits: Callable[[Batch], jax.Array], *, images: int) -
     split = inception_score.SPLIT
     return Metric(
         init=lambda batch: inception_score.init(-(-images // split), jax.eval_shape(logits, batch).shape[-1]),
-        update=lambda sums, batch: inception_score.update(sums, logits(batch), batch.position // split, batch.valid),
+        update=lambda sums, batch: inception_score.update(sums, logits(batch), batch.rank // split, batch.valid),
         finish=lambda sums, rows: {"inception_score": inception_score.finish(sums)[0]})
 
 

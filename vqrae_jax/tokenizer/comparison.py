@@ -244,7 +244,8 @@ class Comparison:
         if view:
             distance = None if _FD_ENCODER in self.failed else _FD_ENCODER
             given = self._seen({_FD_ENCODER: view}).get(_FD_ENCODER) if distance else None
-            own = None if runs.encoder_learns(config, arrays) else lambda seen: seen.features
+            learns = runs.encoder_learns(config, arrays)
+            own = lambda seen: view.see(seen.images) if learns else seen.features
             found[ENCODER] = instruments.of_view(ENCODER, view, distance, given, instruments.encoder_metrics(), own)
             if self._options.classes and self._labelled:
                 classes = Path(self._options.classes)
@@ -273,11 +274,15 @@ class Comparison:
         if self._statistics and self._reference is None:
             weights[self._options.reference] = tensors.sha256(Path(self._options.reference).expanduser())
         return recipe.recipe(
-            self._config, data=self.data, part=self.part, reference=self._options.reference or "the same images",
+            self._config, data=self.data, part=self.part, reference=self._reference_name(),
             images=next(iter(results.values())).metrics["num_images"], weights=weights,
             options=recipe.plain(self._options),
             configs={name: tensors.sha256(result.workdir / "config.json") for name, result in results.items()},
             run_weights=self._options.weights)
+
+    def _reference_name(self) -> str:
+        reference = self._options.reference
+        return f"the same images, of rfid {reference}" if reference.endswith(".npz") else reference or "the same images"
 
     def missing(self, results: Mapping[str, Result]) -> str:
         """What of the metrics that a flag asks for could not be measured, and why, in one line."""

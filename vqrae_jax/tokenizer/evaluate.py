@@ -146,29 +146,29 @@ class Evaluator:
           ValueError: no image could be read.
         """
         metrics = {name: metric for name, metric in self._metrics.items() if labelled or not metric.labelled}
-        chosen = {name: _choice(images, metric.most_rows) for name, metric in metrics.items()}
+        ranks = np.append(np.random.default_rng(0).permutation(images), images).astype(np.int32)
         num_codes = flat.merge(self._graphdef, arrays).quantizer.num_codes
         sums, rows, pictures, places = None, [], [], []
         for number, local in enumerate(batches):
             signals.stop_if_preempted()
             first = (number * jax.process_count() + jax.process_index()) * len(local["valid"])
-            position = np.arange(first, first + len(local["valid"]), dtype=np.int32)
-            given = sharding.put_batch(self._mesh, {**local, "position": position})
+            position = np.arange(first, first + len(local["valid"]))
+            given = sharding.put_batch(self._mesh, {**local, "rank": ranks[np.minimum(position, images)]})
             seen = self._see(arrays, given["image"])
             looked: dict[str, Any] = {}
             for name, instrument in self._instruments.items():
                 looked[name] = instrument.look(seen, looked)
             batch = Batch(**seen._asdict(), num_codes=num_codes, labels=given["label"], valid=given["valid"],
-                          position=given["position"], seen=looked)
+                          rank=given["rank"], seen=looked)
             sums = self._zeros(metrics, batch) if sums is None else sums
             sums, measured = self._update(sums, batch)
             # Images are large: they are gathered only as long as the picture needs some.
             missing = samples - sum(len(shown[0]) for shown in pictures)
             shown = (seen.images, seen.reconstructions) if missing > 0 else None
-            measured, valid, position, place, shown = distributed.gather(
-                (measured, given["valid"], given["position"], given["index"], shown))
-            position = np.minimum(position, images)  # where padding is not chosen
-            keep = {_FINITE: valid, **{name: valid & wanted[position] for name, wanted in chosen.items()}}
+            measured, valid, rank, place, shown = distributed.gather(
+                (measured, given["valid"], given["rank"], given["index"], shown))
+            keep = {_FINITE: valid, **{name: valid & (rank < (metric.most_rows or images))
+                                       for name, metric in metrics.items()}}
             rows.append({name: jax.tree.map(lambda values, keep=keep[name]: values[keep], measured[name])
                          for name in measured})
             places.append(place[valid])
@@ -207,13 +207,6 @@ def see(graphdef: nnx.GraphDef, arrays: Arrays, images: jax.Array) -> Seen:
     images = images.astype(jnp.float32) / 255
     output = flat.merge(graphdef, arrays)(images, train=False)
     return Seen(images, jnp.clip(output.images, 0, 1), output.features, output.quantized.z_q, output.quantized.indices)
-
-
-def _choice(images: int, most: int | None) -> np.ndarray:
-    """Whether an image is among at most so many, by its position: a random choice that is always the same."""
-    chosen = np.zeros(images + 1, bool)
-    chosen[np.random.default_rng(0).permutation(images)[:most]] = True
-    return chosen
 
 
 def _finished(metrics: Mapping[str, Metric], sums: dict[str, Any], rows: dict[str, Any],

@@ -148,9 +148,9 @@ def of_view(name: str, view: View, distance: str | None, reference: Statistics |
       distance: what the distance is called; None is no distance.
       reference: what reconstructions are compared with; None is the images.
       more: other metrics, by name.
-      see_images: what the view makes of the images, where the run's model has made it already.
+      see_images: what the view makes of the images, where other metrics need it or the run's model has made it.
     """
-    see_images = see_images or (lambda seen: view.see(seen.images))
+    see_images = see_images or (lambda seen: () if reference else view.see(seen.images))
     of = lambda side: lambda batch: view.embedding(batch.seen[name][side])
     distances = {distance: metrics.frechet_distance(distance, of(1), reference or of(0))} if distance else {}
     return Instrument(look=lambda seen, looked: (see_images(seen), view.see(seen.reconstructions)),

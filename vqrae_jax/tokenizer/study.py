@@ -132,11 +132,18 @@ def run(study: Study, out: Path, mesh: Mesh, only: int | None = None) -> None:
     comparison = None
     for number, cell in enumerate(every):
         if only in (None, number):
+            for start, other in enumerate(every):
+                if cell.config.init_from == str(other.workdir) and not _is_trained(other):
+                    raise ValueError(f"run {number} starts from run {start} ({other.row}, seed {other.seed}), which is "
+                                     "not trained to its end")
             log.info("run %d of %d: %s, seed %d", number, len(every), cell.row, cell.seed)
             # What is shown must not depend on which runs were missing.
             first = next(other.config for other in every
                          if other.config.data.image_size == cell.config.data.image_size)
-            comparison = _complete(cell, first, options, mesh, out, comparison)
+            # Runs that are measured at the same time each name their bad images.
+            folder = out if only is None else cell.workdir / "evaluation"
+            comparison = _complete(cell, first, options, mesh, folder, comparison)
+            _check_columns(study, cell)
     if only is None and distributed.is_first():
         _write(study, every, out)
 
@@ -150,7 +157,7 @@ def _complete(cell: Cell, first: Config, options: Options, mesh: Mesh, out: Path
       first: the config of the first run for images of this size, which says of what images.
       options: what to measure.
       mesh: the devices that measure.
-      out: the study's folder.
+      out: folder for the names of bad images.
       comparison: what measured the run before, if it was measured.
     """
     if not _is_trained(cell):
@@ -164,6 +171,15 @@ def _complete(cell: Cell, first: Config, options: Options, mesh: Mesh, out: Path
         comparison.write({cell.row: result}, cell.workdir / "evaluation")
     distributed.wait_for_all("measured")
     return comparison
+
+
+def _check_columns(study: Study, cell: Cell) -> None:
+    """Says after the first run, and not after the last, that a column of the table has a name that no metric has."""
+    found = json.loads((cell.workdir / "evaluation" / "metrics.json").read_text())
+    for metric in study.metrics:
+        if metric not in found and metric not in found["failed"]:
+            raise ValueError(f"the study shows {metric!r}, which is no metric: there are "
+                             + ", ".join(name for name, value in found.items() if isinstance(value, int | float)))
 
 
 def _is_trained(cell: Cell) -> bool:
