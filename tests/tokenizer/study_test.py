@@ -25,8 +25,6 @@ def get_config():
     config.train.update(steps=2, batch_size=2, eval_every=100, checkpoint_every=2)
     config.optim.warmup_steps = 1
     config.eval.update(limit=4, batch_size=4)
-    config.eval.inception = "/nowhere/inception.pth"
-    config.loss.perceptual.lpips_vgg16 = "/nowhere/vgg16.pth"
     config.model.quantizer.init = "random"
     return config
 """
