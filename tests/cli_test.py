@@ -128,12 +128,26 @@ def run(tmp_path_factory) -> Path:
 def test_evaluate_prints_a_table_and_writes_numbers_and_a_picture(run, tmp_path):
     result = command("vqrae_jax.evaluate", f"--workdir={run}", f"--out={tmp_path}", "--limit=20")
     assert result.returncode == 0, result.stderr
+    left_out = [line.partition(":")[0] for line in result.stderr.splitlines()]
+    assert left_out == ["lpips is left out", "rfid is left out"]  # weights that are not there: a line each
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["num_images"] == 20
     assert set(metrics) >= {"psnr", "ssim", "code_usage", "code_perplexity", "knn_top1"}
     assert f"{metrics['psnr']:.4f}" in result.stdout
     picture = np.asarray(Image.open(tmp_path / "reconstructions.png"))
     assert picture.shape == (2 * (14 + 34), 4 * 34, 3)
+
+
+def test_evaluate_writes_what_it_can_and_fails_where_a_flag_asks_for_more(run, tmp_path):
+    result = command("vqrae_jax.evaluate", f"--workdir={run}", f"--out={tmp_path}", "--limit=8", "--norobustness",
+                     "--inception=/nowhere/i.pth", "--fd=/nowhere/dinov2", f"--reference=folder:{tmp_path}/none")
+    assert_one_line_error(result, "not all that was asked for could be measured: ")
+    error = result.stderr.splitlines()[-1]
+    assert all(f"{metric}: " in error for metric in ("rfid", "fd_dinov2", "fd_encoder")) and "lpips" not in error
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["failed"].keys() == {"rfid", "lpips", "fd_dinov2", "fd_encoder"}
+    assert {"psnr", "ssim", "code_usage", "drift_cka"} <= metrics.keys() and "psnr" in result.stdout
+    assert (tmp_path / "report.html").exists()
 
 
 def test_verbs_take_the_weights_themselves(run, tmp_path):

@@ -52,6 +52,9 @@ def tiny():
     config.optim.update(lr=1e-3, end_lr=1e-4, warmup_steps=2, ema_decay=0.9)
     config.optim.lr_multipliers = (("encoder/.*", 0.0),)
     config.log.update(tensorboard=False, compilation_cache="")
+    # Not those of this machine, with which evaluations would take minutes.
+    config.eval.inception = "/nowhere/inception.pth"
+    config.loss.perceptual.lpips_vgg16 = "/nowhere/vgg16.pth"
     return config
 
 

@@ -26,7 +26,6 @@ from safetensors.numpy import load_file, save_file
 
 from tests.conftest import REFERENCE, REPOSITORY, tiny
 from vqrae_jax import config as config_lib
-from vqrae_jax.metrics.intervals import bootstrap
 from vqrae_jax.models import inception as inception_model
 from vqrae_jax.models import perceptual
 from vqrae_jax.models.inception import InceptionOutput
@@ -425,18 +424,6 @@ def test_worst_and_best_images_are_those_of_the_numbers(lab, tmp_path):
     assert result.worst.values["psnr"] == sorted(result.worst.values["psnr"])
     assert result.best.values["psnr"] == sorted(result.best.values["psnr"], reverse=True)
     assert result.worst.values["psnr"][-1] < result.metrics["psnr"] < result.best.values["psnr"][-1]
-
-
-@pytest.mark.parametrize("spread", [0.1, 5.0])
-def test_an_interval_covers_the_mean_and_narrows_with_the_root_of_images(spread):
-    values = np.random.default_rng(3).normal(20, spread, 1600)
-    low, high = bootstrap(values)
-    assert low < values.mean() < high and bootstrap(values) == (low, high)
-    assert high - low == pytest.approx(2 * 1.96 * spread / 40, rel=0.15)
-    low, high = bootstrap(values[:100])
-    assert high - low == pytest.approx(2 * 1.96 * values[:100].std() / 10, rel=0.15)
-    assert bootstrap(values[:1]) == (values[0], values[0])
-
 
 
 if __name__ == "__main__":

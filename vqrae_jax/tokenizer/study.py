@@ -96,12 +96,20 @@ def read(file: str) -> Study:
 
 
 def cells(study: Study, out: Path) -> list[Cell]:
-    """All runs of a study, those first that others start from."""
+    """All runs of a study, those first that others start from.
+
+    Raises:
+      FileNotFoundError: a config file is not there.
+      ValueError: a row's config cannot be; the message names the row.
+    """
 
     def listed(name: str, row: Row) -> Iterator[Cell]:
         for seed in row.seeds:
             start = {"init_from": str(_workdir(out, row.init_from, seed))} if row.init_from else {}
-            config = load_config(row.config, **{**row.changes, **start, "seed": seed, "data.source": study.data})
+            try:
+                config = load_config(row.config, **{**row.changes, **start, "seed": seed, "data.source": study.data})
+            except ValueError as error:
+                raise ValueError(f"row {name} of the study: {error}") from error
             yield Cell(name, seed, _workdir(out, name, seed), config)
 
     return [cell for name, row in study.rows.items() for cell in listed(name, row)]
@@ -199,8 +207,11 @@ def _is_measured(cell: Cell, options: Options) -> bool:
 
 def _write(study: Study, every: list[Cell], out: Path) -> None:
     found = [json.loads((cell.workdir / "evaluation" / "metrics.json").read_text()) for cell in every]
+    # null is a metric that was not finite; texts, lists and mappings are no metrics.
+    numbers = [{name: value for name, value in measured.items() if value is None or isinstance(value, int | float)}
+               for measured in found]
     rows = [StudyRow(name, [cell.seed for cell in every if cell.row == name],
-                     [metrics for cell, metrics in zip(every, found, strict=True) if cell.row == name])
+                     [metrics for cell, metrics in zip(every, numbers, strict=True) if cell.row == name])
             for name in study.rows]
     made = {name: value for name, value in found[0]["recipe"].items() if name not in ("weights", "configs")}
     table = study_report.study_table(rows, study.metrics)
