@@ -128,6 +128,16 @@ def test_a_run_that_there_is_not_cannot_be_the_only_one(only, small, tmp_path, d
         run(small, tmp_path, only=only)
 
 
+def test_a_run_whose_start_is_not_trained_to_its_end_is_refused(small, tmp_path, does_nothing):
+    with pytest.raises(ValueError, match=r"run 3 starts from run 1 \(start, seed 1\), which is not trained to its end"):
+        run(small, tmp_path, only=3)
+
+
+def test_a_column_that_is_no_metric_is_said_after_the_first_run(small, undisturbed, does_nothing):
+    with pytest.raises(ValueError, match="the study shows 'pnsr', which is no metric: there are psnr, ssim,"):
+        run(dataclasses.replace(small, metrics=("pnsr",)), undisturbed)
+
+
 def write_study(file: Path, body: str) -> Path:
     file.write_text("from vqrae_jax.tokenizer.study import Row, Study\n\ndef get_study():\n"
                     "    a = Row(config='configs/nano_stage1.py')\n"
