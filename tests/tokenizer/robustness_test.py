@@ -1,13 +1,12 @@
 """Reconstructions from replaced codes, of a toy model whose images are mosaics of its codes' colours."""
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
+from tests.tokenizer.evaluate_test import Output, Quantized
 from vqrae_jax.data import ArraySource, BadImages, eval_batches
 from vqrae_jax.models import flat
 from vqrae_jax.models.flat import Buffer
@@ -17,17 +16,6 @@ from vqrae_jax.training import sharding
 
 GRID, PATCH, COLOURS = 8, 4, 12
 SIDE, CODES = GRID * PATCH, 2 * COLOURS  # every colour has a twin that is nearly the same
-
-
-class Quantized(NamedTuple):
-    z_q: jax.Array
-    indices: jax.Array
-
-
-class Output(NamedTuple):
-    images: jax.Array
-    features: jax.Array
-    quantized: Quantized
 
 
 class Quantizer(nnx.Module):
