@@ -176,8 +176,7 @@ def assert_same(found: dict[str, float], expected: dict[str, float]) -> None:
             assert found[name] == value, name
         else:
             apart[name] = abs(found[name] - value) / abs(value) if value else abs(found[name])
-    if os.environ.get("SHOW_DIFFERENCES"):
-        print(json.dumps(apart))
+    print(json.dumps(apart))  # pytest -rP shows it
     allowed = lambda name: 1e-4 if "fd_" in name or "fid" in name else 1e-6
     assert not {name: value for name, value in apart.items() if not value <= allowed(name)}
 
@@ -186,10 +185,10 @@ def test_every_metric_is_measured_and_means_something(expected):
     assert set(expected) >= {
         "psnr", "ssim", "lpips", "rfid", "inception_score", "fd_encoder", "fd_siglip", "drift_cosine", "drift_cka",
         "code_usage", "code_perplexity", "code_bits", "code_bits_by_position", "codes_of_90_percent", "knn_top1",
-        "zero_shot_encoder", "zero_shot_features", "probe_images", "num_images", "rfid_to_others", *(
+        "zero_shot_encoder", "zero_shot_features", "num_probe_images", "num_images", "rfid_to_others", *(
             f"probe_{kind}_{of}" for kind in ("linear", "knn") for of in (
                 "encoder", "features", "latents", "reconstructions"))}
-    assert expected["num_images"] == IMAGES and expected["probe_images"] == 60
+    assert expected["num_images"] == IMAGES and expected["num_probe_images"] == 60
     assert all(value > 1e-3 for value in expected.values() if isinstance(value, float))
     assert 1 / CLASSES < expected["probe_linear_encoder"] <= 1 and 0 < expected["drift_cosine"] < 1 - 1e-5
     assert expected["rfid_to_others"] != expected["rfid"]
@@ -296,7 +295,8 @@ def test_a_reference_of_other_images_is_a_spec_or_its_statistics(lab, expected, 
     assert all(len(digest) == 64 for digest in found["weights"].values())
     assert found | {"weights": ...} == {
         "data": f"folder:{lab / 'data'}", "part": "all", "images": IMAGES, "image_size": 32, "crop": "centre",
-        "resampling": found["resampling"], "pixels": found["pixels"], "reference": str(tmp_path / "others.npz"),
+        "resampling": found["resampling"], "pixels": found["pixels"],
+        "reference": f"the same images, of rfid {tmp_path / 'others.npz'}",
         "run_weights": "ema", "weights": ..., "configs": {"run": sha256(lab / "run" / "config.json")},
         "options": recipe.plain(made._options), "version": recipe.version(), "commit": recipe.commit()}
     assert "bicubic" in found["resampling"] and "8 bits for rfid" in found["pixels"] and found["version"]
@@ -402,7 +402,7 @@ def test_a_probe_without_labels_or_without_the_pretrained_encoder_is_said(lab, t
     monkeypatch.setattr(runs, "pretrained_encoder", gone)
     made, result = compared(lab / "run", everything(lab, fd=()), tmp_path)
     assert result.failed == {"fd_encoder": "the encoder is gone", **dict.fromkeys(
-        ["probe", "zero_shot"], "it takes the pretrained encoder: the encoder is gone")}
+        ["probe", "zero_shot", "robustness"], "it takes the pretrained encoder: the encoder is gone")}
     assert result.metrics.keys() >= {"psnr", "ssim", "lpips", "rfid", "knn_top1"}
     assert "probe: " in made.missing({"run": result})
 

@@ -208,8 +208,9 @@ def _is_measured(cell: Cell, options: Options) -> bool:
 def _write(study: Study, every: list[Cell], out: Path) -> None:
     found = [json.loads((cell.workdir / "evaluation" / "metrics.json").read_text()) for cell in every]
     # null is a metric that was not finite; texts, lists and mappings are no metrics.
-    numbers = [{name: value for name, value in measured.items() if value is None or isinstance(value, int | float)}
-               for measured in found]
+    numbers: list[dict[str, Any]] = [
+        {name: value for name, value in measured.items() if value is None or isinstance(value, int | float)}
+        for measured in found]
     rows = [StudyRow(name, [cell.seed for cell in every if cell.row == name],
                      [metrics for cell, metrics in zip(every, numbers, strict=True) if cell.row == name])
             for name in study.rows]
