@@ -11,8 +11,8 @@ from vqrae_jax.tokenizer.study import Row, Study
 WIDTHS, DECIDING = (8, 16, 64, 192, 384), (8, 16, 64, 384)  # the latter of 2048 codes have three seeds
 LEVELS = {512: (8, 8, 8), 2048: (8, 8, 8, 4), 8192: (8, 8, 8, 4, 4)}  # of FSQ
 SEEDS = (0, 1, 2)
-METRICS = ("psnr", "ssim", "fd_encoder", "code_usage", "code_perplexity", "code_bits_by_position",
-           "probe_linear_latents", "probe_knn_latents", "probe_linear_reconstructions", "probe_linear_features")
+METRICS = ("psnr", "fd_encoder", "code_usage", "code_perplexity", "code_bits_by_position", "probe_linear_latents",
+           "probe_knn_latents", "probe_linear_reconstructions")
 
 
 def _row(seeds: tuple[int, ...] = (0,), **quantizer) -> Row:
