@@ -557,7 +557,8 @@ def test_hub_model_without_a_network_is_a_one_line_error(monkeypatch):
 
 def test_reading_the_spec_from_the_hub_asks_for_no_weights(monkeypatch):
     asked = []
-    def download(repo_id, *, allow_patterns):
+    def download(repo_id, *, allow_patterns, local_files_only):
+        assert not local_files_only
         asked.append(allow_patterns)
         return str(REFERENCE / "dinov2")
     monkeypatch.setattr(tensors, "snapshot_download", download)
