@@ -3,7 +3,7 @@
 import functools
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -107,6 +107,18 @@ def open_batches(config: Config, source: Source, bad_images: BadImages, mesh: Me
                         shard_index=jax.process_index(), shard_count=jax.process_count())
 
 
+def placed(batches: Batches, mesh: Mesh) -> Iterator[dict[str, jax.Array]]:
+    """The global batches of which every process gives its share, on the devices; ends where a signal asks for it.
+
+    Each also has `position`, `[B]` int32: the places of its images in the evaluation, which go on in the padding.
+    """
+    for number, local in enumerate(batches):
+        signals.stop_if_preempted()
+        size = len(local["valid"])
+        first = (number * jax.process_count() + jax.process_index()) * size
+        yield sharding.put_batch(mesh, {**local, "position": np.arange(first, first + size, dtype=np.int32)})
+
+
 class Evaluator:
     """Evaluates arrays of one model; compiles once.
 
@@ -123,6 +135,7 @@ class Evaluator:
         self._metrics = {**metrics, **{name: metric for instrument in instruments.values()
                                        for name, metric in instrument.metrics.items()}}
         self._see = jax.jit(sharding.on(mesh, functools.partial(see, graphdef)))
+        self._rank = jax.jit(lambda ranks, position: ranks[jnp.minimum(position, len(ranks) - 1)])
         self._update = jax.jit(sharding.on(mesh, self._updated), donate_argnums=0,
                                out_shardings=(sharding.replicated(mesh), sharding.batch_sharding(mesh)))
 
@@ -146,27 +159,24 @@ class Evaluator:
           ValueError: no image could be read.
         """
         metrics = {name: metric for name, metric in self._metrics.items() if labelled or not metric.labelled}
-        ranks = np.append(np.random.default_rng(0).permutation(images), images).astype(np.int32)
+        ranks = np.append(np.random.default_rng(0).permutation(images), images).astype(np.int32)  # padding: the last
+        ranks = sharding.put(self._mesh, {"ranks": ranks}, ((".*", ()),))["ranks"]
         num_codes = flat.merge(self._graphdef, arrays).quantizer.num_codes
         sums, rows, pictures, places = None, [], [], []
-        for number, local in enumerate(batches):
-            signals.stop_if_preempted()
-            first = (number * jax.process_count() + jax.process_index()) * len(local["valid"])
-            position = np.arange(first, first + len(local["valid"]))
-            given = sharding.put_batch(self._mesh, {**local, "rank": ranks[np.minimum(position, images)]})
+        for given in placed(batches, self._mesh):
             seen = self._see(arrays, given["image"])
             looked: dict[str, Any] = {}
             for name, instrument in self._instruments.items():
                 looked[name] = instrument.look(seen, looked)
             batch = Batch(**seen._asdict(), num_codes=num_codes, labels=given["label"], valid=given["valid"],
-                          rank=given["rank"], seen=looked)
+                          rank=self._rank(ranks, given["position"]), seen=looked)
             sums = self._zeros(metrics, batch) if sums is None else sums
             sums, measured = self._update(sums, batch)
             # Images are large: they are gathered only as long as the picture needs some.
             missing = samples - sum(len(shown[0]) for shown in pictures)
             shown = (seen.images, seen.reconstructions) if missing > 0 else None
             measured, valid, rank, place, shown = distributed.gather(
-                (measured, given["valid"], given["rank"], given["index"], shown))
+                (measured, given["valid"], batch.rank, given["index"], shown))
             keep = {_FINITE: valid, **{name: valid & (rank < (metric.most_rows or images))
                                        for name, metric in metrics.items()}}
             rows.append({name: jax.tree.map(lambda values, keep=keep[name]: values[keep], measured[name])
@@ -188,8 +198,7 @@ class Evaluator:
     def pictures(self, arrays: Arrays, batches: Batches) -> tuple[np.ndarray, np.ndarray]:
         """Images and their reconstructions, float32 `[n, H, W, 3]` in [0, 1]."""
         sides = []
-        for local in batches:
-            given = sharding.put_batch(self._mesh, {name: local[name] for name in ("image", "valid")})
+        for given in placed(batches, self._mesh):
             seen = self._see(arrays, given["image"])
             *shown, valid = distributed.gather((seen.images, seen.reconstructions, given["valid"]))
             sides.append([side[valid] for side in shown])

@@ -20,8 +20,8 @@ from vqrae_jax.models.inception import InceptionV3, to_uint8_levels
 from vqrae_jax.models.perceptual import LPIPS
 from vqrae_jax.models.siglip import class_embeddings
 from vqrae_jax.tokenizer import build, runs
-from vqrae_jax.tokenizer.evaluate import Batches, Instrument, Seen
-from vqrae_jax.training import sharding, signals
+from vqrae_jax.tokenizer.evaluate import Batches, Instrument, Seen, placed
+from vqrae_jax.training import sharding
 from vqrae_jax.weights import huggingface, inception, perceptual, siglip, tensors
 
 ENCODER, INCEPTION, LPIPS_VGG, ZERO_SHOT = "encoder", "inception", "lpips", "zero_shot"  # names of instruments
@@ -204,14 +204,24 @@ def statistics(views: Mapping[str, View], batches: Batches, mesh: Mesh) -> dict[
     Raises:
       ValueError: features that are not finite, or fewer than two images.
     """
-    sums: dict[str, Any] = {}
-    update = jax.jit(frechet.update, donate_argnums=0)
-    for local in batches:
-        signals.stop_if_preempted()
-        batch = sharding.put_batch(mesh, {name: local[name] for name in ("image", "valid")})
+    sums: dict[Any, frechet.MomentSums] = {}
+    for batch in placed(batches, mesh):
         images = batch["image"].astype(jnp.float32) / 255
-        for name, view in views.items():
-            embedding = view.embedding(view.see(images))
-            kept = sums[name] if name in sums else frechet.init(embedding.shape[-1])
-            sums[name] = update(kept, embedding, batch["valid"])
+        looks = {name: view.embedding(view.see(images)) for name, view in views.items()}
+        sums = add(sums, looks, batch["valid"])
+    return finished(sums)
+
+
+def add(sums: Mapping[Any, frechet.MomentSums], looks: Mapping[Any, jax.Array],
+        valid: jax.Array) -> dict[Any, frechet.MomentSums]:
+    """`sums`, at first empty, with a batch's embeddings `[B, d]` added to those of the same name."""
+    return {name: _add(sums[name] if name in sums else frechet.init(embedding.shape[-1]), embedding, valid)
+            for name, embedding in looks.items()}
+
+
+_add = jax.jit(frechet.update, donate_argnums=0)
+
+
+def finished(sums: Mapping[Any, frechet.MomentSums]) -> dict[Any, Statistics]:
+    """Mean and covariance of each; ValueError as from `statistics`."""
     return {name: frechet.statistics(frechet.moments(kept)) for name, kept in sums.items()}

@@ -12,9 +12,9 @@ from jax.sharding import Mesh
 from vqrae_jax.metrics import Batch, Metric, knn_top1, linear_probe_top1
 from vqrae_jax.models import flat
 from vqrae_jax.models.flat import Arrays
-from vqrae_jax.tokenizer.evaluate import Batches
+from vqrae_jax.tokenizer.evaluate import Batches, placed
 from vqrae_jax.tokenizer.instruments import ENCODER, View
-from vqrae_jax.training import distributed, sharding, signals
+from vqrae_jax.training import distributed, sharding
 
 IMAGES = 50_000  # at most, to be asked about: their features are kept
 # What is asked about, and what the classifiers are then fitted to: a reconstruction is shown to the pretrained encoder
@@ -67,9 +67,7 @@ def representations(graphdef: nnx.GraphDef, arrays: Arrays, mesh: Mesh, batches:
     """
     see = jax.jit(sharding.on(mesh, functools.partial(_see, graphdef)))
     kept = []
-    for local in batches:
-        signals.stop_if_preempted()
-        batch = sharding.put_batch(mesh, {name: local[name] for name in ("image", "label", "valid")})
+    for batch in placed(batches, mesh):
         images, seen = see(arrays, batch["image"])
         seen["encoder"] = view.embedding(view.see(images))
         rows, valid = distributed.gather(({**seen, "labels": batch["label"]}, batch["valid"]))

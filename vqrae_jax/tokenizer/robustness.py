@@ -1,7 +1,7 @@
 """What a generator's mistakes will do: reconstructions from codes of which some were replaced."""
 
 import functools
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,16 +12,15 @@ from jax.sharding import Mesh
 from vqrae_jax.metrics import frechet, psnr
 from vqrae_jax.models import flat
 from vqrae_jax.models.flat import Arrays
+from vqrae_jax.tokenizer import evaluate, instruments
 from vqrae_jax.tokenizer.evaluate import Batches
 from vqrae_jax.tokenizer.instruments import View
-from vqrae_jax.training import distributed, sharding, signals
+from vqrae_jax.training import distributed, sharding
 
 IMAGES = 5000  # at most; nine times decoding and looking at each is enough
 SHARES = (0.01, 0.05, 0.1, 0.2)
 MAX_CODES = 2**16  # whose nearest neighbours are looked for
 _BLOCK = 1024
-
-Kind = Literal["random", "nearest"]
 
 
 def robustness(graphdef: nnx.GraphDef, arrays: Arrays, mesh: Mesh, batches: Batches,
@@ -52,16 +51,11 @@ def robustness(graphdef: nnx.GraphDef, arrays: Arrays, mesh: Mesh, batches: Batc
         raise ValueError(f"robustness needs a model with 2 to {MAX_CODES} codes, and this one has {num_codes}")
     jit = lambda function: jax.jit(sharding.on(mesh, functools.partial(function, graphdef)))
     encode, decode, near = jit(_encode), jit(_decode), jit(_nearest_others)(arrays)
-    update = jax.jit(frechet.update, donate_argnums=0)
     cells: list[tuple[str, float]] = [("none", 0.0), *((kind, share) for kind in ("random", "nearest")
                                                        for share in SHARES)]
     values: dict[tuple[str, float], list[np.ndarray]] = {cell: [] for cell in cells}
     sums: dict[Any, Any] = {}
-    for number, local in enumerate(batches):
-        signals.stop_if_preempted()
-        first = (number * jax.process_count() + jax.process_index()) * len(local["valid"])
-        position = np.arange(first, first + len(local["valid"]), dtype=np.int32)
-        batch = sharding.put_batch(mesh, {"image": local["image"], "valid": local["valid"], "position": position})
+    for batch in evaluate.placed(batches, mesh):
         images, codes = encode(arrays, batch["image"])
         looks: dict[Any, jax.Array] = {"images": view.embedding(view.see(images))}
         for kind, share in cells:
@@ -69,10 +63,8 @@ def robustness(graphdef: nnx.GraphDef, arrays: Arrays, mesh: Mesh, batches: Batc
             looks[kind, share] = view.embedding(view.see(decoded))
             of_images, valid = distributed.gather((of_images, batch["valid"]))
             values[kind, share].append(of_images[valid])
-        for cell, embedding in looks.items():
-            kept = sums[cell] if cell in sums else frechet.init(embedding.shape[-1])
-            sums[cell] = update(kept, embedding, batch["valid"])
-    found = {cell: frechet.statistics(frechet.moments(kept)) for cell, kept in sums.items()}
+        sums = instruments.add(sums, looks, batch["valid"])
+    found = instruments.finished(sums)
     return [{"kind": kind, "share": share, "psnr": float(np.concatenate(values[kind, share]).mean(dtype=np.float64)),
              "fd_encoder": frechet.frechet_distance(*found[kind, share], *found["images"])} for kind, share in cells]
 
