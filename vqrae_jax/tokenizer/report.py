@@ -216,9 +216,8 @@ def _width(image: np.ndarray) -> int:
 
 def _png(image: np.ndarray) -> str:
     """An image, `[H, W, 3]` float in [0, 1], as the address of a PNG; what is not finite becomes black."""
-    pixels = np.round(np.clip(np.nan_to_num(image), 0, 1) * 255).astype(np.uint8)
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, format="PNG")
+    Image.fromarray(reporting.to_8_bits(image)).save(buffer, format="PNG")
     return _address("image/png", buffer.getvalue())
 
 

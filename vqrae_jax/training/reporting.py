@@ -174,13 +174,17 @@ def image_rows(rows: Mapping[str, np.ndarray]) -> np.ndarray:
     """
     strips = []
     for caption, images in rows.items():
-        pixels = np.round(np.clip(np.nan_to_num(images), 0, 1) * 255).astype(np.uint8)
-        framed = np.pad(pixels, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255)
+        framed = np.pad(to_8_bits(images), ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255)
         strip = np.concatenate(list(framed), axis=1)
         bar = Image.new("RGB", (strip.shape[1], 14), "white")
         ImageDraw.Draw(bar).text((3, 1), caption, fill="black")
         strips += [np.asarray(bar), strip]
     return np.concatenate(strips)
+
+
+def to_8_bits(images: np.ndarray) -> np.ndarray:
+    """Float in [0, 1] as uint8; what lies beyond is clipped, and NaN is 0."""
+    return np.round(np.clip(np.nan_to_num(images), 0, 1) * 255).astype(np.uint8)
 
 
 def save_png(file: Path, picture: np.ndarray) -> None:
