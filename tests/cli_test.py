@@ -269,3 +269,15 @@ def test_help_explains(verb):
                             text=True, timeout=300)
     assert "--workdir" in result.stdout
     assert f"vqrae_jax.{verb}" in result.stdout
+
+
+def test_runs_for_images_of_different_sizes_are_refused_before_any_is_measured(tmp_path):
+    for size in (32, 64):
+        config = tiny()
+        config.data.image_size = size
+        (tmp_path / str(size)).mkdir()
+        config_lib.save(config_lib.parse(config), tmp_path / str(size) / "config.json")  # no checkpoint is asked for
+    result = command("vqrae_jax.evaluate", f"--workdir={tmp_path / '32'}", f"--workdir={tmp_path / '64'}")
+    assert result.returncode == 1
+    assert result.stderr == ("error: runs for images of different sizes, [32, 64], cannot be compared: one at a time\n")
+    assert not (tmp_path / "32" / "evaluation").exists()

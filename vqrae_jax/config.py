@@ -25,6 +25,7 @@ from typing import Any, Literal, TypeVar
 
 import ml_collections
 
+from vqrae_jax.models import inception
 from vqrae_jax.models.decoder import DECODER_SHAPES
 from vqrae_jax.models.discriminators import DISCRIMINATORS
 from vqrae_jax.models.losses import DISCRIMINATOR_LOSSES, GENERATOR_LOSSES, PIXEL_LOSSES
@@ -95,7 +96,7 @@ class Eval:
     limit: int = _key(5000, low=0, free=True)  # images per evaluation during training; 0 is all
     samples: int = _key(8, low=1, free=True)  # images in the picture
     # Weights of the papers' Inception, for rFID: torch-fidelity's file, or a safetensors file of the same tensors.
-    inception: str = _key("~/.cache/vqrae_jax/weights-inception-2015-12-05-6726825d.pth", free=True)
+    inception: str = _key(inception.WEIGHTS, free=True)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

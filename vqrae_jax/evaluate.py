@@ -29,6 +29,8 @@ def main(_) -> None:
     names = _labels(workdirs)
     out = Path(_OUT.value or workdirs[0] / "evaluation")
     configs = [config_lib.load(workdir / "config.json") for workdir in workdirs]
+    if len(sizes := {config.data.image_size for config in configs}) > 1:  # before the work
+        raise ValueError(f"runs for images of different sizes, {sorted(sizes)}, cannot be compared: one at a time")
     options = Options(**{name: flag.value for name, flag in _OPTIONS.items()})
     comparison = Comparison(configs[0], options, mesh, out)
     results = {name: comparison.measure(workdir) for name, workdir in zip(names, workdirs, strict=True)}

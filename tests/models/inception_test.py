@@ -160,14 +160,14 @@ def test_an_absent_or_damaged_file_is_one_line_with_the_command_that_gets_it(tmp
     command = (f"`curl -L -o ~/.cache/vqrae_jax/{name} --create-dirs "
                f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{name}`")
     with pytest.raises(OSError, match=f"^no Inception weights at ~/.cache/vqrae_jax/{name}: .*{re.escape(command)}$"):
-        weights.load_inception()
+        weights.load_inception(weights.WEIGHTS)
     with pytest.raises(OSError, match=re.escape(command)):
         weights.load_inception(tmp_path / "mine.safetensors")
     file = tmp_path / ".cache" / "vqrae_jax" / name
     file.parent.mkdir(parents=True)
     file.write_bytes(b"half of it")
     with pytest.raises(ValueError, match=f"is damaged.*download it again with {re.escape(command)}$"):
-        weights.load_inception()
+        weights.load_inception(weights.WEIGHTS)
 
 
 @pytest.mark.long

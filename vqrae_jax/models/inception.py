@@ -15,6 +15,8 @@ from flax import nnx
 from vqrae_jax.models.flat import Buffer
 
 IMAGE_SIZE, FEATURES, CLASSES = 299, 2048, 1008
+# Where its weights are looked for. The last part of the published name is how its SHA-256 starts, PyTorch's convention.
+WEIGHTS = "~/.cache/vqrae_jax/weights-inception-2015-12-05-6726825d.pth"
 
 
 class InceptionOutput(NamedTuple):

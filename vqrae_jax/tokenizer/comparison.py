@@ -210,7 +210,8 @@ class Comparison:
         metrics, perturbed = dict(METRICS), None
         if view and self._probe and self._labelled:
             limited = self._batches(config, self._probe, options.probe_limit)
-            if fitted := tried("probe", lambda: probe.representations(graphdef, arrays, mesh, limited, view)):
+            other = view if runs.encoder_learns(config, arrays) else None
+            if fitted := tried("probe", lambda: probe.representations(graphdef, arrays, mesh, limited, other)):
                 metrics["probe"] = probe.probe(fitted)
         found = self._instruments(config, arrays, view, tried)
         evaluator = evaluate.Evaluator(graphdef, mesh, metrics, found)

@@ -49,7 +49,7 @@ def probe(train: dict[str, np.ndarray]) -> Metric:
 
 
 def representations(graphdef: nnx.GraphDef, arrays: Arrays, mesh: Mesh, batches: Batches,
-                    view: View) -> dict[str, np.ndarray]:
+                    view: View | None) -> dict[str, np.ndarray]:
     """Means over tokens of what a run and its pretrained encoder make of images with labels.
 
     Args:
@@ -57,7 +57,7 @@ def representations(graphdef: nnx.GraphDef, arrays: Arrays, mesh: Mesh, batches:
       arrays: its parameters and buffers.
       mesh: of the evaluation.
       batches: the images, as `data.eval_batches` yields them.
-      view: the pretrained encoder.
+      view: the pretrained encoder; None where it is the run's own, whose features are then both.
 
     Returns:
       `encoder`, `features` and `latents`, `[n, d]` float32, and `labels` `[n]`.
@@ -69,7 +69,7 @@ def representations(graphdef: nnx.GraphDef, arrays: Arrays, mesh: Mesh, batches:
     kept = []
     for batch in placed(batches, mesh):
         images, seen = see(arrays, batch["image"])
-        seen["encoder"] = view.embedding(view.see(images))
+        seen["encoder"] = view.embedding(view.see(images)) if view else seen["features"]
         rows, valid = distributed.gather(({**seen, "labels": batch["label"]}, batch["valid"]))
         kept.append({name: values[valid] for name, values in rows.items()})
     return _labelled(jax.tree.map(lambda *values: np.concatenate(values), *kept))

@@ -5,11 +5,9 @@ from pathlib import Path
 import numpy as np
 from flax import nnx
 
-from vqrae_jax.models.inception import InceptionV3
+from vqrae_jax.models.inception import WEIGHTS, InceptionV3
 from vqrae_jax.weights import tensors
 
-# The last part of the published name is how its SHA-256 starts, PyTorch's convention.
-INCEPTION = "~/.cache/vqrae_jax/weights-inception-2015-12-05-6726825d.pth"
 _URL = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 
 # Our names -> theirs. Logits are used without the bias of the last layer.
@@ -18,7 +16,7 @@ _LEAVES = {"kernel": "conv.weight", "scale": "bn.weight", "bias": "bn.bias", "me
 _UNUSED = r"fc\.bias|.*\.num_batches_tracked"
 
 
-def load_inception(path: str | Path = INCEPTION) -> dict[str, np.ndarray]:
+def load_inception(path: str | Path) -> dict[str, np.ndarray]:
     """Reads the weights of an `InceptionV3`.
 
     Args:
@@ -33,7 +31,7 @@ def load_inception(path: str | Path = INCEPTION) -> dict[str, np.ndarray]:
         the published name and not its content.
     """
     file = Path(path).expanduser()
-    command = f"curl -L -o {path if file.suffix == '.pth' else INCEPTION} --create-dirs {_URL}"
+    command = f"curl -L -o {path if file.suffix == '.pth' else WEIGHTS} --create-dirs {_URL}"
     if not file.is_file():
         raise FileNotFoundError(f"no Inception weights at {path}: get them with `{command}`")
     if file.name.endswith("-6726825d.pth") and not tensors.sha256(file).startswith("6726825d"):
