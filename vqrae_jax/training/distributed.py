@@ -19,6 +19,7 @@ _ASKED = itertools.count(1)
 # What Gloo, NCCL and JAX's coordination service say where another process does not answer any more.
 _OTHERS_ARE_GONE = re.compile("UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED|Gloo|NCCL|[Cc]onnection|[Hh]eartbeat|"
                               "[Bb]arrier|[Cc]oordination")
+_STATUS = re.compile("[A-Z_]+: ")  # with which all of JAX's own errors begin
 # After so long the others miss a process that died silently, or one that does not come to the end.
 TIMEOUT_SECONDS = 30
 
@@ -92,8 +93,10 @@ def ends_with_the_others() -> Iterator[None]:
     """
     try:
         yield
-    except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1 or not _OTHERS_ARE_GONE.search(str(error)):
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
+        # What fails while it runs JAX raises as ValueError where its result is read, with the same text.
+        of_jax = isinstance(error, jax.errors.JaxRuntimeError) or _STATUS.match(str(error))
+        if jax.process_count() == 1 or not of_jax or not _OTHERS_ARE_GONE.search(str(error)):
             raise
         reason = " ".join(str(error).split())[:200]
         print(f"error: another process of this run is gone ({reason}); start all of them again, and the run continues "
