@@ -147,8 +147,8 @@ def test_any_number_of_processes_continues_what_any_other_began(count, config_fi
 
 
 @pytest.mark.parametrize(("kind", "says", "is_gone"), [
-    (jax.errors.JaxRuntimeError, "UNKNOWN: Gloo AllGather failed: Read error [127.0.0.1]:56977: Connection reset by peer",
-     True),
+    (jax.errors.JaxRuntimeError, "UNKNOWN: Gloo AllGather failed: Read error [127.0.0.1]:56977: Connection reset by "
+     "peer", True),
     (jax.errors.JaxRuntimeError, "DEADLINE_EXCEEDED: Barrier timed out", True),
     (jax.errors.JaxRuntimeError, "INTERNAL: cuDNN launch failure", False),
     (jax.errors.JaxRuntimeError, "INVALID_ARGUMENT: a bug of ours", False),
