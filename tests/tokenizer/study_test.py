@@ -87,10 +87,12 @@ def test_a_study_leaves_runs_tables_and_pictures(small, undisturbed):
     assert "| start | 2 |" in lines[2] and "±" in lines[2] and len(lines) == 4
 
 
-def test_a_complete_study_trains_and_measures_nothing(small, undisturbed, does_nothing):
+def test_a_complete_study_trains_and_measures_nothing_and_checks_its_columns(small, undisturbed, does_nothing):
     before = {name: (undisturbed / name).read_bytes() for name in FILES}
     run(small, undisturbed)
     assert {name: (undisturbed / name).read_bytes() for name in FILES} == before
+    with pytest.raises(ValueError, match="the study shows 'pnsr', which is no metric: there are psnr, ssim,"):
+        run(dataclasses.replace(small, metrics=("pnsr",)), undisturbed)
     with pytest.raises(AssertionError, match="once more"):  # other options are other numbers
         run(dataclasses.replace(small, options=dataclasses.replace(small.options, limit=5)), undisturbed)
 
@@ -131,11 +133,6 @@ def test_a_run_that_there_is_not_cannot_be_the_only_one(only, small, tmp_path, d
 def test_a_run_whose_start_is_not_trained_to_its_end_is_refused(small, tmp_path, does_nothing):
     with pytest.raises(ValueError, match=r"run 3 starts from run 1 \(start, seed 1\), which is not trained to its end"):
         run(small, tmp_path, only=3)
-
-
-def test_a_column_that_is_no_metric_is_said_after_the_first_run(small, undisturbed, does_nothing):
-    with pytest.raises(ValueError, match="the study shows 'pnsr', which is no metric: there are psnr, ssim,"):
-        run(dataclasses.replace(small, metrics=("pnsr",)), undisturbed)
 
 
 def write_study(file: Path, body: str) -> Path:
