@@ -74,7 +74,12 @@ def distinct() -> dict[str, tuple[config_lib.Config, list[str]]]:
     return {names[0]: (config, names) for config, names in groups.values()}
 
 
-@pytest.mark.parametrize(("config", "names"), distinct().values(), ids=distinct())
+FAST = ("dinov2_b", "nano_gan", "siglip_fsq", "siglip_l_stage2", "siglip2_so400m_256_stage2")
+
+
+@pytest.mark.parametrize(("config", "names"), [
+    pytest.param(*case, id=name, marks=[] if name in FAST else [pytest.mark.slow])
+    for name, case in distinct().items()])
 def test_exactly_the_promised_parameters_learn(config, names):
     """Without weight decay, so that a parameter changes only if it has a gradient."""
     name, *_ = names
@@ -246,7 +251,8 @@ def adversarial(config, **changes):
 LOSSES = ("pixel", "perceptual", "vq", "distill", "gan")
 
 
-@pytest.mark.parametrize("on", [*([name] for name in LOSSES), LOSSES], ids="+".join)
+@pytest.mark.parametrize("on", [
+    *(pytest.param([name], marks=pytest.mark.slow) for name in LOSSES), LOSSES], ids="+".join)
 def test_each_loss_reaches_exactly_the_promised_parts(on, tiny_config):
     """By itself, and all together: a step's gradient is the sum of the losses', so that no other mixture is new."""
     tiny_config.loss.update(pixel_weight=float("pixel" in on), vq_weight=float("vq" in on),
