@@ -58,7 +58,7 @@ def config_of(model: pytorch.Imported, *, encoder: str) -> Config:
                     quantizer=Quantizer(**model.quantizer), decoder=Decoder(**decoder),
                     latent_statistics=model.latent_statistics),
         optim=Optim(lr_multipliers=(("encoder/.*", 0.0),), ema_decay=0.0))
-    return config_lib.parse(dataclasses.asdict(config))
+    return config_lib.parse(dataclasses.asdict(config), Config)
 
 
 def _flags(config: Config, workdir: Path) -> list[str]:
