@@ -714,7 +714,7 @@ def _check_generator(config: GeneratorConfig) -> None:
         "a model with a path": ("random_weights", "new_rows"), "one without": _OWN_SHAPE})
     _check_kinds("prefix", prefix, prefix.kind, {"class": (), "caption": ("longest",)})
     if prefix.kind == "caption" and not model.path:
-        raise ValueError("config key prefix.kind is caption, which needs the text tokens of a Qwen3 folder: set model.path")
+        raise ValueError("config key prefix.kind is caption, but a text has no tokens without a Qwen3: set model.path")
     if model.heads % model.kv_heads:
         raise ValueError(f"config key model.heads {model.heads} is not divisible by model.kv_heads {model.kv_heads}")
     if model.head_dim % 2:

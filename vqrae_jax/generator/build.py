@@ -94,8 +94,8 @@ def structure(config: GeneratorConfig, codes: Codes) -> Structure:
     if model.path:
         pretrained = qwen3.read_lm_spec(model_path(config))
         if longest > pretrained.max_positions:
-            raise ValueError(f"config key prefix.longest {longest_caption(config)} and an image's {codes.grid**2} codes "
-                             f"are more than the {pretrained.max_positions} positions of {model.path}")
+            raise ValueError(f"config key prefix.longest {longest_caption(config)} and an image of {codes.grid**2} "
+                             f"codes are more than the {pretrained.max_positions} positions of {model.path}")
         vocabulary = Vocabulary(pretrained.vocabulary, codes.size, codes.classes)
         spec = dataclasses.replace(pretrained, vocabulary=vocabulary.size)
     else:

@@ -90,9 +90,9 @@ def make_train_step(config: GeneratorConfig, structure: Structure) -> TrainStep:
       `train_step(state, frozen, batch) -> (state, metrics)`, to be jitted with `state` donated. `batch` is that of
       `predict`, the global one. A step whose loss or gradient is not finite changes nothing but the counters.
 
-      Metrics are float32 scalars, means over all codes of the batch: `loss`, what is minimised, in nats a token, the
-      same in bits, `top1` and `top5`, the shares of codes that were held to be the likeliest or among the five likeliest;
-      `grad_norm`; `lr`, of the fastest parameters.
+      Metrics are float32 scalars, means over all codes of the batch: `loss`, what is minimised, in nats a token, and
+      `bits_per_token`; `top1` and `top5`, the share of codes that were held to be the likeliest, or among the five
+      likeliest; `grad_norm`; `lr`, of the fastest parameters.
     """
     optimizer = optim.from_config(config.optim, steps=config.train.steps)
     rates = optim.rates(config.optim, steps=config.train.steps)

@@ -15,8 +15,8 @@ from vqrae_jax.config import Config, Data, Decoder, Encoder, Model, Optim, Quant
 from vqrae_jax.models import flat
 from vqrae_jax.models.decoder import DECODER_SHAPES
 from vqrae_jax.tokenizer import build, runs
-from vqrae_jax.tokenizer.runs import Weights
 from vqrae_jax.training import checkpoint, sharding
+from vqrae_jax.training.checkpoint import Weights
 from vqrae_jax.training.files import disk_errors
 from vqrae_jax.weights import huggingface, pytorch
 

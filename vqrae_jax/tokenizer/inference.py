@@ -17,8 +17,8 @@ from vqrae_jax.models.flat import Arrays
 from vqrae_jax.models.quantizers import Quantizer
 from vqrae_jax.models.vit import FinalNorm
 from vqrae_jax.tokenizer import build, runs
-from vqrae_jax.tokenizer.runs import Weights
 from vqrae_jax.training import sharding
+from vqrae_jax.training.checkpoint import Weights
 from vqrae_jax.weights import huggingface
 
 # What rounding may add to images in [0, 1]. Resampling overshoots by a hundred times as much, and wants to be clipped.

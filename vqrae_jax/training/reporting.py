@@ -1,11 +1,12 @@
 """What a run tells: a progress line, metrics.jsonl, TensorBoard, pictures, and Weights & Biases on request."""
 
+import contextlib
 import hashlib
 import json
 import logging
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,36 @@ from vqrae_jax.training.task import Best
 
 log = logging.getLogger(__name__)
 _EVALUATION = "eval/"
+
+
+@contextlib.contextmanager
+def progress_shown() -> Iterator[None]:
+    """Lets progress reach stderr where logging is as Python leaves it, with the root logger's level above INFO."""
+    logger = logging.getLogger("vqrae_jax")
+    if logger.handlers or logger.level or logger.isEnabledFor(logging.INFO):
+        yield
+        return
+    handler, propagate = _Progress(), logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(logging.NOTSET)
+        logger.propagate = propagate
+
+
+class _Progress(logging.StreamHandler):
+    """Writes what the root logger's level keeps from its handlers, if it has any; the rest goes there as ever."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        root = logging.getLogger()
+        if root.handlers and record.levelno >= root.level:
+            root.handle(record)
+        else:
+            super().emit(record)
 
 
 class Reporter:
