@@ -61,7 +61,7 @@ def test_a_cpu_program_holds_nothing_of_cudnn(monkeypatch):
     assert "cudnn" not in jax.jit(attend).lower(x, x, x).as_text()
     # Beside a GPU as well: the choice is made when the program is lowered.
     monkeypatch.setattr(vit, "_has_cudnn", lambda: True)
-    monkeypatch.setattr(vit, "_flash", lambda q, k, v: jnp.sin(reference(q, k, v)))
+    monkeypatch.setattr(vit, "_flash", lambda q, k, v, causal: jnp.sin(reference(q, k, v)))
     assert "sine" not in jax.jit(lambda x: attend(x, x, x)).lower(x).as_text()
     exported = jax.export.export(jax.jit(lambda x: attend(x, x, x)), platforms=["cuda"])(x)
     assert "sine" in exported.mlir_module()

@@ -11,7 +11,7 @@ not grow with depth and one path pattern names a parameter of every layer.
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of
 
 Activation = Literal["gelu", "gelu_tanh"]
 FinalNorm = Literal["affine", "plain"]
-Rope = tuple[np.ndarray, np.ndarray]
+Rope = tuple[np.ndarray | jax.Array, np.ndarray | jax.Array]  # cos and sin of angles
 Remat = Callable[..., bool]
 
 # What is kept for the backward pass by default: results of matmuls. LayerNorms, GELUs and the attention weights are
@@ -112,36 +112,42 @@ def rotate(x: jax.Array, rope: Rope) -> jax.Array:
     return x * cos + jnp.concatenate([-second, first], axis=-1) * sin
 
 
-@jax.custom_vjp
-def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, *, causal: bool = False) -> jax.Array:
     """softmax(q k^T / sqrt(d)) v with the softmax in float32, `[G, N, d] -> [G, N, d]` three times.
+
+    With `causal` a query sees the keys of its own and of earlier positions; there are as many of one as of the other.
 
     The backward pass computes the weights anew, as FlashAttention does (arXiv 2205.14135), so that nothing of size
     N x N outlives the layer. On NVIDIA GPUs both passes are cuDNN's flash attention where it takes the shapes: 16-bit
     floats, and d a multiple of 8 up to 128.
     """
-    return _attend_forward(q, k, v)[0]
+    return _attend(q, k, v, causal)
 
 
-def _attend_forward(q: jax.Array, k: jax.Array, v: jax.Array):
+def _attend_forward(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool):
 
     def plain(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         logits = _matmul("bqd,bkd->bqk", q * q.shape[-1]**-0.5, k)
+        if causal:
+            logits = _without_later(logits, queries=1, keys=2)
         weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
         # Divided by their sum only afterwards, on d instead of N columns.
         y = _matmul("bqk,bkd->bqd", weights.astype(v.dtype), v) / jnp.sum(weights, axis=-1, keepdims=True)
         return y.astype(v.dtype)
 
-    y = checkpoint_name(_on_nvidia(_flash, plain, q, k, v), "attended")
+    flash = lambda q, k, v: _flash(q, k, v, causal)
+    y = checkpoint_name(_on_nvidia(flash, plain, q, k, v), "attended")
     return y, (q, k, v, y)
 
 
-def _attend_backward(residuals, dy: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _attend_backward(causal: bool, residuals, dy: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
 
     def plain(q, k, v, y, dy):
         q = q * q.shape[-1]**-0.5
         # Keys before queries throughout: so the large matrices are never read transposed, but for dq.
         logits = _matmul("bkd,bqd->bkq", k, q)
+        if causal:
+            logits = _without_later(logits, queries=2, keys=1)
         weights = jnp.exp(logits - jnp.max(logits, axis=1, keepdims=True))
         weights = weights / jnp.sum(weights, axis=1, keepdims=True)
         dv = jnp.einsum("bkq,bqd->bkd", weights.astype(v.dtype), dy)
@@ -152,21 +158,28 @@ def _attend_backward(residuals, dy: jax.Array) -> tuple[jax.Array, jax.Array, ja
 
     def flash(q, k, v, y, dy):
         del y
-        return jax.vjp(_flash, q, k, v)[1](dy)
+        return jax.vjp(lambda q, k, v: _flash(q, k, v, causal), q, k, v)[1](dy)
 
     return _on_nvidia(flash, plain, *residuals, dy)
 
 
-attend.defvjp(_attend_forward, _attend_backward)
+_attend = jax.custom_vjp(lambda q, k, v, causal: _attend_forward(q, k, v, causal)[0], nondiff_argnums=(3,))
+_attend.defvjp(_attend_forward, _attend_backward)
 
 
 def _matmul(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
     return jnp.einsum(subscripts, x, y, preferred_element_type=jnp.float32)
 
 
-def _flash(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+def _without_later(logits: jax.Array, *, queries: int, keys: int) -> jax.Array:
+    """Minus infinity where a key's position is after the query's; `queries` and `keys` are their axes."""
+    position = lambda axis: jax.lax.broadcasted_iota(jnp.int32, logits.shape, axis)
+    return jnp.where(position(keys) <= position(queries), logits, -jnp.inf)
+
+
+def _flash(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool) -> jax.Array:
     q, k, v = (x[:, :, None] for x in (q, k, v))  # one head, for heads are part of the batch
-    return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")[:, :, 0]
+    return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn")[:, :, 0]
 
 
 def _on_nvidia(flash: Callable, plain: Callable, q: jax.Array, *arrays: jax.Array):
@@ -251,6 +264,32 @@ class Block(nnx.Module):
         return x + _scaled(self.mlp(self.norm2(x)), self.scale2)
 
 
+def stack(make_block: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs) -> nnx.Module:
+    """`depth` blocks as one module, whose parameters have a leading axis for them."""
+    return nnx.vmap(make_block, in_axes=0, out_axes=0)(rngs.split(depth))
+
+
+def scan(run: Callable[[Any, jax.Array, Any], tuple[jax.Array, Any]], blocks: nnx.Module, x: jax.Array,
+         inputs: Any = None, *, layers: slice = slice(None), remat: Remat) -> tuple[jax.Array, Any]:
+    """Runs `x, outputs = run(block, x, inputs)` for one block after another.
+
+    Args:
+      run: a block's work.
+      blocks: as `stack` makes them.
+      x: goes from block to block.
+      inputs: a tree of arrays, whose leading axis is that of the blocks.
+      layers: the blocks that run.
+      remat: see `Transformer`.
+
+    Returns:
+      `x` after the last block, and every block's outputs, stacked.
+    """
+    graphdef, stacked = nnx.split(blocks)
+    body = lambda x, layer: run(nnx.merge(graphdef, layer[0]), x, layer[1])
+    chosen = jax.tree.map(lambda leaf: leaf[layers], (stacked, inputs))
+    return jax.lax.scan(jax.checkpoint(body, policy=remat, prevent_cse=False), x, chosen)
+
+
 def _scaled(x: jax.Array, scale: nnx.Param | None) -> jax.Array:
     return x if scale is None else x * scale[...].astype(x.dtype)
 
@@ -266,7 +305,7 @@ class Transformer(nnx.Module):
     def __init__(self, spec: TransformerSpec, *, final_norm: FinalNorm | None = "affine", key_bias: bool = True,
                  remat: Remat = SAVE_MATMULS, dtype=jnp.float32, rngs: nnx.Rngs):
         make_block = lambda rngs: Block(spec, key_bias=key_bias, dtype=dtype, rngs=rngs)
-        self.blocks = nnx.vmap(make_block, in_axes=0, out_axes=0)(rngs.split(spec.depth))
+        self.blocks = stack(make_block, spec.depth, rngs)
         make_norm = lambda: layer_norm(spec.width, eps=spec.norm_eps, affine=final_norm == "affine", rngs=rngs)
         self.norm = make_norm() if final_norm is not None else None
         self.depth, self.remat, self.dtype = spec.depth, remat, dtype
@@ -286,13 +325,10 @@ class Transformer(nnx.Module):
         Layers are numbered as `transformers` numbers `hidden_states`: 0 is the input, `depth` the last block's output.
         They must ascend. Blocks after the last of them are not run.
         """
-        graphdef, stacked = nnx.split(self.blocks)
-        run_block = jax.checkpoint(lambda x, params: (nnx.merge(graphdef, params)(x, rope), None), policy=self.remat,
-                                   prevent_cse=False)
+        run = lambda block, x, _: (block(x, rope), None)
         states, x, done = [], x.astype(self.dtype), 0
         for layer in layers:
-            several = jax.tree.map(lambda leaf, done=done, layer=layer: leaf[done:layer], stacked)
-            x, _ = jax.lax.scan(run_block, x, several)
+            x, _ = scan(run, self.blocks, x, layers=slice(done, layer), remat=self.remat)
             states.append(x)
             done = layer
         return states

@@ -26,6 +26,7 @@ Rules = tuple[tuple[str, tuple[int, ...]], ...]
 RULES: Rules = (
     (r".*/blocks/.*kernel", (1, 2)),  # stacked over depth, which is scanned over: every step needs a whole layer
     (r".*kernel", (-1, -2)),
+    (r".*token_embedding", (-2, -1)),
     (r".*", ()),  # biases, norms, positions, counters
 )
 

@@ -90,6 +90,12 @@ class Options:
             raise self._wrong(name, "a string")
         return value
 
+    def boolean(self, name: str) -> bool:
+        """True or false."""
+        if not isinstance(value := self._value(name), bool):
+            raise self._wrong(name, "true or false")
+        return value
+
     def require(self, name: str, value: Any) -> None:
         """Refuses every other value than the one."""
         if type(found := self._value(name)) is not type(value) or found != value:
