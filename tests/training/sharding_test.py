@@ -150,6 +150,8 @@ def test_every_axis_and_rule_says_what_it_means():
     assert spec("params/quantizer/project_in/kernel", (32, 40)) == PartitionSpec(None, "fsdp")
     assert spec("buffers/quantizer/codebook", (48, 40)) == PartitionSpec("fsdp", None)
     assert spec("params/decoder/transformer/blocks/mlp/fc1/bias", (2, 64)) == PartitionSpec()
+    assert spec("params/token_embedding", (48, 40)) == PartitionSpec("fsdp", None)
+    assert spec("params/token_embedding", (49, 40)) == PartitionSpec(None, "fsdp")
     assert spec("gan/params/discriminator/conv1/kernel", (1, 1, 64, 64)) == PartitionSpec()
     assert spec("opt_state/1/mu/quantizer/project_in/kernel", (32, 40)) == PartitionSpec(None, "fsdp")
     assert spec("ema/quantizer/sums", (48, 40)) == PartitionSpec("fsdp", None)
