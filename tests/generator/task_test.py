@@ -9,6 +9,7 @@ import chex
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 from PIL import Image
 
 from tests.conftest import killed_in_step
@@ -25,7 +26,7 @@ IMAGES, VIEWS = 96, 2
 
 
 def write_codes(folder: Path, *, seed: int = 0, captions: bool = False, **changes) -> Path:
-    """A folder of codes that their class and position say, but for some noise, and captions that name the class."""
+    """A folder of codes that class and half of the image say, but for some noise, and captions that name the class."""
     rng = np.random.default_rng(seed)
     description = Description(**{
         "data": "embedded", "source": {"images": IMAGES, "digests": [str(seed)]}, "num_classes": CODES.classes,
@@ -34,7 +35,7 @@ def write_codes(folder: Path, *, seed: int = 0, captions: bool = False, **change
     records = []
     for index in range(IMAGES):
         label = index % CODES.classes
-        codes = (label * 7 + np.arange(CODES.grid**2)) % CODES.size + np.zeros((VIEWS, 1), int)
+        codes = 7 * label + (np.arange(CODES.grid**2) >= 8) + np.zeros((VIEWS, 1), int)
         codes = np.where(rng.random(codes.shape) < 0.2, rng.integers(0, CODES.size, codes.shape), codes)
         codes = codes.reshape(VIEWS, CODES.grid, CODES.grid).astype(description.dtype)
         caption = f"a {WORDS[5 + label]} on the table under a chair"[:None if index % 2 else 5] if captions else ""
@@ -91,15 +92,14 @@ def test_a_continued_run_equals_one_that_never_stopped(folder, tmp_path, caplog)
 
 def test_what_can_be_learned_is_learned_and_measured_on_images_that_were_not_trained_on(folder, tmp_path):
     config = config_of(folder, drop=0.2)
-    config.train.update(steps=150, batch_size=32, log_every=50, checkpoint_every=150, eval_every=150)
+    config.train.update(steps=100, batch_size=32, log_every=50, checkpoint_every=100, eval_every=100)
     config.eval.limit = 0
     config.optim.update(lr=1e-2, ema_decay=0.0)
     result = task.train(parsed(config), tmp_path)
     # A fifth of the codes is uniform noise, and by chance as expected once in 24 times.
     bound = -(0.8 + 0.2 / 24) * np.log(0.8 + 0.2 / 24) - 0.2 * 23 / 24 * np.log(0.2 / 24)
-    assert bound - 0.2 < result["nats"] < bound + 0.4
-    assert result["nats"] < result["nats_by_position"] - 0.3 < result["nats_unigram"] - 0.3
-    assert result["nats_unigram"] == pytest.approx(np.log(CODES.size), abs=0.1)
+    assert bound - 0.2 < result["nats"] < bound + 0.3
+    assert result["nats"] < result["nats_by_position"] - 0.5 < result["nats_unigram"] - 0.7
     assert 0.6 < result["top1"] < result["top5"] <= 1
     assert result["bits_per_pixel"] == pytest.approx(result["nats"] / np.log(2) * 16 / 32**2)
     assert np.mean([result[f"nats_quarter{i}"] for i in (1, 2, 3, 4)]) == pytest.approx(result["nats"])
@@ -112,7 +112,7 @@ def test_numbers_are_those_of_the_images(folder, tmp_path):
     config = parsed(config_of(folder))
     made = task.GeneratorTask(config, tmp_path)
     evaluator = evaluate.Evaluator(made.structure, sharding.one_device())
-    _, params, _ = flat.split(build.language_model(config, made.structure.spec, jax_rngs()))
+    _, params, _ = flat.split(build.language_model(config, made.structure.spec, nnx.Rngs(0)))
     given = batch(12)
     padded = [{name: np.concatenate([value[at:at + 8], np.zeros_like(value[:max(0, at - 4)])])
                for name, value in given.items()} | {"valid": np.arange(8) < 12 - at} for at in (0, 8)]
@@ -131,12 +131,6 @@ def test_numbers_are_those_of_the_images(folder, tmp_path):
     assert rulers["nats_unigram"] == pytest.approx(-np.log(unigram).mean())
     first, second = (2 + 2 * unigram[0]) / (2 + 2), (1 + 2 * unigram[1]) / (2 + 2)
     assert rulers["nats_by_position"] == pytest.approx(-np.log([first, second]).mean())
-
-
-def jax_rngs():
-    from flax import nnx
-
-    return nnx.Rngs(0)
 
 
 def test_captions_are_learned_behind_a_text_model_and_the_run_needs_its_folder_only(tmp_path):
@@ -183,7 +177,7 @@ def test_captions_are_learned_behind_a_text_model_and_the_run_needs_its_folder_o
 ])
 def test_what_is_wrong_is_one_line_before_anything_is_written(keys, says, folder, tmp_path):
     config = config_of(folder)
-    if "{text}" in str(keys):
+    if "model.path" in keys:
         config.model = config_lib.generator().model
         text_model(tmp_path / "text")
     if "{other}" in str(keys):
