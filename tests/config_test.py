@@ -12,7 +12,7 @@ import pytest
 import vqrae_jax
 from vqrae_jax import config as config_lib
 from vqrae_jax.generator import build as generator_build
-from vqrae_jax.models.perceptual import NETWORKS
+from vqrae_jax.models.perceptual import SHARES
 from vqrae_jax.models.quantizers import QUANTIZERS
 from vqrae_jax.tokenizer import build
 
@@ -63,7 +63,8 @@ def changed(**changes):
     ({"model__encoder__combine": "concat"}, "model.encoder.combine has no effect without model.encoder.layers"),
     ({"gan__heads": "disc.pt"}, "gan.heads 'disc.pt' has no meaning for none, only for dino_s8 and dino_s16"),
     ({"gan__discriminator": "dino_s8", "gan__warmup_steps": 100_000}, "gan.warmup_steps 100000 must be below"),
-    ({"loss__perceptual_weight": 1.0}, "needs a network: set loss.perceptual.lpips or loss.perceptual.convnext_s"),
+    ({"loss__perceptual_weight": 1.0}, "needs a network: set loss.perceptual.lpips or loss.perceptual.convnext_s or "
+     "loss.perceptual.encoder above 0"),
     ({"loss__perceptual__lpips": 1.0}, "loss.perceptual_weight is 0, but loss.perceptual names a network"),
     ({"model__decoder__shape": "custom", "model__decoder__width": 8}, "model.decoder.depth is 0, but a custom shape"),
     ({"model__decoder__depth": 8}, "model.decoder.depth 8 has no meaning for symmetric, only for custom"),
@@ -140,7 +141,7 @@ def test_every_key_is_read_by_something():
     aliases = {"d": "decoder"}
     # Handed to their builders by name.
     read = {("quantizer", name) for kind in QUANTIZERS.values() for name in ("size", "dim", *kind.keys)}
-    read |= {("perceptual", name) for name in NETWORKS}
+    read |= {("perceptual", name) for name in SHARES}
     for file in (REPOSITORY / "vqrae_jax").rglob("*.py"):
         if file.name == "config.py":
             continue

@@ -284,7 +284,9 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("file", [file for file in PAGES if python_blocks(file.read_text())], ids=name_of)
+@pytest.mark.parametrize("file", [
+    pytest.param(file, id=name_of(file), marks=[pytest.mark.slow] if file.stem == "from-pytorch" else [])
+    for file in PAGES if python_blocks(file.read_text())])
 def test_python_runs(file, folder, monkeypatch):
     monkeypatch.chdir(folder)
     run_blocks(file.read_text(), file.name)

@@ -237,6 +237,7 @@ def test_notebooks_are_stored_without_outputs(name):
     assert not any(cell.outputs or cell.execution_count for cell in cells)
 
 
+@pytest.mark.slow
 def test_the_tour_runs_in_a_clone_and_compares_its_runs(tmp_path, monkeypatch):
     for name in ("vqrae_jax", "configs", "launch"):
         shutil.copytree(REPOSITORY / name, tmp_path / "clone" / name, ignore=shutil.ignore_patterns("__pycache__"))

@@ -30,7 +30,7 @@ from vqrae_jax.models import inception
 from vqrae_jax.models.decoder import DECODER_SHAPES
 from vqrae_jax.models.discriminators import DISCRIMINATORS
 from vqrae_jax.models.losses import DISCRIMINATOR_LOSSES, GENERATOR_LOSSES, PIXEL_LOSSES
-from vqrae_jax.models.perceptual import NETWORKS
+from vqrae_jax.models.perceptual import SHARES
 from vqrae_jax.models.quantizers import QUANTIZERS
 
 BELOW_ONE = 1 - 1e-6  # a moving average of decay 1 would never move
@@ -157,6 +157,7 @@ class Perceptual:
 
     lpips: float = _key(0.0, low=0.0)  # share of LPIPS on VGG16
     convnext_s: float = _key(0.0, low=0.0)  # share of the distance of ConvNeXt-S's logits
+    encoder: float = _key(0.0, low=0.0)  # share of the distance of the run's own encoder's features, as it began
     # Weights, which a run reads once, when it starts: a file, a folder or a hub id.
     lpips_vgg16: str = _key("timm/vgg16.tv_in1k", free=True)
     lpips_linear: str = _key("", free=True)  # LPIPS's own 1x1 weights; empty: those that ship with the package
@@ -692,10 +693,10 @@ def _check_tokenizer(config: Config) -> None:
         raise ValueError(f"config key gan.cutout {gan.cutout} has no effect without gan.augment")
     if config.model.encoder.combine != "sum" and not config.model.encoder.layers:
         raise ValueError("config key model.encoder.combine has no effect without model.encoder.layers")
-    shares = sum(getattr(config.loss.perceptual, name) for name in NETWORKS)
+    shares = sum(getattr(config.loss.perceptual, name) for name in SHARES)
     if config.loss.perceptual_weight and not shares:
         raise ValueError(f"config key loss.perceptual_weight {config.loss.perceptual_weight} needs a network: set "
-                         f"{' or '.join(f'loss.perceptual.{name}' for name in NETWORKS)} above 0")
+                         f"{' or '.join(f'loss.perceptual.{name}' for name in SHARES)} above 0")
     if shares and not config.loss.perceptual_weight:
         raise ValueError("config key loss.perceptual_weight is 0, but loss.perceptual names a network")
     if gan.discriminator != "none":

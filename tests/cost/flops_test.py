@@ -44,6 +44,7 @@ def parsed(tiny_config, changes: dict) -> config_lib.Config:
 LEARNING = {"optim.lr_multipliers": ()}
 PATCHGAN = {"gan.discriminator": "patchgan", "gan.channels": 32, "gan.adaptive": True}
 DINO = {"gan.discriminator": "dino_s16", "gan.random_weights": True}
+ENCODER = {"loss.perceptual_weight": 1.0, "loss.perceptual.encoder": 1.0}
 PERCEPTUAL = {"loss.perceptual_weight": 1.0, "loss.perceptual.lpips": 1.0, "loss.perceptual.convnext_s": 1.0}
 
 
@@ -58,6 +59,8 @@ PERCEPTUAL = {"loss.perceptual_weight": 1.0, "loss.perceptual.lpips": 1.0, "loss
     ({**LEARNING, "model.quantizer.kind": "ema", **PATCHGAN}, 2, 1e-3),
     ({**LEARNING, **PERCEPTUAL}, 2, 1e-2),
     ({**LEARNING, **DINO}, 2, 2e-2),
+    (ENCODER, 2, 0),
+    ({**LEARNING, **ENCODER}, 3, 0),
 ])
 def test_the_formula_is_what_a_step_does(changes, learning_parts, tolerance, tiny_config):
     config = parsed(tiny_config, changes)

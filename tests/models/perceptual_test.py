@@ -271,6 +271,17 @@ def test_convnext_and_its_gradient_match_pytorch(size, image_size, convnext_refe
     assert max(differences.values()) <= 1e-4
 
 
+def test_the_distance_of_tokens_is_1_minus_their_cosine():
+    tokens = np.random.default_rng(0).normal(size=(2, 3, 5, 7)).astype(np.float32)
+    unit = tokens / np.linalg.norm(tokens, axis=-1, keepdims=True)
+    distance = jax.jit(perceptual.token_distance)
+    np.testing.assert_allclose(distance(*tokens), 1 - np.mean(np.sum(unit[0] * unit[1], axis=-1), axis=-1), rtol=1e-5)
+    assert np.all(np.asarray(distance(tokens[0], tokens[0])) == 0)
+    np.testing.assert_allclose(distance(tokens[0], -2 * tokens[0]), 2, rtol=1e-5)
+    zero = np.zeros_like(tokens[0])  # no direction at all
+    assert np.all(np.isfinite(jax.grad(lambda x: perceptual.token_distance(x, zero).sum())(zero)))
+
+
 def test_convnext_in_bfloat16_is_near_and_finite(convnext_reference, tmp_path):
     _, found = convnext_reference
     params = convert.load_convnext_small(save(found, tmp_path / "model.safetensors"), spec=TINY)

@@ -198,7 +198,7 @@ def without_others(values: dict[str, float]) -> dict[str, float]:
     return {name: value for name, value in values.items() if not name.endswith("_to_others")}
 
 
-@pytest.mark.parametrize("batch_size", [1, 7])
+@pytest.mark.parametrize("batch_size", [pytest.param(1, marks=pytest.mark.slow), 7])
 def test_batches_of_any_size_give_the_same_numbers(batch_size, lab, expected, tmp_path):
     found = measured(lab, tmp_path, devices=1, batch_size=batch_size, to_others=False)
     assert_same(found, without_others(expected))
@@ -209,6 +209,7 @@ def start(*arguments: object, environment: dict[str, str]) -> subprocess.Popen:
                             env=os.environ | environment, cwd=REPOSITORY)
 
 
+@pytest.mark.slow
 def test_any_number_of_devices_gives_the_same_numbers(lab, expected, tmp_path):
     process = start(lab, tmp_path, "--devices=2,8", environment={
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8"})
@@ -217,6 +218,7 @@ def test_any_number_of_devices_gives_the_same_numbers(lab, expected, tmp_path):
         assert_same(json.loads((tmp_path / f"{devices}.json").read_text()), without_others(expected))
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_same_numbers(lab, expected, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -74,7 +74,12 @@ def distinct() -> dict[str, tuple[config_lib.Config, list[str]]]:
     return {names[0]: (config, names) for config, names in groups.values()}
 
 
-@pytest.mark.parametrize(("config", "names"), distinct().values(), ids=distinct())
+FAST = ("dinov2_b", "nano_gan", "siglip_fsq", "siglip_l_stage2", "siglip2_so400m_256_stage2")
+
+
+@pytest.mark.parametrize(("config", "names"), [
+    pytest.param(*case, id=name, marks=[] if name in FAST else [pytest.mark.slow])
+    for name, case in distinct().items()])
 def test_exactly_the_promised_parameters_learn(config, names):
     """Without weight decay, so that a parameter changes only if it has a gradient."""
     name, *_ = names
@@ -157,6 +162,38 @@ def test_distillation_compares_the_student_with_its_teacher(tiny_config):
         distances.append(float(metrics["weighted/distill"]))
     assert distances == sorted(distances, reverse=True)
     assert distances[0] > distances[-1] > 0
+
+
+@pytest.mark.parametrize("learns", [False, True])
+def test_the_encoders_perceptual_loss_is_that_of_the_encoder_as_it_began(learns, tiny_config):
+    """Its gradient reaches what made the reconstruction and nothing else; a frozen encoder is held once."""
+    tiny_config.loss.update(vq_weight=0.0, perceptual_weight=3.0)
+    tiny_config.loss.perceptual.encoder = 0.5
+    if learns:
+        tiny_config.optim.lr_multipliers = ()
+    run = Run(config_lib.parse(tiny_config))
+    assert bool(run.frozen.teacher) == learns
+    assert not run.frozen.networks
+    moved = {path: value * 1.05 if path.startswith("encoder/") else value for path, value in run.state.params.items()}
+    state = run.state._replace(params=moved)
+    images = run.batch()["image"]
+    (grads, _, metrics), _ = jax.jit(lambda state: gradients(
+        run.config, run.structure, state, run.frozen, images, rng=jax.random.key(0), phase=""))(state)
+    encoder = flat.merge(run.structure.graphdef, run.params, run.buffers).encoder
+
+    def expected(params):
+        x = images.astype(np.float32) / 255
+        y = flat.merge(run.structure.graphdef, run.params, params, run.buffers)(x, train=True).images
+        tokens = [z / jnp.linalg.norm(z, axis=-1, keepdims=True) for z in (encoder(x), encoder(y))]
+        distance = 1 - jnp.mean(jnp.sum(tokens[0] * tokens[1], axis=-1))
+        return losses.l2(y, x) + 3 * distance, distance
+
+    wanted, distance = jax.jit(jax.grad(expected, has_aux=True))(moved)
+    assert float(metrics["loss/encoder"]) == pytest.approx(float(distance), rel=1e-5)
+    assert float(metrics["weighted/perceptual"]) == pytest.approx(3 * float(distance), rel=1e-5)
+    for path in moved:
+        np.testing.assert_allclose(grads[path], wanted[path], rtol=1e-3, atol=1e-3 * np.abs(wanted[path]).max(),
+                                   err_msg=path)
 
 
 def test_distilling_a_frozen_encoder_is_refused(tiny_config):
@@ -246,7 +283,8 @@ def adversarial(config, **changes):
 LOSSES = ("pixel", "perceptual", "vq", "distill", "gan")
 
 
-@pytest.mark.parametrize("on", [*([name] for name in LOSSES), LOSSES], ids="+".join)
+@pytest.mark.parametrize("on", [
+    *(pytest.param([name], marks=pytest.mark.slow) for name in LOSSES), LOSSES], ids="+".join)
 def test_each_loss_reaches_exactly_the_promised_parts(on, tiny_config):
     """By itself, and all together: a step's gradient is the sum of the losses', so that no other mixture is new."""
     tiny_config.loss.update(pixel_weight=float("pixel" in on), vq_weight=float("vq" in on),
@@ -315,7 +353,7 @@ def test_the_public_loss_is_that_of_the_training_step(tiny_config):
     """With a teacher and networks; of a config whose discriminator learns later: what its first phase optimises."""
     tiny_config.optim.lr_multipliers = ()
     tiny_config.loss.update(distill_weight=2.0, perceptual_weight=0.5)
-    tiny_config.loss.perceptual.update(convnext_s=3.0, lpips=1.0, random_weights=True)
+    tiny_config.loss.perceptual.update(convnext_s=3.0, lpips=1.0, encoder=2.0, random_weights=True)
     run = Run(config_lib.parse(adversarial(tiny_config, discriminator_start_step=2, start_step=3)))
     moved = {path: value * 1.05 if path.startswith("encoder/") else value for path, value in run.state.params.items()}
     state = run.state._replace(params=moved)  # a student that has left its teacher

@@ -97,6 +97,7 @@ def test_a_complete_study_trains_and_measures_nothing_and_checks_its_columns(sma
         run(dataclasses.replace(small, options=dataclasses.replace(small.options, limit=5)), undisturbed)
 
 
+@pytest.mark.slow
 def test_a_study_that_is_killed_goes_on_to_the_same_table(small, undisturbed, tmp_path, monkeypatch):
     run(small, tmp_path, only=1)
     assert [path.name for path in (tmp_path / "runs").glob("*/*")] == ["seed1"]

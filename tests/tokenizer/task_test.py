@@ -169,7 +169,9 @@ def test_stage_2_starts_where_stage_1_ended(tiny_config, tmp_path, stage1_run):
     task.train(config_lib.parse(tiny_config), tmp_path / "another")
 
 
-@pytest.mark.parametrize("stage2", sorted(name for name in TOKENIZERS if name.endswith("stage2")))
+@pytest.mark.parametrize("stage2", [
+    pytest.param(name, marks=[] if name == "nano_stage2" else [pytest.mark.slow])
+    for name in sorted(TOKENIZERS) if name.endswith("stage2")])
 def test_every_shipped_stage_2_starts_from_its_stage_1(stage2, tmp_path, caplog):
     stage1 = reduced(stage2.replace("stage2", "stage1"))
     run = Run(stage1)

@@ -11,15 +11,14 @@ from typing import NamedTuple
 
 from vqrae_jax.config import Config, GeneratorConfig
 from vqrae_jax.generator import build as generator_build
-from vqrae_jax.models import flat
 from vqrae_jax.models.discriminators import DISCRIMINATORS
 from vqrae_jax.models.flops import Work, dense
 from vqrae_jax.models.lm import lm_work
-from vqrae_jax.models.perceptual import NETWORKS
+from vqrae_jax.models.perceptual import ENCODER, NETWORKS
 from vqrae_jax.models.quantizers import QUANTIZERS
 from vqrae_jax.models.vit import blocks_work, vit_work
-from vqrae_jax.tokenizer.build import Structure, perceptual_shares, quantizer_keys
-from vqrae_jax.training import optim
+from vqrae_jax.tokenizer import build
+from vqrae_jax.tokenizer.build import Structure, quantizer_keys
 
 
 class Chip(NamedTuple):
@@ -89,12 +88,11 @@ def flops(config: Config, structure: Structure, phase: str) -> Flops:
     patch = config.model.decoder.patch_size or spec.patch_size
     layers = config.model.encoder.layers or (spec.depth,)
     features = spec.width * (len(layers) if config.model.encoder.combine == "concat" else 1)
-    frozen = all(optim.is_frozen(path, config.optim.lr_multipliers) for path in structure.params
-                 if flat.part(path) == "encoder")
+    frozen = not build.encoder_learns(config, structure.params)
     embed, blocks = vit_work(spec, tokens, depth=max(layers))
     encoder = embed.forward + blocks.forward
     encoder_train = encoder if frozen else embed.backward(inputs=False) + blocks.backward()
-    if config.loss.distill_weight:
+    if build.has_teacher(config, structure.params):
         encoder_train += encoder
 
     kind = QUANTIZERS[config.model.quantizer.kind]
@@ -115,8 +113,10 @@ def flops(config: Config, structure: Structure, phase: str) -> Flops:
                        + out.backward(inputs=not frozen or into.forward > 0))
 
     size = config.data.image_size
-    # The image, its reconstruction, and the gradient by that.
-    losses = sum(3 * NETWORKS[name].flops(size) for name in perceptual_shares(config))
+    # The image, its reconstruction, and the gradient by that; the encoder has seen the image already.
+    losses = sum(3 * NETWORKS[name].flops(size) for name in build.perceptual_networks(config))
+    if ENCODER in build.perceptual_shares(config):
+        losses += embed.backward(weights=False) + blocks.backward(weights=False)
     if phase == "gan":
         losses += DISCRIMINATORS[config.gan.discriminator].flops(config.gan, size)
     return Flops(

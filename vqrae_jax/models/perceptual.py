@@ -1,7 +1,8 @@
 """Networks that perceptual losses and metrics compare images with: LPIPS on VGG16, and ConvNeXt's logits.
 
 Both map images to something of which `distance` takes two, so that a training step runs the network once for the
-target, without a gradient, and once for the reconstruction. Weights come from `vqrae_jax.weights.perceptual`.
+target, without a gradient, and once for the reconstruction. Weights come from `vqrae_jax.weights.perceptual`. A run's
+own encoder is one more such network, of whose features `token_distance` takes two.
 """
 
 import dataclasses
@@ -73,6 +74,15 @@ class LPIPS(nnx.Module):
 def _unit_length(x: jax.Array) -> jax.Array:
     # The lpips package adds its epsilon after the root, whose gradient is infinite at 0.
     return x * jax.lax.rsqrt(jnp.sum(x**2, axis=-1, keepdims=True) + 1e-10)
+
+
+def token_distance(x: jax.Array, y: jax.Array) -> jax.Array:
+    """1 - the cosine of the tokens of each place, mean over places: `[B, N, d]` float32 twice -> `[B]` in [0, 2].
+
+    A perceptual loss on the tokens of a ViT is PeCo's (arXiv 2111.12710), that vectors of length 1 are compared is
+    LPIPS's. Half their squared distance is computed, which is exactly 0 for equal tokens.
+    """
+    return 0.5 * jnp.sum((_unit_length(x) - _unit_length(y))**2, axis=-1).mean(axis=1)
 
 
 def _max_pool(x: jax.Array) -> jax.Array:
@@ -263,3 +273,7 @@ NETWORKS = {
     "convnext_s": NetworkKind(build=lambda **options: ConvNeXt(CONVNEXT_SMALL, **options),
                               flops=lambda size: convnext_flops(CONVNEXT_SMALL)),
 }
+
+# The run's own encoder is no row: its weights, its operations and its features of the images are the run's anyway.
+ENCODER = "encoder"
+SHARES = (*NETWORKS, ENCODER)  # the keys of `loss.perceptual` that hold shares

@@ -1,6 +1,7 @@
 """From a config to the modules it names, and to all that is known of them before there are arrays."""
 
 import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,10 +13,11 @@ from vqrae_jax.models.decoder import DECODER_SHAPES, VIT_B, Decoder
 from vqrae_jax.models.discriminators import DISCRIMINATORS
 from vqrae_jax.models.encoders import Encoder
 from vqrae_jax.models.flat import Arrays
-from vqrae_jax.models.perceptual import NETWORKS
+from vqrae_jax.models.perceptual import ENCODER, NETWORKS, SHARES
 from vqrae_jax.models.quantizers import QUANTIZERS, Quantizer, own
 from vqrae_jax.models.vit import DTYPES, REMAT_POLICIES, TransformerSpec
 from vqrae_jax.models.vqrae import VQRAE
+from vqrae_jax.training import optim
 from vqrae_jax.weights import huggingface
 from vqrae_jax.weights.huggingface import EncoderSpec
 
@@ -155,7 +157,7 @@ def symmetric(encoder: TransformerSpec) -> TransformerSpec:
 def loss_networks(config: Config, rngs: nnx.Rngs) -> dict[str, nnx.Module]:
     """The networks that a config's losses need, with random weights, by name."""
     dtype = DTYPES[config.model.dtype]
-    modules = {name: NETWORKS[name].build(dtype=dtype, rngs=rngs) for name in perceptual_shares(config)}
+    modules = {name: NETWORKS[name].build(dtype=dtype, rngs=rngs) for name in perceptual_networks(config)}
     if config.gan.discriminator != "none":
         modules["discriminator"] = DISCRIMINATORS[config.gan.discriminator].build(config.gan, dtype=dtype, rngs=rngs)
     return modules
@@ -163,8 +165,24 @@ def loss_networks(config: Config, rngs: nnx.Rngs) -> dict[str, nnx.Module]:
 
 def perceptual_shares(config: Config) -> dict[str, float]:
     """The networks of the perceptual loss, and what each counts in it; shares sum to 1."""
-    given = {name: getattr(config.loss.perceptual, name) for name in NETWORKS}
+    given = {name: getattr(config.loss.perceptual, name) for name in SHARES}
     return {name: share / sum(given.values()) for name, share in given.items() if share}
+
+
+def perceptual_networks(config: Config) -> list[str]:
+    """Those of the perceptual loss's networks that have weights of their own: all but the run's encoder."""
+    return [name for name in perceptual_shares(config) if name != ENCODER]
+
+
+def encoder_learns(config: Config, paths: Iterable[str]) -> bool:
+    """Whether a run trains any of its encoder's parameters, which are among the paths."""
+    return any(not optim.is_frozen(path, config.optim.lr_multipliers)
+               for path in paths if flat.part(path) == "encoder")
+
+
+def has_teacher(config: Config, paths: Iterable[str]) -> bool:
+    """Whether a loss needs a copy of the encoder as it began; without distillation one that is frozen serves itself."""
+    return config.loss.distill_weight > 0 or (config.loss.perceptual.encoder > 0 and encoder_learns(config, paths))
 
 
 def split(modules: dict[str, nnx.Module]) -> Networks:

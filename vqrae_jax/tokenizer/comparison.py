@@ -19,7 +19,7 @@ from vqrae_jax.metrics.frechet import read_statistics
 from vqrae_jax.metrics.intervals import bootstrap
 from vqrae_jax.models.flat import Arrays
 from vqrae_jax.models.inception import FEATURES
-from vqrae_jax.tokenizer import evaluate, instruments, probe, recipe, report, robustness, runs
+from vqrae_jax.tokenizer import build, evaluate, instruments, probe, recipe, report, robustness, runs
 from vqrae_jax.tokenizer.evaluate import Evaluation, Instrument
 from vqrae_jax.tokenizer.instruments import ENCODER, INCEPTION, LPIPS_VGG, ZERO_SHOT, View
 from vqrae_jax.training import distributed, reporting
@@ -210,7 +210,7 @@ class Comparison:
         metrics, perturbed = dict(METRICS), None
         if view and self._probe and self._labelled:
             limited = self._batches(config, self._probe, options.probe_limit)
-            other = view if runs.encoder_learns(config, arrays) else None
+            other = view if build.encoder_learns(config, arrays) else None
             if fitted := tried("probe", lambda: probe.representations(graphdef, arrays, mesh, limited, other)):
                 metrics["probe"] = probe.probe(fitted)
         found = self._instruments(config, arrays, view, tried)
@@ -245,7 +245,7 @@ class Comparison:
         if view:
             distance = None if _FD_ENCODER in self.failed else _FD_ENCODER
             given = self._seen({_FD_ENCODER: view}).get(_FD_ENCODER) if distance else None
-            learns = runs.encoder_learns(config, arrays)
+            learns = build.encoder_learns(config, arrays)
             own = lambda seen: view.see(seen.images) if learns else seen.features
             found[ENCODER] = instruments.of_view(ENCODER, view, distance, given, instruments.encoder_metrics(), own)
             if self._options.classes and self._labelled:

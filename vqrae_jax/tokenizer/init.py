@@ -97,7 +97,7 @@ def network_arrays(config: Config, mesh: Mesh) -> tuple[Arrays, Arrays]:
                                     train_state.rules(config))
     loaded, loaded_buffers = {}, {}
     if not config.loss.perceptual.random_weights:
-        for name in build.perceptual_shares(config):
+        for name in build.perceptual_networks(config):
             keys = [key for key in config_lib.keys() if key.startswith(f"loss.perceptual.{name}_")]
             with config_lib.says_where(*keys):
                 loaded |= flat.prefixed(f"{name}/", perceptual.LOADERS[name](config.loss.perceptual))

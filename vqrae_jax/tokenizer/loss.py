@@ -27,6 +27,7 @@ from vqrae_jax.models import flat
 from vqrae_jax.models.encoders import Encoder
 from vqrae_jax.models.flat import Arrays
 from vqrae_jax.models.losses import IMAGE_LOSSES, l2
+from vqrae_jax.models.perceptual import ENCODER, token_distance
 from vqrae_jax.models.placement import split_batch
 from vqrae_jax.models.quantizers import with_gradient_of
 from vqrae_jax.models.vqrae import VQRAE, Output
@@ -42,30 +43,43 @@ from vqrae_jax.training.update import Losses, Metrics
 Generator = Callable[..., tuple[tuple[jax.Array, jax.Array], jax.Array, Metrics]]
 
 
-def image_losses(config: Config, structure: Structure, networks: Arrays, images: jax.Array,
-                 reconstruction: jax.Array) -> tuple[Losses, Metrics]:
-    """Losses of the reconstruction's pixels, and further metrics; images are `[B, H, W, 3]` float32."""
+def image_losses(config: Config, structure: Structure, networks: Arrays, images: jax.Array, reconstruction: jax.Array,
+                 *, encoder: Encoder, features: jax.Array) -> tuple[Losses, Metrics]:
+    """Losses of the reconstruction's pixels, and further metrics.
+
+    Args:
+      config: of the run.
+      structure: its model's.
+      networks: frozen arrays of the losses' networks.
+      images: `[B, H, W, 3]` float32 in [0, 1].
+      reconstruction: likewise, but not clipped.
+      encoder: the run's encoder as it began.
+      features: what it makes of the images, `[B, N, d]` float32.
+    """
     losses: Losses = {name: (row.weight(config.loss), row.value(config.loss, reconstruction, images))
                       for name, row in IMAGE_LOSSES.items()}
     shares, distances = perceptual_shares(config), {}
     for name in shares:
-        network = flat.merge(structure.networks.graphdefs[name], flat.under(f"{name}/", networks))
-        features = jax.checkpoint(network) if config.loss.perceptual.remat else network
-        distances[name] = jnp.mean(network.distance(features(reconstruction), jax.lax.stop_gradient(network(images))))
+        if name == ENCODER:
+            network, distance, target = encoder, token_distance, features
+        else:
+            network = flat.merge(structure.networks.graphdefs[name], flat.under(f"{name}/", networks))
+            distance, target = network.distance, jax.lax.stop_gradient(network(images))
+        see = jax.checkpoint(network) if config.loss.perceptual.remat else network
+        distances[name] = jnp.mean(distance(see(reconstruction), target))
     if shares:
         losses["perceptual"] = (config.loss.perceptual_weight,
                                 jnp.sum(jnp.stack([shares[name] * distances[name] for name in shares])))
     return losses, {f"loss/{name}": distance for name, distance in distances.items()}
 
 
-def latent_losses(config: Config, model: VQRAE, output: Output, teacher: Encoder | None, images: jax.Array) -> Losses:
-    """Losses of codes and features."""
+def latent_losses(config: Config, model: VQRAE, output: Output, features: jax.Array) -> Losses:
+    """Losses of codes and features; `features` are those of the encoder as it began, `[B, N, d]` float32."""
     losses: Losses = {name: (config.loss.vq_weight * model.quantizer.loss_weights[name], value)
                       for name, value in output.quantized.losses.items()}
-    if teacher:
+    if config.loss.distill_weight:
         # ||Z_I - T(X)||^2 (VQRAE, arXiv 2511.23386, section 3.3).
-        losses["distill"] = (config.loss.distill_weight,
-                             l2(output.features, jax.lax.stop_gradient(teacher(images))))
+        losses["distill"] = (config.loss.distill_weight, l2(output.features, features))
     return losses
 
 
@@ -81,7 +95,7 @@ def model_loss(config: Config, structure: Structure, model: VQRAE, teacher: Enco
       config: of the run.
       structure: its model's.
       model: what learns.
-      teacher: whose features distillation keeps; None without that loss.
+      teacher: the encoder as it began; None where the model's own is frozen, or no loss needs it.
       networks: frozen arrays of the losses' networks.
       images: `[B, H, W, 3]` float32 in [0, 1].
       noise_rng: a key for the noise on features; None where there is none.
@@ -89,9 +103,11 @@ def model_loss(config: Config, structure: Structure, model: VQRAE, teacher: Enco
     """
     output = model(images, train=True, rng=noise_rng)
     fakes = jax.lax.stop_gradient(output.images)
+    encoder = jax.lax.stop_gradient(teacher or model.encoder)
+    features = jax.lax.stop_gradient(teacher(images) if teacher else output.features)
 
     def of_pixels(fakes: jax.Array):
-        losses, metrics = image_losses(config, structure, networks, images, fakes)
+        losses, metrics = image_losses(config, structure, networks, images, fakes, encoder=encoder, features=features)
         return update.total(losses), (losses, metrics)
 
     cotangent, (losses, metrics) = jax.grad(of_pixels, has_aux=True)(fakes)
@@ -99,7 +115,7 @@ def model_loss(config: Config, structure: Structure, model: VQRAE, teacher: Enco
         losses["gan"], gan_cotangent, gan_metrics = generator(fakes, cotangent, decoder=model.decoder,
                                                               hidden=output.hidden)
         cotangent, metrics = cotangent + losses["gan"][0] * gan_cotangent, metrics | gan_metrics
-    of_latents = latent_losses(config, model, output, teacher, images)
+    of_latents = latent_losses(config, model, output, features)
     surrogate = update.total(of_latents) + jnp.sum(jax.lax.stop_gradient(cotangent) * output.images)
 
     losses |= of_latents
@@ -122,7 +138,8 @@ def loss_function(config: Config) -> Callable[..., tuple[jax.Array, Metrics]]:
 
     Two things of a run are not here: the discriminator's part, which belongs to a state of training (the loss is that
     before `gan.discriminator_start_step`), and the moving codes of an EMA VQ, which follow no gradient. The teacher of
-    a distillation loss is the encoder of `create(config)`: that of the run, unless `init_from` brings another.
+    distillation and of `loss.perceptual.encoder` is the encoder of `create(config)`: that of the run, unless
+    `init_from` brings another. Where the config freezes the encoder, the latter takes the model's own.
 
     Raises:
       OSError, ValueError: weights of the encoder or of the perceptual loss that cannot be read.
@@ -131,7 +148,7 @@ def loss_function(config: Config) -> Callable[..., tuple[jax.Array, Metrics]]:
     structure, mesh = build.structure(config), sharding.one_device()
     params, buffers = init.network_arrays(config, mesh)
     networks = sharding.off_mesh({**params, **buffers})
-    teacher = init.create(config).encoder if config.loss.distill_weight else None
+    teacher = init.create(config).encoder if build.has_teacher(config, structure.params) else None
 
     def loss(model: VQRAE, images: jax.Array, rng: jax.Array | None = None) -> tuple[jax.Array, Metrics]:
         images = jnp.asarray(images)
@@ -220,8 +237,7 @@ def gradients(config: Config, structure: Structure, state: TrainState, frozen: F
     def loss(params: Arrays):
         arrays = (params, frozen.params, state.buffers)
         model = flat.merge(structure.graphdef, *arrays)
-        teacher = (flat.merge(structure.graphdef, *arrays, frozen.teacher).encoder if config.loss.distill_weight
-                   else None)
+        teacher = flat.merge(structure.graphdef, *arrays, frozen.teacher).encoder if frozen.teacher else None
         return model_loss(config, structure, model, teacher, frozen.networks, images, noise_rng=noise_rng,
                           generator=generator)
 

@@ -18,7 +18,7 @@ from vqrae_jax.models import flat
 from vqrae_jax.models.flat import Arrays
 from vqrae_jax.models.quantizers import Quantizer
 from vqrae_jax.tokenizer import build, train_state
-from vqrae_jax.training import checkpoint, distributed, lock, optim, sharding
+from vqrae_jax.training import checkpoint, distributed, lock, sharding
 from vqrae_jax.training.checkpoint import Checkpoints, Weights
 from vqrae_jax.weights import huggingface
 
@@ -81,9 +81,9 @@ def pretrained_encoder(workdir: Path, config: Config, arrays: Arrays, mesh: Mesh
     Raises:
       OSError, ValueError: they cannot be read, or were random.
     """
-    if not encoder_learns(config, arrays):
+    if not build.encoder_learns(config, arrays):
         return flat.under("encoder/", arrays)
-    if config.loss.distill_weight:
+    if build.has_teacher(config, arrays):
         _, frozen = train_state.abstract(config, structure(workdir, config), mesh)
         return flat.under("encoder/", checkpoint.load_frozen_item(workdir, "teacher", frozen.teacher))
     if config.model.encoder.random_weights:
@@ -92,12 +92,6 @@ def pretrained_encoder(workdir: Path, config: Config, arrays: Arrays, mesh: Mesh
         build.encoder_path(config), image_size=build.encoder_input_size(config),
         final_norm=config.model.encoder.final_norm)
     return sharding.put(mesh, loaded, train_state.rules(config))
-
-
-def encoder_learns(config: Config, arrays: Arrays) -> bool:
-    """Whether a run trained any of its encoder's parameters, which are among the model's arrays."""
-    return any(not optim.is_frozen(path, config.optim.lr_multipliers)
-               for path in arrays if flat.part(path) == "encoder")
 
 
 def digest(arrays: Arrays) -> str:

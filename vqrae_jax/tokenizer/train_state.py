@@ -14,6 +14,7 @@ from vqrae_jax.config import Config
 from vqrae_jax.models import flat
 from vqrae_jax.models.flat import Arrays
 from vqrae_jax.models.quantizers import QUANTIZERS
+from vqrae_jax.tokenizer import build
 from vqrae_jax.tokenizer.build import Structure
 from vqrae_jax.tokenizer.gan import Gan, GanState, learns
 from vqrae_jax.training import optim, sharding
@@ -50,8 +51,8 @@ class Frozen(NamedTuple):
 
     Attributes:
       params: the model's frozen parameters.
-      teacher: the encoder as it was at the start, under the paths it has in the model, for distillation; empty when
-        the distillation loss is off.
+      teacher: the encoder as it was at the start, under the paths it has in the model; empty where no loss
+        needs a copy.
       networks: parameters and buffers of the perceptual loss's networks, and the parameters of the discriminator's
         backbone, under their names.
     """
@@ -85,7 +86,7 @@ def init(config: Config, structure: Structure, params: Arrays, buffers: Arrays, 
     averaged = {**learned, **{path: buffers[path] for path in flat.prefixed(
         "quantizer/", dict.fromkeys(quantizer.moving_buffers))}}
     encoder = {path: value for path, value in params.items() if flat.part(path) == "encoder"}
-    if config.loss.distill_weight and not encoder.keys() & learned.keys():
+    if config.loss.distill_weight and not build.encoder_learns(config, params):
         raise ValueError("config key loss.distill_weight has no effect on an encoder that is frozen: "
                          "set it to 0, or let optim.lr_multipliers give the encoder a rate")
     zero = lambda shape=(): jnp.zeros(shape, jnp.int32)
@@ -97,7 +98,7 @@ def init(config: Config, structure: Structure, params: Arrays, buffers: Arrays, 
         code_counts=zero((quantizer.num_codes,)), skipped=zero(), skipped_in_a_row=zero())
     kept = {path: value for path, value in network_buffers.items() if flat.part(path) != "discriminator"}
     return state, Frozen(
-        params=frozen, teacher=copy(encoder) if config.loss.distill_weight else {},
+        params=frozen, teacher=copy(encoder) if build.has_teacher(config, params) else {},
         networks=kept | {path: value for path, value in network_params.items() if not learns(path)})
 
 
