@@ -1,5 +1,7 @@
 """The generator's loss, by hand; what may be seen by what; and the step on micro-batches and on meshes."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,8 +9,8 @@ import pytest
 from flax import nnx
 
 from tests.generator.tiny import CODES, batch, parsed, text_model, tiny
-from vqrae_jax.generator import build, loss, train_state
-from vqrae_jax.models import flat
+from vqrae_jax.generator import build, init, loss, train_state
+from vqrae_jax.training import sharding
 
 
 class Model:
@@ -39,13 +41,13 @@ def captioned(folder):
     return Model(parsed(tiny(captions=folder)))
 
 
-def sequence(vocabulary, given, row):
-    """A row's tokens, one by one, and where its codes are predicted."""
-    text = [int(token) for token in given["caption"][row][given["pads"][row]:]] if "caption" in given else []
-    label = given["label"][row]
-    begin = vocabulary.text + vocabulary.codes + (label if label >= 0 else vocabulary.classes)
-    codes = [vocabulary.text + int(code) for code in given["codes"][row].reshape(-1)]
-    return [*text, begin, *codes[:-1]], len(text)
+def sequences(vocabulary, given):
+    """Every row's tokens, one by one, and where its codes are predicted."""
+    for row, codes in enumerate(given["codes"].reshape(len(given["codes"]), -1)):
+        text = given["caption"][row][given["pads"][row]:] if "caption" in given else []
+        label = given["label"][row]
+        begin = vocabulary.text + vocabulary.codes + (label if label >= 0 else vocabulary.classes)
+        yield [*text, begin, *(vocabulary.text + codes[:-1])], len(text)
 
 
 @pytest.mark.parametrize("name", ["by_class", "captioned"])
@@ -53,9 +55,9 @@ def test_the_loss_is_the_cross_entropy_of_codes_behind_their_prefix(name, reques
     tested = request.getfixturevalue(name)
     given = batch(4, captions=name == "captioned")
     found = tested.predict(given)
-    for row in range(4):
-        tokens, first = sequence(tested.vocabulary, given, row)
-        logits = np.asarray(tested.model.logits(tested.model.hidden(jnp.asarray([tokens]))), np.float64)[0, first:]
+    expected = jax.jit(lambda tokens: tested.model.logits(tested.model.hidden(tokens)))
+    for row, (tokens, first) in enumerate(sequences(tested.vocabulary, given)):
+        logits = np.asarray(expected(np.asarray([tokens], np.int32))[0, first:], np.float64)
         logits = logits[:, tested.vocabulary.text:tested.vocabulary.text + tested.vocabulary.codes]
         codes = given["codes"][row].reshape(-1)
         chosen = logits[np.arange(len(codes)), codes]
@@ -97,47 +99,33 @@ def test_a_share_of_prefixes_is_replaced_by_the_empty_one(captions, folder):
     np.testing.assert_array_equal(changed["codes"], given["codes"])
 
 
-def steps(config, number, given, *, params=None):
-    """Metrics of steps on one batch, and the parameters after them."""
-    structure = build.structure(config, CODES)
-    _, made, _ = flat.split(build.language_model(config, structure.spec, nnx.Rngs(0)))
-    state, frozen = train_state.init(config, made if params is None else params)
-    step, seen = jax.jit(loss.make_train_step(config, structure)), []
-    for _ in range(number):
-        state, metrics = step(state, frozen, given)
-        seen.append({name: float(value) for name, value in metrics.items()})
-    return seen, state
+@functools.cache
+def compiled(accumulate: int):
+    """A config's step, and the state that it starts from; half of all prefixes are dropped."""
+    config = tiny(drop=0.5)
+    config.train.accumulate = accumulate
+    config = parsed(config)
+    structure, mesh = build.structure(config, CODES), sharding.one_device()
+    state, frozen = train_state.made(config, mesh, init.params(config, structure, mesh))
+    return jax.jit(loss.make_train_step(config, structure)), state, frozen
 
 
 def test_micro_batches_make_the_same_step():
-    config = tiny(drop=0.5)
-    given = batch(8)
-    whole, state = steps(parsed(config), 3, given)
-    config.train.accumulate = 4
-    split, split_state = steps(parsed(config), 3, given)
-    for ours, theirs in zip(split, whole, strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-5)
-    for path, value in state.params.items():
-        np.testing.assert_allclose(value, split_state.params[path], rtol=1e-3, atol=2e-5)
-
-
-def test_frozen_parameters_stay_and_dropout_is_drawn_anew_in_every_step():
-    config = tiny()
-    config.model.dropout = 0.3
-    config.optim.lr_multipliers = (("token_embedding", 0.0), ("blocks/.*", 0.0))
-    config.optim.lr, config.optim.end_lr = 1e-9, 0.0  # so that nothing but dropout makes a difference
-    seen, state = steps(parsed(config), 3, batch(8))
-    assert len({metrics["loss"] for metrics in seen}) == 3
-    assert set(state.params) == {"head/kernel", "norm/scale"}
-    again, _ = steps(parsed(config), 3, batch(8))
-    assert seen == again
+    seen = []
+    for accumulate in (1, 4):
+        step, state, frozen = compiled(accumulate)
+        for _ in range(3):
+            state, metrics = step(state, frozen, batch(8))
+        seen.append((state.params, {name: float(value) for name, value in metrics.items()}))
+    (params, metrics), (split_params, split_metrics) = seen
+    assert split_metrics == pytest.approx(metrics, rel=1e-5)
+    for path, value in params.items():
+        np.testing.assert_allclose(split_params[path], value, rtol=1e-3, atol=2e-5)
 
 
 def test_a_step_that_is_not_finite_changes_nothing():
-    config, given = parsed(tiny()), batch(8)
-    structure = build.structure(config, CODES)
-    _, params, _ = flat.split(build.language_model(config, structure.spec, nnx.Rngs(0)))
-    broken = params | {"norm/scale": params["norm/scale"].at[0].set(jnp.nan)}
-    (metrics,), state = steps(config, 1, given, params=broken)
-    assert (int(state.step), int(state.skipped), metrics["skipped_in_a_row"]) == (1, 1, 1)
-    np.testing.assert_array_equal(state.params["head/kernel"], params["head/kernel"])
+    step, state, frozen = compiled(1)
+    broken = state._replace(params=state.params | {"norm/scale": state.params["norm/scale"].at[0].set(jnp.nan)})
+    after, metrics = step(broken, frozen, batch(8))
+    assert (int(after.step), int(after.skipped), int(metrics["skipped_in_a_row"])) == (1, 1, 1)
+    np.testing.assert_array_equal(after.params["head/kernel"], state.params["head/kernel"])

@@ -12,7 +12,7 @@ from tests.training.sharding_test import in_a_process_with_eight_devices
 from vqrae_jax.generator import build, init, loss, train_state
 from vqrae_jax.training import sharding
 
-STEPS = 4
+STEPS = 3
 MESHES = {"two": ((1, 1), (4, 2)), "others": ((1, 1), (8, 1), (1, 8))}
 
 
@@ -35,7 +35,7 @@ def train(mesh_shape: tuple[int, int]) -> dict:
     return {"metrics": seen, "shares": shares}
 
 
-@pytest.mark.parametrize("meshes", ["two", pytest.param("others", marks=pytest.mark.long)])
+@pytest.mark.parametrize("meshes", ["two", pytest.param("others", marks=pytest.mark.slow)])
 def test_losses_are_the_same_on_every_mesh(meshes, tmp_path):
     out = tmp_path / "runs.json"
     in_a_process_with_eight_devices(meshes, out, module="tests.generator.sharding_test")
