@@ -21,10 +21,11 @@ from vqrae_jax.cost import bench
 
 def main(_) -> None:
     values = _CONFIG.value
+    config_lib.parse(values, config_lib.Config)  # another task has not the keys that are set here
     values.model.encoder.random_weights = values.loss.perceptual.random_weights = True
     values.train.batch_size = _BATCH.value or values.train.batch_size
     values.data.source = _DATA.value or values.data.source
-    config = config_lib.parse(values)
+    config = config_lib.parse(values, config_lib.Config)
     if _CHILD.value:
         return bench.serve(config, _CHILD.value)
     results, file = {}, Path(_JSON.value) if _JSON.value else None

@@ -81,11 +81,15 @@ def _parse_flags(argv: Sequence[str]) -> Sequence[str]:
 
 def _check_config_flags(argv: Sequence[str]) -> None:
     """Says plainly what ml_collections says of a file that is not there and of a key that there is not."""
-    for name, _, value in (argument.partition("=") for argument in argv):
-        if name == "--config":
-            config_lib.check_file(value.partition(":")[0])
-        if name.startswith("--config."):
-            config_lib.check_key(name.removeprefix("--config."))
+    given = [argument.partition("=")[::2] for argument in argv]
+    files = [value for name, value in given if name == "--config"]
+    changed = [name.removeprefix("--config.") for name, _ in given if name.startswith("--config.")]
+    for file in files:
+        config_lib.check_file(file.partition(":")[0])
+    if files and changed:
+        values = config_lib.call_file(files[-1], "get_config", "config")
+        for key in changed:
+            config_lib.check_key(key, config_lib.type_of(values))
 
 
 def _help(argv: Sequence[str]) -> NoReturn:
@@ -99,7 +103,7 @@ def _help(argv: Sequence[str]) -> NoReturn:
         print(f"\n{config_flags.get_config_filename(flag)} says, with * where it is not the default:\n")
         rows = [(f"--config.{name}", key.type, key.range, repr(key.default), repr(value),
                  "*" if value != key.default else "")
-                for name, key in config_lib.keys().items() for value in [config_lib.value_of(config, name)]]
+                for name, key in config_lib.keys(type(config)).items() for value in [config_lib.value_of(config, name)]]
         rows.insert(0, ("key", "type", "range", "default", "here", ""))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         for row in rows:
@@ -134,7 +138,7 @@ def _guarded(main: Callable[[Sequence[str]], Any], argv: Sequence[str]) -> None:
             raise
         _fail(MemoryError("the accelerator's memory is full: add --config.train.accumulate=N for smaller batches, "
                           "--config.model.remat=full or a lower --config.eval.batch_size; a run may continue with any "
-                          "of them"))
+                          "of them; tokenize and detokenize take a lower --batch_size"))
 
 
 def _fail(error: BaseException) -> NoReturn:

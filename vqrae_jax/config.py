@@ -3,8 +3,9 @@
 Config files are `ml_collections.ConfigDict`s that start from `default()` and change a few values; `parse` turns one
 into the frozen dataclasses below, which the rest of the package reads. Nothing else in the package has defaults.
 
-`Run` is what training any task reads; `Config`, the tokenizer's, adds its own sections. Where a key chooses from a
-table, such as that of the quantizers, the table says what there is.
+`Run` is what training any task reads; `Config`, the tokenizer's, and `GeneratorConfig` add their own sections, and the
+key `task` says which of the two a set of values is. Where a key chooses from a table, such as that of the quantizers,
+the table says what there is.
 """
 
 import contextlib
@@ -205,6 +206,57 @@ class Gan:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class CodesData:
+    source: str = _key("", free=True)  # codes:DIR, which `tokenize` made; may move, but must hold the same codes
+    # What the codes must be; 0 is whatever they are. With all three a step can be planned where there are no codes yet.
+    grid: int = _key(0, low=0)  # tokens a side
+    size: int = _key(0, low=0)  # of the codebook
+    classes: int = _key(0, low=0)  # that labels tell apart
+    # Share of the images whose codes are never trained on and that evaluation shows.
+    holdout: float = _key(0.01, low=0.0, high=0.5)
+    max_bad: float = _key(0.01, low=0.0, high=1.0, free=True)  # share of records that may be unreadable
+    threads: int = _key(4, low=0, free=True)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CodesEval:
+    source: str = _key("", free=True)  # codes:DIR, all its images; empty: the held-out part of data.source
+    batch_size: int = _key(64, low=1, free=True)
+    limit: int = _key(5000, low=0, free=True)  # images, of those trained on and of the others each; 0 is all
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LanguageModel:
+    """A transformer of the Qwen3 architecture: that of `path` with its weights, or one of its own shape."""
+
+    path: str = _key("", free=True)  # a Qwen3 folder or hub id, whose weights and text tokens are taken; empty: none
+    random_weights: bool = False  # read only the shape from path: for tests and measurements
+    # How the embeddings of tokens begin that path has not: at the mean of those it has, or N(0, 0.02).
+    new_rows: Literal["mean", "normal"] = "mean"
+    width: int = _key(768, low=1)  # without path only, as are the next seven
+    depth: int = _key(12, low=1)
+    heads: int = _key(12, low=1)
+    kv_heads: int = _key(12, low=1)  # of keys and values, each for heads / kv_heads queries
+    head_dim: int = _key(64, low=2)
+    mlp_dim: int = _key(2048, low=1)
+    tied_embeddings: bool = False  # one matrix takes tokens in and gives their logits
+    rope_theta: float = _key(10_000.0, low=1.0)
+    dropout: float = _key(0.0, low=0.0, high=0.9)  # of embeddings and of what each attention and MLP adds
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of computation; parameters are float32
+    # What of a block the backward pass recomputes: nothing, all but the matmuls, or everything but the block's input.
+    remat: Literal["none", "minimal", "full"] = _key("minimal", free=True)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prefix:
+    """What stands before an image's codes: its class's token, or its caption and a token that says an image begins."""
+
+    kind: Literal["class", "caption"] = "class"
+    longest: int = _key(64, low=1)  # caption: tokens of text that are kept
+    drop: float = _key(0.1, low=0.0, high=1.0)  # share of images in training whose prefix is the empty one
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Optim:
     lr: float = _key(4e-4, low=0.0)
     end_lr: float = _key(1e-4, low=0.0)
@@ -232,6 +284,7 @@ class Log:
 class Run:
     """What training any task reads."""
 
+    task: str = ""  # which one it is
     seed: int = _key(0, low=0)
     mesh: Mesh = Mesh()
     train: Train = Train()
@@ -243,6 +296,7 @@ class Run:
 class Config(Run):
     """What training a tokenizer reads."""
 
+    task: Literal["tokenizer"] = "tokenizer"
     init_from: str = _key("", free=True)  # a run folder whose weights to start from, read once
     data: Data = Data()
     eval: Eval = Eval()
@@ -251,35 +305,77 @@ class Config(Run):
     gan: Gan = Gan()
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GeneratorConfig(Run):
+    """What training a generator reads."""
+
+    task: Literal["generator"] = "generator"
+    data: CodesData = CodesData()
+    eval: CodesEval = CodesEval()
+    model: LanguageModel = LanguageModel()
+    prefix: Prefix = Prefix()
+
+
+TaskConfig = Config | GeneratorConfig
+CONFIGS: Mapping[str, type[TaskConfig]] = {"tokenizer": Config, "generator": GeneratorConfig}
 ConfigType = TypeVar("ConfigType", bound=Run)
 
 
 def default() -> ml_collections.ConfigDict:
-    """Every key with its default, for a config file to change; unknown keys and other types are refused."""
+    """Every key of a tokenizer with its default, for a config file to change; unknown keys and types are refused."""
     return ml_collections.ConfigDict(dataclasses.asdict(Config()))
 
 
-def parse(values: ml_collections.ConfigDict | dict[str, Any], config_type: type[ConfigType] = Config) -> ConfigType:
+def generator() -> ml_collections.ConfigDict:
+    """The same of a generator."""
+    return ml_collections.ConfigDict(dataclasses.asdict(GeneratorConfig()))
+
+
+def type_of(values: ml_collections.ConfigDict | dict[str, Any]) -> type[TaskConfig]:
+    """Which config a set of values is, by its key `task`; without one a tokenizer's, which was all there was once.
+
+    Raises:
+      ValueError: there is no such task.
+    """
+    task: Any = values["task"] if "task" in values else Config.task
+    if task not in CONFIGS:
+        raise ValueError(f"config key task must be one of {', '.join(CONFIGS)}, not {task!r}")
+    return CONFIGS[task]
+
+
+@typing.overload
+def parse(values: ml_collections.ConfigDict | dict[str, Any], config_type: type[ConfigType]) -> ConfigType: ...
+@typing.overload
+def parse(values: ml_collections.ConfigDict | dict[str, Any]) -> TaskConfig: ...
+
+
+def parse(values: ml_collections.ConfigDict | dict[str, Any], config_type: type[Run] | None = None) -> Run:
     """Checks a complete set of values and returns it typed.
 
     Args:
       values: of all keys.
-      config_type: which task's config they are.
+      config_type: which task's config is wanted; None is any.
 
     Raises:
-      ValueError: a key is unknown, missing, of the wrong type or out of range, or two keys contradict each other.
+      ValueError: a key is unknown, missing, of the wrong type or out of range, two keys contradict each other, or it is
+        another task's.
     """
     if not isinstance(values, dict):
         values = values.to_dict()
+    config_type = config_type or type_of(values)
+    if "task" in values and values["task"] != config_type.task:
+        raise ValueError(f"config key task is {values['task']!r}, but this is for a {config_type.task}")
     config = _parse_section(config_type, values, prefix="", root=config_type)
     _check_run(config)
-    if issubclass(config_type, Config):
+    if isinstance(config, Config):
         _check_tokenizer(config)
+    if isinstance(config, GeneratorConfig):
+        _check_generator(config)
     _check_schedules(config)
     return config
 
 
-def load_config(file: str | os.PathLike, **changes: Any) -> Config:
+def load_config(file: str | os.PathLike, **changes: Any) -> TaskConfig:
     """The config of a Python file, perhaps with keys changed: `load_config("configs/x.py", **{"optim.lr": 1e-4})`.
 
     What the file imports from its own repository, such as `from configs import nano_stage1`, is found wherever the
@@ -296,7 +392,7 @@ def load_config(file: str | os.PathLike, **changes: Any) -> Config:
     """
     values = call_file(os.fspath(file), "get_config", "config").to_dict()
     for key, value in changes.items():
-        check_key(key)
+        check_key(key, type_of(values))
         *sections, last = key.split(".")
         functools.reduce(dict.__getitem__, sections, values)[last] = value
     return parse(values)
@@ -372,10 +468,10 @@ def load(file: Path, config_type: type[ConfigType] = Config) -> ConfigType:
 
     Args:
       file: `config.json` in the folder of a run.
-      config_type: which task's config it is.
+      config_type: which task's config it must be.
 
     Raises:
-      OSError, ValueError: the file, or the key, that cannot be read.
+      OSError, ValueError: the file, or the key, that cannot be read; the run is of another task.
     """
     try:
         values = json.loads(file.read_text())
@@ -383,6 +479,10 @@ def load(file: Path, config_type: type[ConfigType] = Config) -> ConfigType:
         raise FileNotFoundError(f"{file} does not exist: {file.parent} is not the folder of a run") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{file} is damaged: {error}") from None
+    # What knows of no task is of a version that had but one.
+    task = values["task"] if isinstance(values, dict) and "task" in values else Config.task
+    if task in CONFIGS and task != config_type.task:
+        raise ValueError(f"{file.parent} is the run of a {task}, where that of a {config_type.task} is needed")
     try:
         return parse(_with_defaults(_earlier(config_type), values), config_type)
     except ValueError as error:
@@ -606,6 +706,22 @@ def _check_tokenizer(config: Config) -> None:
         if gan.channels % 32:
             raise ValueError(f"config key gan.channels {gan.channels} must be a multiple of 32")
         _check_rates("gan", gan)
+
+
+_OWN_SHAPE = ("width", "depth", "heads", "kv_heads", "head_dim", "mlp_dim", "tied_embeddings", "rope_theta")
+
+
+def _check_generator(config: GeneratorConfig) -> None:
+    model, prefix = config.model, config.prefix
+    _check_kinds("model", model, "a model with a path" if model.path else "one without", {
+        "a model with a path": ("new_rows",), "one without": _OWN_SHAPE})
+    _check_kinds("prefix", prefix, prefix.kind, {"class": (), "caption": ("longest",)})
+    if prefix.kind == "caption" and not model.path:
+        raise ValueError("config key prefix.kind is caption, but a text has no tokens without a Qwen3: set model.path")
+    if model.heads % model.kv_heads:
+        raise ValueError(f"config key model.heads {model.heads} is not divisible by model.kv_heads {model.kv_heads}")
+    if model.head_dim % 2:
+        raise ValueError(f"config key model.head_dim {model.head_dim} must be even: rotary positions turn pairs")
 
 
 def _check_kinds(section: str, values: Any, kind: str, keys_by_kind: dict[str, tuple[str, ...]]) -> None:

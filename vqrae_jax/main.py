@@ -1,4 +1,6 @@
-"""Trains: `python -m vqrae_jax.main --config=configs/x.py [--workdir=DIR] [--config.key=value ...]`.
+"""Trains a tokenizer or a generator, as the config says.
+
+    python -m vqrae_jax.main --config=configs/x.py [--workdir=DIR] [--config.key=value ...]
 
 Continues by itself where DIR holds a checkpoint. `--config.key=value` changes one key; with `--config=FILE --help` all
 keys are listed. At the end it evaluates.
@@ -9,8 +11,9 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
+import vqrae_jax
 from vqrae_jax import cli, config
-from vqrae_jax.tokenizer import evaluate, task
+from vqrae_jax.tokenizer import evaluate
 from vqrae_jax.training import distributed
 
 
@@ -20,7 +23,7 @@ def main(_) -> None:
         raise ValueError(f"--workdir={workdir} is no folder: mount the bucket, or choose a file system that all "
                          "processes share")
     _JOIN_PROCESSES()
-    result = task.train(config.parse(_CONFIG.value), Path(workdir))
+    result = vqrae_jax.train(config.parse(_CONFIG.value), workdir)
     if distributed.is_first():
         print(evaluate.table({Path(workdir).resolve().name: result}))
 

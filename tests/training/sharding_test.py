@@ -95,8 +95,8 @@ def move(configs: list[config_lib.Config], folder: Path) -> None:
         assert all(leaf.sharding.mesh == mesh for leaf in jax.tree.leaves((state, frozen)))
 
 
-def in_a_process_with_eight_devices(kind: str, out: Path) -> None:
-    subprocess.run([sys.executable, "-m", "tests.training.sharding_test", kind, str(out)], check=True,
+def in_a_process_with_eight_devices(*arguments: object, module: str = "tests.training.sharding_test") -> None:
+    subprocess.run([sys.executable, "-m", module, *map(str, arguments)], check=True,
                    env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
                    cwd=REPOSITORY)
 

@@ -6,17 +6,17 @@ import functools
 import glob
 import hashlib
 import importlib.resources
-import itertools
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal, NamedTuple, NoReturn, Protocol, runtime_checkable
+from typing import Any, Generic, Literal, NamedTuple, NoReturn, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from PIL import Image
 
 from vqrae_jax.data import faults
+from vqrae_jax.data.codes import CodesSource
+from vqrae_jax.data.records import RecordFiles, caption_of, parse_example
 from vqrae_jax.data.shared import SharedArray, SharedNames
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
@@ -29,16 +29,21 @@ class Record(NamedTuple):
       image: the encoded file, or an uint8 array `[H, W, 3]`.
       label: class index, -1 where it is unknown.
       name: what messages call this image; unique in its source.
+      caption: what it shows, in words; empty where that is unknown.
     """
 
     image: bytes | np.ndarray
     label: int
     name: str
+    caption: str = ""
+
+
+Item = TypeVar("Item", covariant=True)
 
 
 @runtime_checkable
-class Source(Protocol):
-    """What the pipeline reads from; the same index always gives the same record.
+class Source(Protocol[Item]):
+    """What the pipeline reads from; the same index always gives the same record, a `Record` or a `CodesRecord`.
 
     A source may also have `local_names()`, an iterator over the images' names without where the source lies: `hold_out`
     goes by them, and by `name` where there is none.
@@ -52,7 +57,7 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> Record:
+    def __getitem__(self, index: int) -> Item:
         """The record at `index` in [0, len).
 
         Raises:
@@ -344,11 +349,12 @@ class TfdsSource:
         return Record(example["image"], -1 if self.num_classes is None else int(example["label"]), self.name(index))
 
 
-class ArrayRecordSource:
+class ArrayRecordSource(RecordFiles):
     """Records of ArrayRecord files, in the order of the sorted file names.
 
     A record is either a serialized `tf.train.Example` with a bytes feature `image` or `image/encoded` and, optionally,
-    an int64 feature `label` or `image/class/label`, or just the bytes of an encoded image.
+    an int64 feature `label` or `image/class/label` and a UTF-8 feature `caption`, or just the bytes of an encoded
+    image.
 
     Args:
       pattern: a path in which `*`, `?` and `**` stand for anything.
@@ -362,91 +368,31 @@ class ArrayRecordSource:
     num_classes = None
 
     def __init__(self, pattern: str):
-        self._paths = sorted(glob.glob(os.path.expanduser(pattern), recursive=True))
-        if not self._paths:
+        paths = sorted(glob.glob(os.path.expanduser(pattern), recursive=True))
+        if not paths:
             raise FileNotFoundError(f"no file matches {pattern}: give ArrayRecord files, as data/train-*.array_record")
-        faults.allow_open_files()
-        with ThreadPoolExecutor(min(len(self._paths), 64)) as pool:  # the files may be far away
-            self._files: list[Any] = list(pool.map(_open_records, self._paths))
-        self._ends = list(itertools.accumulate(map(len, self._files)))
-
-    def __len__(self) -> int:
-        return self._ends[-1]
-
-    def _place(self, index: int) -> tuple[int, int]:
-        """Number of the file, and position in it."""
-        file = bisect.bisect_right(self._ends, index)
-        return file, index - (self._ends[file - 1] if file else 0)
-
-    def local_names(self) -> Iterator[str]:
-        """File names and positions in the file, wherever the files lie and however many there are."""
-        for path, file in zip(self._paths, self._files, strict=True):
-            for position in range(len(file)):
-                yield f"{os.path.basename(path)}/{position}"
-
-    def name(self, index: int) -> str:
-        file, position = self._place(index)
-        return f"{self._paths[file]}/{position}"
+        super().__init__(paths)
 
     def __getitem__(self, index: int) -> Record:
-        file, position = self._place(index)
-        try:
-            record = self._files[file][position]
-        except RuntimeError as error:
-            raise faults.from_text(error) from error
+        record = self.read(index)
         # Field 1, length-delimited: so begins every Example, and no image format.
         if not record.startswith(b"\x0a"):
             return Record(record, -1, self.name(index))
-        image, label = _parse_example(record)
-        return Record(image, label, self.name(index))
-
-
-def _open_records(path: str) -> Any:
-    import grain
-
-    def open_file() -> Any:
-        try:
-            return grain.sources.ArrayRecordDataSource([path])
-        except RuntimeError as error:
-            raise faults.from_text(error) from error
-
-    try:
-        return faults.retried(open_file, path)
-    except ValueError as error:
-        raise ValueError(f"cannot read {path} as ArrayRecord: {error}") from error
-
-
-def serialize_example(image: bytes, label: int | None) -> bytes:
-    """An encoded image as a record that `ArrayRecordSource` reads; the same bytes for the same arguments."""
-    from tensorflow_datasets.proto import tf_example_pb2
-
-    example = tf_example_pb2.Example()  # pyright: ignore[reportAttributeAccessIssue]
-    example.features.feature["image"].bytes_list.value.append(image)
-    if label is not None:
-        example.features.feature["label"].int64_list.value.append(label)
-    return example.SerializeToString(deterministic=True)
-
-
-def _parse_example(record: bytes) -> tuple[bytes, int]:
-    from google.protobuf.message import DecodeError
-    from tensorflow_datasets.proto import tf_example_pb2
-
-    try:
-        features = tf_example_pb2.Example.FromString(record).features.feature  # pyright: ignore[reportAttributeAccessIssue]
-    except DecodeError as error:
-        raise ValueError(f"not a tf.train.Example: {error}") from error
-    images = [features[key].bytes_list.value for key in ("image", "image/encoded") if key in features]
-    if not images or len(images[0]) != 1:
-        raise ValueError(f"a tf.train.Example without one 'image' or 'image/encoded' of bytes, only {sorted(features)}")
-    labels = [features[key].int64_list.value for key in ("label", "image/class/label") if key in features]
-    return images[0][0], int(labels[0][0]) if labels and labels[0] else -1
+        features = parse_example(record)
+        images = [features[key] for key in ("image", "image/encoded") if key in features]
+        if not images or len(images[0]) != 1 or not isinstance(images[0][0], bytes):
+            raise ValueError("a tf.train.Example without one 'image' or 'image/encoded' of bytes, only "
+                             f"{sorted(features)}")
+        labels = [features[key] for key in ("label", "image/class/label") if key in features]
+        label = labels[0][0] if labels and labels[0] and isinstance(labels[0][0], int) else -1
+        return Record(images[0][0], label, self.name(index), caption_of(features))
 
 
 @dataclasses.dataclass(frozen=True)
-class _Part:
+class _Part(Generic[Item]):
     """Some images of a source."""
 
-    source: Source
+    source: Source[Item]
     indices: SharedArray  # uint32
 
     @property
@@ -459,16 +405,16 @@ class _Part:
     def name(self, index: int) -> str:
         return self.source.name(self.indices.values[index])
 
-    def __getitem__(self, index: int) -> Record:
+    def __getitem__(self, index: int) -> Item:
         return self.source[self.indices.values[index]]
 
 
-def part(source: Source, indices: np.ndarray) -> Source:
+def part(source: Source[Item], indices: np.ndarray) -> Source[Item]:
     """Some images of a source, in the order of their indices."""
     return _Part(source, SharedArray(indices.astype(np.uint32)))
 
 
-def hold_out(source: Source, share: float) -> tuple[Source, Source]:
+def hold_out(source: Source[Item], share: float) -> tuple[Source[Item], Source[Item]]:
     """Parts a source into images to train on and images that are never trained on.
 
     An image is held out when the hash of its name, as a number in [0, 1), is below `share`. So it stays in its part
@@ -531,11 +477,13 @@ class SourceKind(NamedTuple):
       open: `(what follows the colon, training=) -> Source`.
       holds_out: `(what follows the colon) -> bool`, whether the data themselves hold images out, which `open` gives
         when it is not for training.
+      of: what it has: images, for a tokenizer, or codes, for a generator.
     """
 
     spec: str
     open: Callable[..., Source]
     holds_out: Callable[[str], bool] = lambda rest: False
+    of: Literal["images", "codes"] = "images"
 
 
 # By the first word of a SPEC.
@@ -545,24 +493,26 @@ SOURCES = {
     "folder": SourceKind("folder:PATH", lambda rest, *, training: FolderSource(rest)),
     "tfds": SourceKind("tfds:NAME[:SPLIT][@DATA_DIR]", _open_tfds, lambda rest: bool(_tfds_held_out(rest))),
     "array_record": SourceKind("array_record:GLOB", lambda rest, *, training: ArrayRecordSource(rest)),
+    "codes": SourceKind("codes:DIR", lambda rest, *, training: CodesSource(rest), of="codes"),
     "own": SourceKind("", _refuse_own),  # an object, given to `vqrae_jax.train`
 }
 
 
-def open_source(spec: str, *, training: bool) -> Source:
+def open_source(spec: str, *, training: bool, of: Literal["images", "codes"] = "images") -> Source:
     """Opens all images of `embedded`, `folder:PATH`, `tfds:NAME[:SPLIT][@DATA_DIR]` or `array_record:GLOB`.
 
     Where a SPEC names no split, training reads `train`, and evaluation what is held out: `validation` or else `test`.
+    With `of="codes"` it is all codes of `codes:DIR`.
 
     Raises:
       ValueError: not a SPEC, or no such split.
       OSError: the data is not there.
     """
-    kind, rest = _kind(spec)
+    kind, rest = _kind(spec, of)
     return kind.open(rest, training=training)
 
 
-def open_parts(spec: str, *, holdout: float) -> tuple[Source, Source]:
+def open_parts(spec: str, *, holdout: float, of: Literal["images", "codes"] = "images") -> tuple[Source, Source]:
     """Opens the images to train on and those that are held out, reading once what the data consist of.
 
     `embedded`, and a TFDS data set of which no split is named and which has `validation` or `test`, hold out images of
@@ -571,21 +521,22 @@ def open_parts(spec: str, *, holdout: float) -> tuple[Source, Source]:
     Args:
       spec: as for `open_source`.
       holdout: share of the images that `hold_out` holds out.
+      of: as for `open_source`.
 
     Raises:
       ValueError, OSError: as from `open_source`.
     """
-    kind, rest = _kind(spec)
+    kind, rest = _kind(spec, of)
     if kind.holds_out(rest):
         return kind.open(rest, training=True), kind.open(rest, training=False)
     return hold_out(kind.open(rest, training=True), holdout)
 
 
-def _kind(spec: str) -> tuple[SourceKind, str]:
+def _kind(spec: str, of: str) -> tuple[SourceKind, str]:
     """The row of a SPEC, and what follows the colon."""
     name, _, rest = spec.partition(":")
     kind = SOURCES[name] if name in SOURCES else None
-    if kind is None or bool(rest) != (":" in kind.spec):
-        *others, last = (kind.spec for kind in SOURCES.values() if kind.spec)
-        raise ValueError(f"unknown data {spec!r}: give {', '.join(others)} or {last}")
+    if kind is None or kind.of != of or bool(rest) != (":" in kind.spec):
+        *others, last = (kind.spec for kind in SOURCES.values() if kind.spec and kind.of == of)
+        raise ValueError(f"unknown data {spec!r}: give {', '.join(others)}{' or ' if others else ''}{last}")
     return kind, rest

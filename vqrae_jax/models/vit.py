@@ -32,6 +32,12 @@ Remat = Callable[..., bool]
 # What is kept for the backward pass by default: results of matmuls. LayerNorms, GELUs and the attention weights are
 # computed anew, which costs less than writing and reading them, on a CPU as on a chip.
 SAVE_MATMULS = jax.checkpoint_policies.save_only_these_names("qkv", "attended", "out", "fc1")
+REMAT_POLICIES = {  # by the names that configs have for them
+    "none": jax.checkpoint_policies.everything_saveable,
+    "minimal": SAVE_MATMULS,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

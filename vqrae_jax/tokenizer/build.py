@@ -5,8 +5,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from vqrae_jax.config import Config
@@ -17,7 +15,7 @@ from vqrae_jax.models.encoders import Encoder
 from vqrae_jax.models.flat import Arrays
 from vqrae_jax.models.perceptual import ENCODER, NETWORKS, SHARES
 from vqrae_jax.models.quantizers import QUANTIZERS, Quantizer, own
-from vqrae_jax.models.vit import SAVE_MATMULS, TransformerSpec
+from vqrae_jax.models.vit import DTYPES, REMAT_POLICIES, TransformerSpec
 from vqrae_jax.models.vqrae import VQRAE
 from vqrae_jax.training import optim
 from vqrae_jax.weights import huggingface
@@ -25,12 +23,6 @@ from vqrae_jax.weights.huggingface import EncoderSpec
 
 ASSETS = Path(__file__).parents[1] / "assets"
 NANO = str(ASSETS / "nano")  # the encoder that ships with the package
-REMAT_POLICIES = {
-    "none": jax.checkpoint_policies.everything_saveable,
-    "minimal": SAVE_MATMULS,
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 class Networks(NamedTuple):

@@ -22,8 +22,8 @@ from vqrae_jax.models.inception import FEATURES
 from vqrae_jax.tokenizer import build, evaluate, instruments, probe, recipe, report, robustness, runs
 from vqrae_jax.tokenizer.evaluate import Evaluation, Instrument
 from vqrae_jax.tokenizer.instruments import ENCODER, INCEPTION, LPIPS_VGG, ZERO_SHOT, View
-from vqrae_jax.tokenizer.runs import Weights
 from vqrae_jax.training import distributed, reporting
+from vqrae_jax.training.checkpoint import Weights
 from vqrae_jax.training.files import disk_errors
 from vqrae_jax.weights import tensors
 

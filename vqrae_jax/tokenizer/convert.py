@@ -15,8 +15,8 @@ from vqrae_jax.config import Config, Data, Decoder, Encoder, Model, Optim, Quant
 from vqrae_jax.models import flat
 from vqrae_jax.models.decoder import DECODER_SHAPES
 from vqrae_jax.tokenizer import build, runs
-from vqrae_jax.tokenizer.runs import Weights
 from vqrae_jax.training import checkpoint, sharding
+from vqrae_jax.training.checkpoint import Weights
 from vqrae_jax.training.files import disk_errors
 from vqrae_jax.weights import huggingface, pytorch
 
@@ -58,7 +58,7 @@ def config_of(model: pytorch.Imported, *, encoder: str) -> Config:
                     quantizer=Quantizer(**model.quantizer), decoder=Decoder(**decoder),
                     latent_statistics=model.latent_statistics),
         optim=Optim(lr_multipliers=(("encoder/.*", 0.0),), ema_decay=0.0))
-    return config_lib.parse(dataclasses.asdict(config))
+    return config_lib.parse(dataclasses.asdict(config), Config)
 
 
 def _flags(config: Config, workdir: Path) -> list[str]:

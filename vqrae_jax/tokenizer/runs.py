@@ -7,7 +7,6 @@ import dataclasses
 import hashlib
 from contextlib import closing
 from pathlib import Path
-from typing import Literal, get_args
 
 import numpy as np
 from flax import nnx
@@ -20,10 +19,8 @@ from vqrae_jax.models.flat import Arrays
 from vqrae_jax.models.quantizers import Quantizer
 from vqrae_jax.tokenizer import build, train_state
 from vqrae_jax.training import checkpoint, distributed, lock, sharding
-from vqrae_jax.training.checkpoint import Checkpoints
+from vqrae_jax.training.checkpoint import Checkpoints, Weights
 from vqrae_jax.weights import huggingface
-
-Weights = Literal["ema", "raw"]
 
 
 def structure(workdir: Path, config: Config, quantizer: Quantizer | None = None) -> build.Structure:
@@ -61,23 +58,11 @@ def load_run(workdir: Path, mesh: Mesh, *, step: int | None = None, weights: Wei
       OSError: not the folder of a run, or it has no checkpoint, or not that one.
       ValueError: other `weights`; the run needs `quantizer`, or takes none.
     """
-    if weights not in get_args(Weights):
-        raise ValueError(f"weights must be {' or '.join(get_args(Weights))}, not {weights!r}")
     config = config_lib.load(workdir / "config.json")
-    steps = checkpoint.steps(workdir)
-    if not steps:
-        raise FileNotFoundError(f"{workdir} holds no checkpoint: train it first")
-    if step not in [None, *steps]:
-        raise FileNotFoundError(f"{workdir} holds the checkpoints {steps}, not {step}")
+    step = checkpoint.chosen_step(workdir, step)
     model_structure = structure(workdir, config, quantizer)
     abstract, frozen = train_state.abstract(config, model_structure, mesh)
-    model = train_state.items(abstract)["model"]
-    averaged = model["ema"].keys() if weights == "ema" else ()
-    needed = {item: {path: array if (path in averaged) == (item == "ema") else checkpoint.NOT_READ
-                     for path, array in arrays.items()} for item, arrays in model.items()}
-    items = checkpoint.load_item(workdir, steps[-1] if step is None else step, "model", needed)
-    arrays = {path: array for item in items.values() for path, array in item.items()
-              if array is not checkpoint.NOT_READ}
+    arrays = checkpoint.load_model(workdir, step, train_state.items(abstract)["model"], weights)
     return config, model_structure.graphdef, arrays | checkpoint.load_frozen_item(workdir, "params", frozen.params)
 
 

@@ -108,6 +108,8 @@ def cells(study: Study, out: Path) -> list[Cell]:
             start = {"init_from": str(_workdir(out, row.init_from, seed))} if row.init_from else {}
             try:
                 config = load_config(row.config, **{**row.changes, **start, "seed": seed, "data.source": study.data})
+                if not isinstance(config, Config):
+                    raise ValueError(f"{row.config} is the config of a {config.task}, and a study is of tokenizers")
             except ValueError as error:
                 raise ValueError(f"row {name} of the study: {error}") from error
             yield Cell(name, seed, _workdir(out, name, seed), config)

@@ -1,11 +1,10 @@
 """The tokenizer as a task that the training loop trains."""
 
-import contextlib
 import dataclasses
 import json
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ from vqrae_jax.tokenizer.gan import learns as discriminator_learns
 from vqrae_jax.tokenizer.loss import make_train_step, phase_of
 from vqrae_jax.tokenizer.train_state import Frozen, TrainState
 from vqrae_jax.training import checkpoint, loop, optim, sharding
+from vqrae_jax.training.reporting import progress_shown
 from vqrae_jax.training.task import Best, Evaluator, TrainStep
 
 log = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ def train(config: Config, workdir: str | os.PathLike, source: Source | Sequence[
       FloatingPointError: `train.max_skipped` steps in a row had a loss or gradient that was not finite.
     """
     workdir = Path(workdir)
-    with _progress_shown():
+    with progress_shown():
         images = None if source is None else as_source(source)
         task = TokenizerTask(_with_objects(config, images, quantizer), workdir, images, quantizer)
         result = loop.run(task, workdir)
@@ -86,36 +86,6 @@ def _with_objects(config: Config, source: Source | None, quantizer: Quantizer | 
         section = config_lib.Quantizer(kind="own", size=size, dim=dim)
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, quantizer=section))
     return config
-
-
-@contextlib.contextmanager
-def _progress_shown() -> Iterator[None]:
-    """Lets progress reach stderr where logging is as Python leaves it, with the root logger's level above INFO."""
-    logger = logging.getLogger("vqrae_jax")
-    if logger.handlers or logger.level or logger.isEnabledFor(logging.INFO):
-        yield
-        return
-    handler, propagate = _Progress(), logger.propagate
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(logging.NOTSET)
-        logger.propagate = propagate
-
-
-class _Progress(logging.StreamHandler):
-    """Writes what the root logger's level keeps from its handlers, if it has any; the rest goes there as ever."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        root = logging.getLogger()
-        if root.handlers and record.levelno >= root.level:
-            root.handle(record)
-        else:
-            super().emit(record)
 
 
 class TokenizerTask:

@@ -10,7 +10,7 @@ import logging
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import orbax.checkpoint as ocp
 
@@ -21,6 +21,7 @@ from vqrae_jax.training.files import disk_errors
 
 log = logging.getLogger(__name__)
 NOT_READ = ocp.PLACEHOLDER
+Weights = Literal["ema", "raw"]
 
 
 def open_run(workdir: Path, config: config_lib.Run, write_files: Callable[[Path], None]) -> config_lib.Changes:
@@ -84,6 +85,37 @@ def load_item(workdir: Path, step: int, name: str, abstract: Any) -> Any:
     arguments = ocp.args.PyTreeRestore(abstract, ocp.checkpoint_utils.construct_restore_args(abstract))
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         return checkpointer.restore((workdir / "checkpoints" / str(step) / name).absolute(), arguments)
+
+
+def chosen_step(workdir: Path, step: int | None) -> int:
+    """The step of a checkpoint to read, None being the last; FileNotFoundError where there is none."""
+    saved = steps(workdir)
+    if not saved:
+        raise FileNotFoundError(f"{workdir} holds no checkpoint: train it first")
+    if step not in [None, *saved]:
+        raise FileNotFoundError(f"{workdir} holds the checkpoints {saved}, not {step}")
+    return saved[-1] if step is None else step
+
+
+def load_model(workdir: Path, step: int, model: dict[str, Arrays], weights: Weights) -> Arrays:
+    """The arrays that inference needs of a checkpoint's item `model`, each read once.
+
+    Args:
+      workdir: the run's folder.
+      step: of the checkpoint.
+      model: the item, of shapes and shardings; its part `ema` holds averages of some arrays of the other parts.
+      weights: `ema` for the average of what has one, `raw` for the arrays as they were trained.
+
+    Raises:
+      ValueError: other `weights`.
+    """
+    if weights not in get_args(Weights):
+        raise ValueError(f"weights must be {' or '.join(get_args(Weights))}, not {weights!r}")
+    averaged = model["ema"].keys() if weights == "ema" else ()
+    needed = {part: {path: array if (path in averaged) == (part == "ema") else NOT_READ
+                     for path, array in arrays.items()} for part, arrays in model.items()}
+    parts = load_item(workdir, step, "model", needed)
+    return {path: array for arrays in parts.values() for path, array in arrays.items() if array is not NOT_READ}
 
 
 class Checkpoints:

@@ -1,11 +1,12 @@
 """What a run tells: a progress line, metrics.jsonl, TensorBoard, pictures, and Weights & Biases on request."""
 
+import contextlib
 import hashlib
 import json
 import logging
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,36 @@ from vqrae_jax.training.task import Best
 
 log = logging.getLogger(__name__)
 _EVALUATION = "eval/"
+
+
+@contextlib.contextmanager
+def progress_shown() -> Iterator[None]:
+    """Lets progress reach stderr where logging is as Python leaves it, with the root logger's level above INFO."""
+    logger = logging.getLogger("vqrae_jax")
+    if logger.handlers or logger.level or logger.isEnabledFor(logging.INFO):
+        yield
+        return
+    handler, propagate = _Progress(), logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(logging.NOTSET)
+        logger.propagate = propagate
+
+
+class _Progress(logging.StreamHandler):
+    """Writes what the root logger's level keeps from its handlers, if it has any; the rest goes there as ever."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        root = logging.getLogger()
+        if root.handlers and record.levelno >= root.level:
+            root.handle(record)
+        else:
+            super().emit(record)
 
 
 class Reporter:
@@ -74,7 +105,7 @@ class Reporter:
         left = (self._config.train.steps - step) * self._seconds / max(steps, 1)
         self.write(step, metrics, {f"{self._unit}_per_second": rate, "data_wait": waited})
         log.info("step %d/%d  %s  %.0f %s/s, waiting for data %.0f %%  %s to go", step, self._config.train.steps,
-                 shown, rate, self._unit, 100 * waited, _duration(left))
+                 shown, rate, self._unit, 100 * waited, duration(left))
         self._step, self._seconds, self._waited = step, 0.0, 0.0
         self.resume()
 
@@ -89,7 +120,7 @@ class Reporter:
             with disk_errors(self._workdir):
                 save_png(self._workdir / "samples" / f"{step:07d}.png", picture)
             if self._tensorboard:
-                self._tensorboard.add_image("reconstructions", picture, step, dataformats="HWC")
+                self._tensorboard.add_image("samples", picture, step, dataformats="HWC")
         shown = "  ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in metrics.items())
         log.info("step %d  evaluation  %s", step, shown)
 
@@ -161,7 +192,8 @@ def _start_wandb(workdir: Path, config: Run):
                       name=path.name, resume="allow", config=dataclasses.asdict(config))
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Seconds in hours, minutes and seconds, for people."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s"
@@ -188,6 +220,8 @@ def to_8_bits(images: np.ndarray) -> np.ndarray:
 
 
 def save_png(file: Path, picture: np.ndarray) -> None:
-    """Writes uint8 `[H, W, 3]` as a PNG, creating its folder."""
+    """Writes uint8 `[H, W, 3]` as a PNG, at once, creating its folder."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(picture).save(file)
+    unfinished = file.with_name(f"{file.name}.part")
+    Image.fromarray(picture).save(unfinished, "PNG")
+    unfinished.replace(file)

@@ -1,0 +1,1 @@
+"""Task 2: a language model that learns the codes of images."""
