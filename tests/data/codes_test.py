@@ -28,7 +28,8 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("codes")
     begun = codes.begin(folder, DESCRIPTION)
     grids = np.arange(6).reshape(2, 3) + 10 * np.arange(VIEWS)[:, None, None]
-    records = [CodesRecord((4000 * i + grids).astype(begun.dtype), i % 7, f"image {i}", "é" * i) for i in range(RECORDS)]
+    records = [CodesRecord((4000 * i + grids).astype(begun.dtype), i % 7, f"image {i}", "é" * i)
+               for i in range(RECORDS)]
     for number, shard in enumerate(begun.shards(folder)):
         codes.write_shard(shard, records[16 * number:16 * (number + 1)])
     codes.end(folder, begun)
@@ -60,8 +61,8 @@ def test_a_folder_of_codes_is_a_source(folder):
     assert source.name(29) == f"{folder}/codes-00001-of-00002.array_record/13"
     assert fingerprint(source)["images"] == RECORDS
     training, held_out = open_parts(f"codes:{folder}", holdout=0.2, of="codes")
-    names = [[part[i].name for i in range(len(part))] for part in (training, held_out)]
-    assert names[1] and sorted(sum(names, [])) == sorted(f"image {i}" for i in range(RECORDS))
+    names = [part[i].name for part in (training, held_out) for i in range(len(part))]
+    assert len(held_out) and sorted(names) == sorted(f"image {i}" for i in range(RECORDS))
     with pytest.raises(ValueError, match="unknown data 'folder:/x': give codes:DIR"):
         open_source("folder:/x", training=True, of="codes")
 
@@ -79,7 +80,8 @@ def test_training_sees_every_record_once_an_epoch_and_all_its_views(folder):
     np.testing.assert_array_equal(np.sort(epochs), np.tile(np.arange(RECORDS), (10, 1)))
     assert len({tuple(epoch) for epoch in epochs}) == 10
     views = joined(batches)[:, 0, 0] % 4000 // 10
-    assert all(set(views[order == i]) == {0, 1, 2} for i in range(RECORDS))
+    assert all(len(set(views[order == i])) > 1 for i in range(RECORDS))
+    assert 80 < np.bincount(views, minlength=VIEWS).min()
 
 
 def test_a_batch_is_a_function_of_its_number(folder):
