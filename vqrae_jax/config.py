@@ -213,6 +213,7 @@ class CodesData:
     classes: int = _key(0, low=0)  # that labels tell apart
     # Share of the images whose codes are never trained on and that evaluation shows.
     holdout: float = _key(0.01, low=0.0, high=0.5)
+    max_bad: float = _key(0.01, low=0.0, high=1.0, free=True)  # share of records that may be unreadable
     threads: int = _key(4, low=0, free=True)
 
 
@@ -314,7 +315,8 @@ class GeneratorConfig(Run):
     prefix: Prefix = Prefix()
 
 
-CONFIGS: Mapping[str, type[Run]] = {"tokenizer": Config, "generator": GeneratorConfig}  # by task
+TaskConfig = Config | GeneratorConfig
+CONFIGS: Mapping[str, type[TaskConfig]] = {"tokenizer": Config, "generator": GeneratorConfig}
 ConfigType = TypeVar("ConfigType", bound=Run)
 
 
@@ -328,7 +330,7 @@ def generator() -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict(dataclasses.asdict(GeneratorConfig()))
 
 
-def type_of(values: ml_collections.ConfigDict | dict[str, Any]) -> type[Run]:
+def type_of(values: ml_collections.ConfigDict | dict[str, Any]) -> type[TaskConfig]:
     """Which config a set of values is, by its key `task`; without one a tokenizer's, which was all there was once.
 
     Raises:
@@ -343,7 +345,7 @@ def type_of(values: ml_collections.ConfigDict | dict[str, Any]) -> type[Run]:
 @typing.overload
 def parse(values: ml_collections.ConfigDict | dict[str, Any], config_type: type[ConfigType]) -> ConfigType: ...
 @typing.overload
-def parse(values: ml_collections.ConfigDict | dict[str, Any]) -> Run: ...
+def parse(values: ml_collections.ConfigDict | dict[str, Any]) -> TaskConfig: ...
 
 
 def parse(values: ml_collections.ConfigDict | dict[str, Any], config_type: type[Run] | None = None) -> Run:
@@ -372,7 +374,7 @@ def parse(values: ml_collections.ConfigDict | dict[str, Any], config_type: type[
     return config
 
 
-def load_config(file: str | os.PathLike, **changes: Any) -> Run:
+def load_config(file: str | os.PathLike, **changes: Any) -> TaskConfig:
     """The config of a Python file, perhaps with keys changed: `load_config("configs/x.py", **{"optim.lr": 1e-4})`.
 
     What the file imports from its own repository, such as `from configs import nano_stage1`, is found wherever the
@@ -711,7 +713,7 @@ _OWN_SHAPE = ("width", "depth", "heads", "kv_heads", "head_dim", "mlp_dim", "tie
 def _check_generator(config: GeneratorConfig) -> None:
     model, prefix = config.model, config.prefix
     _check_kinds("model", model, "a model with a path" if model.path else "one without", {
-        "a model with a path": ("random_weights", "new_rows"), "one without": _OWN_SHAPE})
+        "a model with a path": ("new_rows",), "one without": _OWN_SHAPE})
     _check_kinds("prefix", prefix, prefix.kind, {"class": (), "caption": ("longest",)})
     if prefix.kind == "caption" and not model.path:
         raise ValueError("config key prefix.kind is caption, but a text has no tokens without a Qwen3: set model.path")

@@ -14,9 +14,9 @@ writes a run's encoder as a Hugging Face folder, at the run's input size: `trans
 
     python -m vqrae_jax.convert from-webdataset --tars='GLOB' --out=DIR [--threads=N]
 
-makes of every tar shard of a WebDataset (plain or gzipped) DIR/NAME.array_record, the images as they are with their
-labels from .cls or .json, and DIR/NAME.jsonl, the members that were left out and why. The same command continues after
-an interruption. Several machines can share DIR if each takes other tars.
+makes of every tar shard of a WebDataset (plain or gzipped) DIR/NAME.array_record, the images as they are with labels
+from .cls or .json and captions from .txt or .json, and DIR/NAME.jsonl, the members that were left out and why. The same
+command continues after an interruption. Several machines can share DIR if each takes other tars.
 """
 
 import glob
@@ -48,10 +48,11 @@ def from_webdataset(pattern: str, out: Path, *, threads: int) -> None:
     tars = [Path(path) for path in sorted(glob.glob(os.path.expanduser(pattern), recursive=True))]
     if not tars:
         raise FileNotFoundError(f"no file matches {pattern}: give tar files, as --tars='/data/cc12m/*.tar'")
-    images = labels = bad = damaged = 0
+    images = labels = captions = bad = damaged = 0
     with disk_errors(out):
         for number, tar in enumerate(webdataset.convert(tars, out, threads=threads), 1):
-            images, labels, bad = images + tar.images, labels + tar.labels, bad + tar.bad
+            images, labels, captions, bad = (images + tar.images, labels + tar.labels, captions + tar.captions,
+                                             bad + tar.bad)
             if tar.damage is not None:
                 damaged += 1
                 log.warning("%s is damaged, what comes before the damage is kept: %s", tar.tar, tar.damage)
@@ -59,9 +60,9 @@ def from_webdataset(pattern: str, out: Path, *, threads: int) -> None:
     if not images:
         raise ValueError(f"there is no good image in {len(tars)} tars: {out}/*.jsonl say why")
     spec = f"array_record:{glob.escape(str(out))}/*.array_record"
-    log.info("%s images (%s with a label) in %d files, %s bad members and %d damaged tars (see %s/*.jsonl); to use "
-             "them: --config.data.source=%s", f"{images:,}", f"{labels:,}", len(tars), f"{bad:,}", damaged, out,
-             shlex.quote(spec))
+    log.info("%s images (%s with a label, %s with a caption) in %d files, %s bad members and %d damaged tars (see "
+             "%s/*.jsonl); to use them: --config.data.source=%s", f"{images:,}", f"{labels:,}", f"{captions:,}",
+             len(tars), f"{bad:,}", damaged, out, shlex.quote(spec))
 
 
 def main(argv: Sequence[str]) -> None:

@@ -21,7 +21,8 @@ from vqrae_jax.training.files import disk_errors
 
 def main(_) -> None:
     values = _CONFIG.value
-    values.model.encoder.random_weights = True  # the shape is enough
+    pretrained = values.model.encoder if config_lib.type_of(values) is config_lib.Config else values.model
+    pretrained.random_weights = True  # the shape is enough
     if _BATCH.value:
         values.train.batch_size = _BATCH.value
     config = config_lib.parse(values)

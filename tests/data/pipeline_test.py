@@ -33,7 +33,7 @@ from vqrae_jax.data import (
     resize_and_center_crop,
     train_batches,
 )
-from vqrae_jax.data.sources import serialize_example
+from vqrae_jax.data.records import serialize_example
 
 SHARED = REPOSITORY.parent / "shared" / "data"
 RED, GREEN, BLUE, GREY = (230, 20, 30), (10, 200, 40), (20, 30, 220), (100, 100, 100)
@@ -514,10 +514,11 @@ def test_held_out_records_stay_held_out_when_shards_are_added(tmp_path):
 
     for shard in ("b", "c"):
         write_array_record(tmp_path / f"{shard}.array_record",
-                           [serialize_example(jpeg(), ord(shard) * 1000 + i) for i in range(100)])
+                           [serialize_example({"image": jpeg(), "label": ord(shard) * 1000 + i}) for i in range(100)])
     before = open_parts(f"array_record:{tmp_path}/*", holdout=0.1)
     assert len(before[0]) + len(before[1]) == 200 and 5 < len(before[1]) < 40
-    write_array_record(tmp_path / "a.array_record", [serialize_example(jpeg(), i) for i in range(77)])
+    write_array_record(tmp_path / "a.array_record",
+                       [serialize_example({"image": jpeg(), "label": i}) for i in range(77)])
     after = open_parts(f"array_record:{tmp_path}/*", holdout=0.1)
     assert labels(before[0]) < labels(after[0]) and labels(before[1]) < labels(after[1])
 
@@ -856,7 +857,7 @@ def test_a_fault_in_a_worker_process_ends_the_run_in_the_same_line(tmp_path):
 @pytest.fixture
 def shards(tmp_path) -> str:
     for i in range(40):
-        write_array_record(tmp_path / f"{i:02}.array_record", [serialize_example(jpeg(), i)])
+        write_array_record(tmp_path / f"{i:02}.array_record", [serialize_example({"image": jpeg(), "label": i})])
     return f"{tmp_path}/*.array_record"
 
 

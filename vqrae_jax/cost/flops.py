@@ -6,12 +6,15 @@ iterations of spectral norms. A matmul whose weights learn costs its forward pas
 more where its input needs one.
 """
 
+import dataclasses
 from typing import NamedTuple
 
-from vqrae_jax.config import Config
+from vqrae_jax.config import Config, GeneratorConfig
+from vqrae_jax.generator import build as generator_build
 from vqrae_jax.models import flat
 from vqrae_jax.models.discriminators import DISCRIMINATORS
 from vqrae_jax.models.flops import Work, dense
+from vqrae_jax.models.lm import lm_work
 from vqrae_jax.models.perceptual import NETWORKS
 from vqrae_jax.models.quantizers import QUANTIZERS
 from vqrae_jax.models.vit import blocks_work, vit_work
@@ -122,3 +125,13 @@ def flops(config: Config, structure: Structure, phase: str) -> Flops:
         decode=out.forward + decoder_in.forward + decoder_blocks.forward + pixels.forward,
         train=encoder_train + quantizer_train + decoder_train + losses,
         codes=codes, train_codes=train_codes)
+
+
+def generator_flops(config: GeneratorConfig, structure: generator_build.Structure) -> int:
+    """The floating-point operations of an image in a training step of a generator.
+
+    A model of which only some parameters learn counts as one that learns. Embeddings are looked up, which is free.
+    """
+    tokens = structure.codes.grid**2
+    spec = dataclasses.replace(structure.spec, vocabulary=structure.vocabulary.codes)  # of which logits are computed
+    return lm_work(spec, generator_build.longest_caption(config) + tokens, predicted=tokens).backward()

@@ -11,21 +11,25 @@ import os
 import re
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import topologies
+from jax.sharding import Mesh
 
 from vqrae_jax import config as config_lib
-from vqrae_jax.config import Config
+from vqrae_jax.config import Config, GeneratorConfig, TaskConfig
 from vqrae_jax.cost import flops
 from vqrae_jax.cost.flops import CHIPS
+from vqrae_jax.generator import build as generator_build
+from vqrae_jax.generator import loss as generator_loss
+from vqrae_jax.generator import task as generator_task
+from vqrae_jax.generator import train_state as generator_state
 from vqrae_jax.models import flat
-from vqrae_jax.tokenizer import build, train_state
-from vqrae_jax.tokenizer.loss import make_train_step, phase_of
-from vqrae_jax.tokenizer.task import abstract_batch
+from vqrae_jax.tokenizer import build, loss, task, train_state
 from vqrae_jax.training import compilation, sharding
 from vqrae_jax.training.compilation import GIB
+from vqrae_jax.training.task import TrainStep
 
 # A float32 matmul at highest precision takes so many bfloat16 passes on a TPU.
 HIGHEST_PASSES = 6
@@ -64,6 +68,69 @@ class Plan:
     collective_seconds: float | None
 
 
+class Subject(NamedTuple):
+    """What is planned of a config, whatever its task.
+
+    Attributes:
+      abstract: `mesh -> (state, frozen arrays, batch)`, as `Task.abstract` gives them.
+      train_step: the most expensive one.
+      parameters: `(state, frozen arrays) -> ` numbers of parameters by part.
+      averages: of a state, what the optimizer keeps, and moving averages.
+      per_image: operations of an image.
+      per_step: of a step.
+      at_highest: of a step, those of float32 matmuls at highest precision.
+    """
+
+    abstract: Callable[[Mesh], tuple[Any, Any, Any]]
+    train_step: TrainStep
+    parameters: Callable[[Any, Any], dict[str, int]]
+    averages: Callable[[Any], Any]
+    per_image: int
+    per_step: int
+    at_highest: int
+
+
+def subject(config: TaskConfig) -> Subject:
+    """What is planned of a config; with a discriminator, the step in which it learns."""
+    return _generator(config) if isinstance(config, GeneratorConfig) else _tokenizer(config)
+
+
+def _tokenizer(config: Config) -> Subject:
+    phase, structure = loss.phase_of(config, config.train.steps), build.structure(config)
+    work, model = flops.flops(config, structure, phase), _sizes({**structure.params, **structure.buffers})
+    return Subject(
+        abstract=lambda mesh: (*train_state.abstract(config, structure, mesh), task.abstract_batch(config, mesh)),
+        train_step=loss.make_train_step(config, structure, phase),
+        parameters=lambda state, frozen: {
+            **{part: model[part] for part in ("encoder", "quantizer", "decoder")},
+            "discriminator": _size(state.gan.params), "frozen networks": _size(frozen.networks),
+            "teacher": _size(frozen.teacher)},
+        averages=lambda state: (state.opt_state, state.gan.opt_state, state.ema),
+        per_image=work.train, per_step=work.per_step(config),
+        at_highest=config.train.batch_size * work.search + config.train.accumulate * work.train_codes)
+
+
+def _generator(config: GeneratorConfig) -> Subject:
+    structure = generator_build.structure(config, generator_build.planned_codes(config))
+    per_image, model = flops.generator_flops(config, structure), _sizes(structure.params)
+    return Subject(
+        abstract=lambda mesh: (*generator_state.abstract(config, structure, mesh),
+                               generator_task.abstract_batch(config, structure, mesh)),
+        train_step=generator_loss.make_train_step(config, structure), parameters=lambda state, frozen: model,
+        averages=lambda state: (state.opt_state, state.ema),
+        per_image=per_image, per_step=config.train.batch_size * per_image, at_highest=0)
+
+
+def _sizes(arrays: flat.Arrays) -> dict[str, int]:
+    """Numbers in arrays by part."""
+    return {part: _size({path: value for path, value in arrays.items() if flat.part(path) == part})
+            for part in flat.parts(arrays)}
+
+
+def _size(arrays: flat.Arrays) -> int:
+    return sum(value.size for value in arrays.values())
+
+
 def topology_devices(name: str) -> list[Any]:
     """The devices of a TPU slice, `v5e:4x4`, without the slice.
 
@@ -88,8 +155,8 @@ def topology_devices(name: str) -> list[Any]:
     return devices
 
 
-def plan(config: Config, topology: str) -> Plan:
-    """Compiles the training step of a config for a slice; with a discriminator, the step in which it learns.
+def plan(config: TaskConfig, topology: str) -> Plan:
+    """Compiles the training step of a config for a slice.
 
     Raises:
       ValueError: a slice that is not there, or a mesh or batch that does not fit it.
@@ -98,13 +165,11 @@ def plan(config: Config, topology: str) -> Plan:
     chip = CHIPS[devices[0].device_kind]
     mesh = sharding.make_mesh(config.mesh, devices)
     sharding.check_batch_size(mesh, config)
-    phase = phase_of(config, config.train.steps)
-    structure = build.structure(config)
-    state, frozen = train_state.abstract(config, structure, mesh)
+    planned = subject(config)
+    state, frozen, batch = planned.abstract(mesh)
     started = time.perf_counter()
-    train_step = sharding.jit_step(make_train_step(config, structure, phase), mesh, state)
-    lowered = train_step.trace(state, frozen, abstract_batch(config, mesh)).lower()
-    optimizer = _bytes_per_chip((state.opt_state, state.gan.opt_state, state.ema))
+    lowered = sharding.jit_step(planned.train_step, mesh, state).trace(state, frozen, batch).lower()
+    optimizer = _bytes_per_chip(planned.averages(state))
     arguments = _bytes_per_chip((state, frozen))
     try:
         compiled: Any = lowered.compile()
@@ -120,25 +185,17 @@ def plan(config: Config, topology: str) -> Plan:
         size, unit = found[1] or found[3], found[2] or found[4]
         used = float(size) * {"M": 2**20, "G": GIB}[unit] + (arguments if found[3] else 0)
     seconds = time.perf_counter() - started
-    work = flops.flops(config, structure, phase)
-    at_highest = config.train.batch_size * work.search + config.train.accumulate * work.train_codes
-    model = {**structure.params, **structure.buffers}
-    sizes = {part: sum(value.size for path, value in model.items() if flat.part(path) == part)
-             for part in ("encoder", "quantizer", "decoder")}
-    sizes["discriminator"] = sum(value.size for value in state.gan.params.values())
-    sizes["frozen networks"] = sum(value.size for value in frozen.networks.values())
-    sizes["teacher"] = sum(value.size for value in frozen.teacher.values())
     return Plan(
         topology=topology, chip=devices[0].device_kind, chips=len(devices), batch=config.train.batch_size,
-        accumulate=config.train.accumulate, remat=config.model.remat, mesh=dict(mesh.shape), parameters=sizes,
-        parameters_gib=(arguments - optimizer) / GIB, optimizer_gib=optimizer / GIB,
+        accumulate=config.train.accumulate, remat=config.model.remat, mesh=dict(mesh.shape),
+        parameters=planned.parameters(state, frozen), parameters_gib=(arguments - optimizer) / GIB, optimizer_gib=optimizer / GIB,
         temporaries_gib=(used - arguments) / GIB if compiled else None,
         hbm_gib_per_chip=used / GIB, hbm_limit_gib=chip.memory / GIB,
         fits=compiled is not None and used <= chip.memory,
-        compile_seconds=seconds, model_flops_per_image=work.train, model_flops_per_step=work.per_step(config),
+        compile_seconds=seconds, model_flops_per_image=planned.per_image, model_flops_per_step=planned.per_step,
         collective_gib_per_step=None if exchanged is None else {
             name: count / GIB for name, count in exchanged.items()},
-        compute_seconds=(work.per_step(config) + (HIGHEST_PASSES - 1) * at_highest) / (chip.flops * len(devices)),
+        compute_seconds=(planned.per_step + (HIGHEST_PASSES - 1) * planned.at_highest) / (chip.flops * len(devices)),
         collective_seconds=None if exchanged is None else sum(exchanged.values()) / chip.interconnect)
 
 
@@ -216,7 +273,7 @@ def _bytes(shapes: str) -> int:
                for dtype, dimensions in re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", shapes))
 
 
-def candidates(config: Config, chips: int) -> list[Config]:
+def candidates(config: TaskConfig, chips: int) -> list[TaskConfig]:
     """Variants of a config from the fastest to the most frugal: meshes, then rematerialisation, then accumulation."""
     sizes = [size for size in (1, 2, 4, 8, 16, 32, 64) if chips % size == 0]
     found = []
@@ -231,7 +288,7 @@ def candidates(config: Config, chips: int) -> list[Config]:
     return found
 
 
-def search(config: Config, topology: str, report: Callable[[str], None]) -> Plan | None:
+def search(config: TaskConfig, topology: str, report: Callable[[str], None]) -> Plan | None:
     """The first of `candidates` that fits, trying only those whose state alone leaves room; None if none does.
 
     What each that was tried needs goes to `report`, a line of text.
@@ -240,10 +297,10 @@ def search(config: Config, topology: str, report: Callable[[str], None]) -> Plan
     once = dataclasses.replace(config, train=dataclasses.replace(config.train, accumulate=1))
     sharding.check_batch_size(sharding.make_mesh(config_lib.Mesh(), devices), once)
     limit = CHIPS[devices[0].device_kind].memory
-    structure = build.structure(config)
+    planned = subject(config)
     needed: dict[tuple[int, str], float] = {}
     for candidate in candidates(config, len(devices)):
-        abstract, frozen = train_state.abstract(candidate, structure, sharding.make_mesh(candidate.mesh, devices))
+        abstract, frozen, _ = planned.abstract(sharding.make_mesh(candidate.mesh, devices))
         state = _bytes_per_chip((abstract, frozen))
         accumulate, remat = candidate.train.accumulate, candidate.model.remat
         # Gradients shrink with the mesh as parameters do, activations with the micro-batch at best in proportion: what

@@ -6,17 +6,16 @@ import functools
 import glob
 import hashlib
 import importlib.resources
-import itertools
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, NamedTuple, NoReturn, Protocol, runtime_checkable
 
 import numpy as np
 from PIL import Image
 
 from vqrae_jax.data import faults
+from vqrae_jax.data.records import RecordFiles, caption_of, parse_example
 from vqrae_jax.data.shared import SharedArray, SharedNames
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
@@ -29,11 +28,13 @@ class Record(NamedTuple):
       image: the encoded file, or an uint8 array `[H, W, 3]`.
       label: class index, -1 where it is unknown.
       name: what messages call this image; unique in its source.
+      caption: what it shows, in words; empty where that is unknown.
     """
 
     image: bytes | np.ndarray
     label: int
     name: str
+    caption: str = ""
 
 
 @runtime_checkable
@@ -344,11 +345,12 @@ class TfdsSource:
         return Record(example["image"], -1 if self.num_classes is None else int(example["label"]), self.name(index))
 
 
-class ArrayRecordSource:
+class ArrayRecordSource(RecordFiles):
     """Records of ArrayRecord files, in the order of the sorted file names.
 
     A record is either a serialized `tf.train.Example` with a bytes feature `image` or `image/encoded` and, optionally,
-    an int64 feature `label` or `image/class/label`, or just the bytes of an encoded image.
+    an int64 feature `label` or `image/class/label` and a UTF-8 feature `caption`, or just the bytes of an encoded
+    image.
 
     Args:
       pattern: a path in which `*`, `?` and `**` stand for anything.
@@ -362,84 +364,24 @@ class ArrayRecordSource:
     num_classes = None
 
     def __init__(self, pattern: str):
-        self._paths = sorted(glob.glob(os.path.expanduser(pattern), recursive=True))
-        if not self._paths:
+        paths = sorted(glob.glob(os.path.expanduser(pattern), recursive=True))
+        if not paths:
             raise FileNotFoundError(f"no file matches {pattern}: give ArrayRecord files, as data/train-*.array_record")
-        faults.allow_open_files()
-        with ThreadPoolExecutor(min(len(self._paths), 64)) as pool:  # the files may be far away
-            self._files: list[Any] = list(pool.map(_open_records, self._paths))
-        self._ends = list(itertools.accumulate(map(len, self._files)))
-
-    def __len__(self) -> int:
-        return self._ends[-1]
-
-    def _place(self, index: int) -> tuple[int, int]:
-        """Number of the file, and position in it."""
-        file = bisect.bisect_right(self._ends, index)
-        return file, index - (self._ends[file - 1] if file else 0)
-
-    def local_names(self) -> Iterator[str]:
-        """File names and positions in the file, wherever the files lie and however many there are."""
-        for path, file in zip(self._paths, self._files, strict=True):
-            for position in range(len(file)):
-                yield f"{os.path.basename(path)}/{position}"
-
-    def name(self, index: int) -> str:
-        file, position = self._place(index)
-        return f"{self._paths[file]}/{position}"
+        super().__init__(paths)
 
     def __getitem__(self, index: int) -> Record:
-        file, position = self._place(index)
-        try:
-            record = self._files[file][position]
-        except RuntimeError as error:
-            raise faults.from_text(error) from error
+        record = self.read(index)
         # Field 1, length-delimited: so begins every Example, and no image format.
         if not record.startswith(b"\x0a"):
             return Record(record, -1, self.name(index))
-        image, label = _parse_example(record)
-        return Record(image, label, self.name(index))
-
-
-def _open_records(path: str) -> Any:
-    import grain
-
-    def open_file() -> Any:
-        try:
-            return grain.sources.ArrayRecordDataSource([path])
-        except RuntimeError as error:
-            raise faults.from_text(error) from error
-
-    try:
-        return faults.retried(open_file, path)
-    except ValueError as error:
-        raise ValueError(f"cannot read {path} as ArrayRecord: {error}") from error
-
-
-def serialize_example(image: bytes, label: int | None) -> bytes:
-    """An encoded image as a record that `ArrayRecordSource` reads; the same bytes for the same arguments."""
-    from tensorflow_datasets.proto import tf_example_pb2
-
-    example = tf_example_pb2.Example()  # pyright: ignore[reportAttributeAccessIssue]
-    example.features.feature["image"].bytes_list.value.append(image)
-    if label is not None:
-        example.features.feature["label"].int64_list.value.append(label)
-    return example.SerializeToString(deterministic=True)
-
-
-def _parse_example(record: bytes) -> tuple[bytes, int]:
-    from google.protobuf.message import DecodeError
-    from tensorflow_datasets.proto import tf_example_pb2
-
-    try:
-        features = tf_example_pb2.Example.FromString(record).features.feature  # pyright: ignore[reportAttributeAccessIssue]
-    except DecodeError as error:
-        raise ValueError(f"not a tf.train.Example: {error}") from error
-    images = [features[key].bytes_list.value for key in ("image", "image/encoded") if key in features]
-    if not images or len(images[0]) != 1:
-        raise ValueError(f"a tf.train.Example without one 'image' or 'image/encoded' of bytes, only {sorted(features)}")
-    labels = [features[key].int64_list.value for key in ("label", "image/class/label") if key in features]
-    return images[0][0], int(labels[0][0]) if labels and labels[0] else -1
+        features = parse_example(record)
+        images = [features[key] for key in ("image", "image/encoded") if key in features]
+        if not images or len(images[0]) != 1 or not isinstance(images[0][0], bytes):
+            raise ValueError("a tf.train.Example without one 'image' or 'image/encoded' of bytes, only "
+                             f"{sorted(features)}")
+        labels = [features[key] for key in ("label", "image/class/label") if key in features]
+        label = labels[0][0] if labels and labels[0] and isinstance(labels[0][0], int) else -1
+        return Record(images[0][0], label, self.name(index), caption_of(features))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,9 +3,7 @@
 A tar is not trusted: nothing in it names a file that is written, and nothing in it decides how much memory is used.
 """
 
-import contextlib
 import dataclasses
-import errno
 import gzip
 import hashlib
 import itertools
@@ -14,17 +12,17 @@ import os
 import re
 import tarfile
 import threading
-import uuid
 from collections.abc import Iterator, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, TextIO
 
-from vqrae_jax.data.sources import IMAGE_SUFFIXES, serialize_example
+from vqrae_jax.data.records import report_path, serialize_example, written
+from vqrae_jax.data.sources import IMAGE_SUFFIXES
 from vqrae_jax.data.transforms import decode_image
 
-_KINDS = {suffix[1:]: "image" for suffix in IMAGE_SUFFIXES} | {"cls": "cls", "json": "json"}
-_MAX_BYTES = {"image": 64 << 20, "cls": 1 << 10, "json": 1 << 20}
+_KINDS = {suffix[1:]: "image" for suffix in IMAGE_SUFFIXES} | {kind: kind for kind in ("cls", "txt", "json")}
+_MAX_BYTES = {"image": 64 << 20, "cls": 1 << 10, "txt": 64 << 10, "json": 1 << 20}
 _MAX_HEADER_BYTES = 64 << 10  # with its extensions: long names, PAX records, maps of sparse files
 _ENDS = 64 << 10
 _SHOWN = 500  # characters of a name in a report
@@ -40,6 +38,7 @@ class Converted:
       sha256: of the file's first and last 64 KiB, by which a changed tar is noticed.
       images: records that were written.
       labels: how many of them have a label.
+      captions: how many of them have a caption.
       bad: members that were left out, each a line of the report.
       damage: why the tar could not be read to its end; None when it could.
     """
@@ -49,6 +48,7 @@ class Converted:
     sha256: str
     images: int
     labels: int
+    captions: int
     bad: int
     damage: str | None
 
@@ -58,10 +58,11 @@ def convert(tars: Sequence[Path], out: Path, *, threads: int) -> Iterator[Conver
 
     A sample is the neighbouring members with one key, as WebDataset names them: KEY.EXT, where KEY is the path without
     dots in its last part. Its image (jpg, jpeg, png, webp, bmp, tif, tiff) becomes a record that `ArrayRecordSource`
-    reads: the very bytes, and as label the integer in KEY.cls or else `label` or `cls` of KEY.json. All other members
-    are ignored. Left out and named in the report are images that cannot be decoded, links and devices in the place
-    of files, second images of a key, and what is larger than 64 MiB (image), 1 MiB (json) or 1 KiB (cls). Of a damaged
-    tar what comes before the damage is kept.
+    reads: the very bytes; as label the integer in KEY.cls, or else `label` or `cls` of KEY.json; as caption the UTF-8
+    text of KEY.txt, or else `caption` or `text` of KEY.json, without white space around it. All other members are
+    ignored. Left out and named in the report are images that cannot be decoded, links and devices in the place of
+    files, second images of a key, and what is larger than 64 MiB (image), 1 MiB (json), 64 KiB (txt) or 1 KiB (cls). Of
+    a damaged tar what comes before the damage is kept.
 
     Both files appear under their names when they are complete. Tars that have theirs are not read again: the same
     call after an interruption ends with the same files as an uninterrupted one. One tar is held to be another than the
@@ -96,10 +97,6 @@ def _stem(tar: Path) -> str:
     return re.sub(r"[^A-Za-z0-9._-]", "_", name).lstrip(".")[:150] or "_"
 
 
-def _report_path(output: Path) -> Path:
-    return output.with_suffix(".jsonl")
-
-
 def _fingerprint(tar: Path) -> tuple[int, str]:
     """Size, and SHA-256 of both ends: the middle of a terabyte is not read only to find that it is done."""
     with tar.open("rb") as file:
@@ -112,10 +109,10 @@ def _fingerprint(tar: Path) -> tuple[int, str]:
 
 def _finished(tar: Path, output: Path) -> Converted:
     try:
-        converted = Converted(**json.loads(_report_path(output).read_text().splitlines()[-1]))
+        converted = Converted(**json.loads(report_path(output).read_text().splitlines()[-1]))
     except (FileNotFoundError, IndexError, TypeError, ValueError) as error:
-        raise ValueError(f"{output} is there, but not the report of how it was made: choose another folder, or remove "
-                         "the file") from error
+        raise ValueError(f"{output} is there, but not the report of how this version made it: choose another folder, "
+                         "or remove the file") from error
     if (converted.bytes, converted.sha256) != _fingerprint(tar):
         raise ValueError(f"{output} was made of another {converted.tar} than {tar}: choose another folder, or remove "
                          "the file to have it made anew")
@@ -137,56 +134,22 @@ def _convert_all(outputs: dict[Path, Path], finished: Sequence[Converted], threa
 
 
 def _convert_tar(tar: Path, output: Path, stop: threading.Event) -> Converted:
-    from array_record.python.array_record_module import ArrayRecordWriter
-
     fingerprint = _fingerprint(tar)
-    # Names of its own: should two commands convert one tar, the slower one fails rather than spoils the file.
-    unfinished = output.with_name(f"{output.name}.{uuid.uuid4().hex}.part")
-    unfinished_report = output.with_name(f"{unfinished.stem}.report.part")
-    try:
-        with _write_errors(output.parent), unfinished_report.open("w") as file:
-            for left in output.parent.glob(f"{output.name}.*.part"):
-                if left != unfinished_report:
-                    left.unlink(missing_ok=True)
-            report = _Report(file)
-            # Random access wants groups of one; encoded images do not become smaller.
-            writer = ArrayRecordWriter(str(unfinished), "group_size:1,uncompressed")
-            try:
-                for image, label in _samples(tar, report):
-                    if stop.is_set():
-                        raise CancelledError
-                    writer.write(serialize_example(image, label))
-                    report.images += 1
-                    report.labels += label is not None
-            finally:
-                writer.close()
-            converted = Converted(tar=tar.name, bytes=fingerprint[0], sha256=fingerprint[1], images=report.images,
-                                  labels=report.labels, bad=report.bad, damage=report.damage)
-            file.write(json.dumps(dataclasses.asdict(converted)) + "\n")
+    with written(output) as (writer, file):
+        report = _Report(file)
+        for features in _samples(tar, report):
+            if stop.is_set():
+                raise CancelledError
+            writer.write(serialize_example(features))
+            report.images += 1
+            report.labels += "label" in features
+            report.captions += "caption" in features
+        converted = Converted(tar=tar.name, bytes=fingerprint[0], sha256=fingerprint[1], images=report.images,
+                              labels=report.labels, captions=report.captions, bad=report.bad, damage=report.damage)
+        file.write(json.dumps(dataclasses.asdict(converted)) + "\n")
         if _fingerprint(tar) != fingerprint:
             raise OSError(f"{tar} changed while it was read: give the same command again when it is complete")
-        with _write_errors(output.parent):
-            for source, target in ((unfinished_report, _report_path(output)), (unfinished, output)):
-                with source.open("rb") as file:
-                    os.fsync(file.fileno())
-                source.replace(target)
-        return converted
-    finally:
-        for path in (unfinished, unfinished_report):
-            path.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _write_errors(out: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, RuntimeError) as error:  # ArrayRecord raises RuntimeError
-        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
-            raise OSError(f"the disk is full: {out} could not be written; the finished files are kept, free some space "
-                          "and give the same command again") from error
-        if isinstance(error, RuntimeError):
-            raise OSError(f"cannot write to {out}: {' '.join(str(error).split())}") from error
-        raise
+    return converted
 
 
 class _Report:
@@ -194,7 +157,7 @@ class _Report:
 
     def __init__(self, file: TextIO):
         self._file = file
-        self.images = self.labels = self.bad = 0
+        self.images = self.labels = self.captions = self.bad = 0
         self.damage: str | None = None
 
     def leave_out(self, name: str, reason: str) -> None:
@@ -212,8 +175,8 @@ class _Member(NamedTuple):
     fault: str | None = None
 
 
-def _samples(tar: Path, report: _Report) -> Iterator[tuple[bytes, int | None]]:
-    """The good images and their labels."""
+def _samples(tar: Path, report: _Report) -> Iterator[dict[str, bytes | int]]:
+    """The good images with their labels and captions, as features of an example."""
     for _, group in itertools.groupby(_members(tar, report), key=lambda member: member.key):
         sample: dict[str, _Member] = {}
         for member in group:
@@ -229,32 +192,36 @@ def _samples(tar: Path, report: _Report) -> Iterator[tuple[bytes, int | None]]:
         except ValueError as error:
             report.leave_out(sample["image"].name, str(error))
             continue
-        label = None
-        for kind, read in (("cls", _cls_label), ("json", _json_label)):
-            if kind in sample and label is None:
+        features: dict[str, bytes | int] = {"image": sample["image"].data}
+        for kind, read, what in (("cls", lambda data: _label(int(data)), "no label"),
+                                 ("txt", lambda data: _caption(data.decode()), "no caption"),
+                                 ("json", _label_and_caption, "no label and no caption")):
+            if kind in sample:
                 try:
-                    label = read(sample[kind].data)
+                    features = read(sample[kind].data) | features  # what was said first counts
                 except (ValueError, RecursionError) as error:
-                    report.leave_out(sample[kind].name, f"no label: {' '.join(str(error).split())}")
-        yield sample["image"].data, label
+                    report.leave_out(sample[kind].name, f"{what}: {' '.join(str(error).split())}")
+        yield features
 
 
-def _cls_label(data: bytes) -> int:
-    return _checked(int(data))
-
-
-def _json_label(data: bytes) -> int | None:
-    fields = json.loads(data)
-    for name in ("label", "cls"):
-        if isinstance(fields, dict) and name in fields and type(fields[name]) is int:
-            return _checked(fields[name])
-    return None
-
-
-def _checked(label: int) -> int:
+def _label(label: int) -> dict[str, bytes | int]:
     if not 0 <= label < 1 << 31:
         raise ValueError("it is not in [0, 2^31)")
-    return label
+    return {"label": label}
+
+
+def _caption(text: str) -> dict[str, bytes | int]:
+    return {"caption": text.strip().encode()} if text.strip() else {}
+
+
+def _label_and_caption(data: bytes) -> dict[str, bytes | int]:
+    fields, found = json.loads(data), {}
+    if not isinstance(fields, dict):
+        return found
+    for kind, of, names in ((int, _label, ("label", "cls")), (str, _caption, ("caption", "text"))):
+        said = [fields[name] for name in names if name in fields and type(fields[name]) is kind]
+        found |= of(said[0]) if said else {}
+    return found
 
 
 class _Bounded:

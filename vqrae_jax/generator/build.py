@@ -2,19 +2,21 @@
 
 import dataclasses
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from vqrae_jax import config as config_lib
 from vqrae_jax.config import GeneratorConfig
 from vqrae_jax.models import flat
 from vqrae_jax.models.flat import Arrays
 from vqrae_jax.models.lm import LanguageModel, LMSpec
 from vqrae_jax.models.vit import DTYPES, REMAT_POLICIES
 from vqrae_jax.weights import qwen3
+
+if TYPE_CHECKING:
+    from vqrae_jax.data.codes import Description  # with the data comes Grain, which defines flags
 
 ASSETS = Path(__file__).parents[1] / "assets"
 NORM_EPS = 1e-6  # Qwen3's, of every size
@@ -128,34 +130,35 @@ def planned_codes(config: GeneratorConfig) -> Codes:
     """The codes that a config expects, where there are none yet.
 
     Raises:
-      ValueError: it does not say all of them.
+      ValueError: it does not say all that is to be known of them.
     """
-    wanted = {"grid": config.data.grid, "size": config.data.size,
-              "classes": config.data.classes if config.prefix.kind == "class" else 0}
-    for name, value in wanted.items():
-        if not value and (name, config.prefix.kind) != ("classes", "caption"):
-            raise ValueError(f"config key data.{name} is 0, as the codes say, and there are none here: set it")
-    return Codes(**wanted)
+    data, by_class = config.data, config.prefix.kind == "class"
+    for name in ("grid", "size", *(("classes",) if by_class else ())):
+        if not getattr(data, name):
+            raise ValueError(f"config key data.{name} is 0, whatever the codes have, but none are read here: set it")
+    return Codes(data.grid, data.size, data.classes if by_class else 0)
 
 
-def known_codes(config: GeneratorConfig, *, grid: int, size: int, classes: int | None) -> Codes:
-    """What a folder of codes has, checked against what a config expects.
+def known_codes(config: GeneratorConfig, description: "Description") -> Codes:
+    """The codes of a folder.
 
     Args:
       config: of the run.
-      grid: tokens a side.
-      size: of the codebook.
-      classes: of the labels; None without labels.
+      description: of the folder.
 
     Raises:
-      ValueError: they are others, or have no labels where these are the prefix; the message names the key.
+      ValueError: they are not what the config expects, or have nothing of which it makes a prefix; the message names
+        the key.
     """
-    found = {"grid": grid, "size": size, "classes": classes or 0}
+    data, kind, height = config.data, config.prefix.kind, description.grid[0]
+    found = {"grid": height, "size": description.codebook_size, "classes": description.num_classes or data.classes}
     for name, value in found.items():
-        if (wanted := config_lib.value_of(config, f"data.{name}")) not in (0, value):
-            raise ValueError(f"config key data.{name} is {wanted}, but {config.data.source} has {value or 'none'}")
-    if config.prefix.kind == "caption":
-        return Codes(grid, size, 0)
-    if classes is None:
-        raise ValueError(f"config key prefix.kind is class, but the images of {config.data.source} have no labels")
-    return Codes(**found)
+        if (wanted := getattr(data, name)) not in (0, value):
+            raise ValueError(f"config key data.{name} is {wanted}, but {data.source} has {value}")
+    if not (description.labels if kind == "class" else description.captions):
+        raise ValueError(f"config key prefix.kind is {kind}, but the images of {data.source} have no "
+                         f"{'labels' if kind == 'class' else 'captions'}")
+    if kind == "class" and not found["classes"]:
+        raise ValueError(f"config key data.classes is 0, but {data.source} does not say how many classes its labels "
+                         "tell apart: set it")
+    return Codes(found["grid"], found["size"], found["classes"] if kind == "class" else 0)

@@ -14,9 +14,6 @@ from vqrae_jax.generator.build import Structure
 from vqrae_jax.models.flat import Arrays
 from vqrae_jax.training import optim, sharding
 
-# A text model's embeddings are as large as many layers, and are split as these are.
-RULES: sharding.Rules = ((r".*token_embedding", (-1, -2)), *sharding.RULES)
-
 
 class TrainState(NamedTuple):
     """Everything that changes during training.
@@ -58,12 +55,12 @@ def init(config: GeneratorConfig, params: Arrays) -> tuple[TrainState, Frozen]:
 
 def abstract(config: GeneratorConfig, structure: Structure, mesh: Mesh) -> tuple[TrainState, Frozen]:
     """Shapes of a run's state and its place on a mesh; nothing is allocated."""
-    return sharding.placed(mesh, jax.eval_shape(functools.partial(init, config), structure.params), RULES)
+    return sharding.placed(mesh, jax.eval_shape(functools.partial(init, config), structure.params), sharding.RULES)
 
 
 def made(config: GeneratorConfig, mesh: Mesh, params: Arrays) -> tuple[TrainState, Frozen]:
     """`init` on a mesh, every device making its own share."""
-    return sharding.made(functools.partial(init, config), mesh, RULES, params)
+    return sharding.made(functools.partial(init, config), mesh, sharding.RULES, params)
 
 
 def items(state: TrainState) -> dict[str, Any]:

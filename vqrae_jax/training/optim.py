@@ -97,7 +97,8 @@ def rates_by_part(rates: Callable[[str], optax.Schedule], paths: Iterable[str],
       opt_state: of `adamw`, before the step.
     """
     by_path = _rates_at(updates_made(opt_state), rates, paths)
-    return {part: jnp.max(jnp.stack(list(flat.under(f"{part}/", by_path).values()))) for part in flat.parts(by_path)}
+    of_part = lambda part: [value for path, value in by_path.items() if flat.part(path) == part]
+    return {part: jnp.max(jnp.stack(of_part(part))) for part in flat.parts(by_path)}
 
 
 def updates_made(opt_state: Any) -> jax.Array:

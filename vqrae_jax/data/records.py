@@ -1,0 +1,162 @@
+"""ArrayRecord files of `tf.train.Example`s: how they are read, and how each is written as a whole or not at all."""
+
+import bisect
+import contextlib
+import errno
+import itertools
+import os
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TextIO
+
+from vqrae_jax.data import faults
+
+
+class RecordFiles:
+    """The records of ArrayRecord files, as bytes, in the order of the files.
+
+    Args:
+      paths: of the files.
+
+    Raises:
+      ValueError: when a file is not an ArrayRecord file.
+      OSError: when a file cannot be opened.
+    """
+
+    def __init__(self, paths: Sequence[str]):
+        self._paths = list(paths)
+        faults.allow_open_files()
+        with ThreadPoolExecutor(min(len(self._paths), 64)) as pool:  # the files may be far away
+            self._files: list[Any] = list(pool.map(_open, self._paths))
+        self._ends = list(itertools.accumulate(map(len, self._files)))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def _place(self, index: int) -> tuple[int, int]:
+        """Number of the file, and position in it."""
+        file = bisect.bisect_right(self._ends, index)
+        return file, index - (self._ends[file - 1] if file else 0)
+
+    def local_names(self) -> Iterator[str]:
+        """File names and positions in the file, wherever the files lie and however many there are."""
+        for path, file in zip(self._paths, self._files, strict=True):
+            for position in range(len(file)):
+                yield f"{os.path.basename(path)}/{position}"
+
+    def name(self, index: int) -> str:
+        """Path of a record's file, and position in it."""
+        file, position = self._place(index)
+        return f"{self._paths[file]}/{position}"
+
+    def read(self, index: int) -> bytes:
+        """A record; ValueError where it is damaged."""
+        file, position = self._place(index)
+        try:
+            return self._files[file][position]
+        except RuntimeError as error:
+            raise faults.from_text(error) from error
+
+
+def _open(path: str) -> Any:
+    import grain
+
+    def open_file() -> Any:
+        try:
+            return grain.sources.ArrayRecordDataSource([path])
+        except RuntimeError as error:
+            raise faults.from_text(error) from error
+
+    try:
+        return faults.retried(open_file, path)
+    except ValueError as error:
+        raise ValueError(f"cannot read {path} as ArrayRecord: {error}") from error
+
+
+def serialize_example(features: Mapping[str, bytes | int]) -> bytes:
+    """A `tf.train.Example` with one value a feature; the same bytes for the same features."""
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    example = tf_example_pb2.Example()  # pyright: ignore[reportAttributeAccessIssue]
+    for name, value in features.items():
+        feature = example.features.feature[name]
+        (feature.bytes_list if isinstance(value, bytes) else feature.int64_list).value.append(value)
+    return example.SerializeToString(deterministic=True)
+
+
+def parse_example(record: bytes) -> dict[str, list[Any]]:
+    """The values of each feature of a `tf.train.Example` that holds bytes or integers; ValueError if it is none."""
+    from google.protobuf.message import DecodeError
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    try:
+        features = tf_example_pb2.Example.FromString(record).features.feature  # pyright: ignore[reportAttributeAccessIssue]
+    except DecodeError as error:
+        raise ValueError(f"not a tf.train.Example: {error}") from error
+    return {name: [*feature.bytes_list.value, *feature.int64_list.value] for name, feature in features.items()}
+
+
+def caption_of(features: Mapping[str, list[Any]]) -> str:
+    """The caption among the features of an example, empty where there is none."""
+    values = features["caption"] if "caption" in features else []
+    return values[0].decode(errors="replace") if len(values) == 1 and isinstance(values[0], bytes) else ""
+
+
+@contextlib.contextmanager
+def written(output: Path) -> Iterator[tuple[Any, TextIO]]:
+    """A file of records and the report of how it was made, `report_path(output)`.
+
+    Both appear under their names when the block has ended, the records last: where they are, both are complete. What a
+    process that was killed left of them is removed.
+
+    Yields:
+      an ArrayRecordWriter, and a text file for the report.
+
+    Raises:
+      OSError: they cannot be written; says so when the disk is full.
+    """
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    # Names of its own: should two processes write one file, the slower one fails rather than spoils it.
+    unfinished = output.with_name(f"{output.name}.{uuid.uuid4().hex}.part")
+    unfinished_report = output.with_name(f"{unfinished.stem}.report.part")
+    try:
+        with write_errors(output.parent):
+            with unfinished_report.open("w") as report:
+                for left in output.parent.glob(f"{output.name}.*.part"):
+                    if left != unfinished_report:
+                        left.unlink(missing_ok=True)
+                # Random access wants groups of one; encoded images and codes do not become smaller.
+                writer = ArrayRecordWriter(str(unfinished), "group_size:1,uncompressed")
+                try:
+                    yield writer, report
+                finally:
+                    writer.close()
+            for source, target in ((unfinished_report, report_path(output)), (unfinished, output)):
+                with source.open("rb") as file:
+                    os.fsync(file.fileno())
+                source.replace(target)
+    finally:
+        for path in (unfinished, unfinished_report):
+            path.unlink(missing_ok=True)
+
+
+def report_path(output: Path) -> Path:
+    """Of the report beside a file of records: JSON lines."""
+    return output.with_suffix(".jsonl")
+
+
+@contextlib.contextmanager
+def write_errors(out: Path) -> Iterator[None]:
+    """Says in one line that the disk is full, or what else ArrayRecord could not do."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # ArrayRecord raises RuntimeError
+        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+            raise OSError(f"the disk is full: {out} could not be written; the finished files are kept, free some space "
+                          "and give the same command again") from error
+        if isinstance(error, RuntimeError):
+            raise OSError(f"cannot write to {out}: {' '.join(str(error).split())}") from error
+        raise
