@@ -138,7 +138,7 @@ def _guarded(main: Callable[[Sequence[str]], Any], argv: Sequence[str]) -> None:
             raise
         _fail(MemoryError("the accelerator's memory is full: add --config.train.accumulate=N for smaller batches, "
                           "--config.model.remat=full or a lower --config.eval.batch_size; a run may continue with any "
-                          "of them"))
+                          "of them; tokenize and detokenize take a lower --batch_size"))
 
 
 def _fail(error: BaseException) -> NoReturn:

@@ -22,7 +22,7 @@ def fingerprint(source: Source) -> dict[str, Any]:
 def _digest(source: Source, index: int) -> str | None:
     """None for an image that cannot be read, about which nothing is known then."""
     try:
-        image = source[index].image
+        image = source[index][0]  # or its codes
     except (OSError, ValueError):
         return None
     content = image if isinstance(image, bytes) else np.ascontiguousarray(image).tobytes() + str(image.shape).encode()

@@ -12,15 +12,26 @@ import math
 import os
 import pathlib
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from typing import Any
 
 import grain
 import numpy as np
 from absl import flags
 
 from vqrae_jax.data import faults
-from vqrae_jax.data.sources import Source
-from vqrae_jax.data.transforms import decode_image, random_flip, random_resized_crop, resize_and_center_crop
+from vqrae_jax.data.codes import CodesRecord
+from vqrae_jax.data.sources import Record, Source
+from vqrae_jax.data.transforms import (
+    decode_image,
+    random_flip,
+    random_resized_crop,
+    resize_and_center_crop,
+    ten_crops,
+)
+
+Example = dict[str, Any]  # arrays of one image, which batches stack
+ReadCaption = Callable[[str], Example]
 
 TOLERATED_BAD_IMAGES = 3  # whatever share they are: one of thirty is no reason to stop
 
@@ -66,17 +77,14 @@ class BadImages:
         return reasons
 
 
-def _read(
-    source: Source, index: int, bad_images: BadImages, transform: Callable[[bytes | np.ndarray], np.ndarray]
-) -> tuple[np.ndarray, int] | None:
-    """Transformed pixels and label of a record, or None when it is bad.
+def _read(source: Source, index: int, bad_images: BadImages, make: Callable[[Any], Example]) -> Example | None:
+    """What is made of a record, or None when it is bad.
 
     Raises:
       faults.MachineError: it cannot be read, which says nothing of the image.
     """
     try:
-        record = faults.retried(lambda: source[index], source.name(index))
-        return transform(record.image), record.label
+        return make(faults.retried(lambda: source[index], source.name(index)))
     except faults.MachineError:
         raise
     except (OSError, ValueError) as error:
@@ -122,41 +130,49 @@ def _check_bad(source: Source, index: int, bad_images: BadImages, *, bad: int, r
         see = "" if bad_images.path is None else f"; {bad_images.path} names them all"
         raise ValueError(f"{bad} of {read} images cannot be read, {_example(source, index, bad_images)}{see}; mend or "
                          f"remove them, or allow a greater share than {max_bad:g} with --config.data.max_bad=... "
-                         "(evaluate: --max_bad=...)")
+                         "(evaluate, tokenize: --max_bad=...)")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _TrainExample:
-    """Index in the source -> augmented image, label, and the index once more where the image is bad, else -1."""
+    """Index in the source -> what `make(record, rng=...)` makes of it, and the index again where it is bad, else -1."""
 
     source: Source
-    image_size: int
-    crop_scale_min: float
-    flip: bool
+    make: Callable[..., Example]
     bad_images: BadImages
     max_bad: float
 
-    def __call__(self, index: int, rng: np.random.Generator) -> dict[str, np.ndarray | np.generic]:
-        transform = functools.partial(random_resized_crop, rng=rng, size=self.image_size,
-                                      scale=(self.crop_scale_min, 1.0))
-        example = _read(self.source, index, self.bad_images, transform)
-        image, label = example or self._stand_in(rng, transform)
-        if self.flip:
-            image = random_flip(image, rng)
-        return {"image": image, "label": np.int32(label), "bad": np.int64(-1 if example else index)}
+    def __call__(self, index: int, rng: np.random.Generator) -> Example:
+        make = functools.partial(self.make, rng=rng)
+        example = _read(self.source, index, self.bad_images, make)
+        return {**(example or self._stand_in(rng, make)), "bad": np.int64(-1 if example else index)}
 
-    def _stand_in(self, rng: np.random.Generator,
-                  transform: Callable[[bytes | np.ndarray], np.ndarray]) -> tuple[np.ndarray, int]:
+    def _stand_in(self, rng: np.random.Generator, make: Callable[[Any], Example]) -> Example:
         # A random other image stands in, rather than a shorter stream: later batches must not depend on this one.
         start = int(rng.integers(len(self.source)))
         for offset in range(len(self.source)):
             index = (start + offset) % len(self.source)
-            example = _read(self.source, index, self.bad_images, transform)
+            example = _read(self.source, index, self.bad_images, make)
             if example is not None:
                 return example
             # Of millions that are all bad not all are tried.
             _check_bad(self.source, index, self.bad_images, bad=offset + 1, read=len(self.source), max_bad=self.max_bad)
         raise _all_bad(self.source, len(self.source), self.bad_images)
+
+
+def _crop_and_flip(record: Record, *, rng: np.random.Generator, image_size: int, crop_scale_min: float,
+                   flip: bool) -> Example:
+    image = random_resized_crop(record.image, rng, size=image_size, scale=(crop_scale_min, 1.0))
+    return {"image": random_flip(image, rng) if flip else image, "label": np.int32(record.label)}
+
+
+def _one_view(record: CodesRecord, *, rng: np.random.Generator, read_caption: ReadCaption | None) -> Example:
+    return _codes_example(record, int(rng.integers(len(record.codes))), read_caption)
+
+
+def _codes_example(record: CodesRecord, view: int, read_caption: ReadCaption | None) -> Example:
+    caption = {} if read_caption is None else read_caption(record.caption)
+    return {"codes": record.codes[view].astype(np.int32), "label": np.int32(record.label), **caption}
 
 
 class TrainIterator(grain.DatasetIterator):
@@ -279,15 +295,56 @@ def train_batches(
       ValueError: on impossible arguments; and, from the iterator, when too many images, or all, are bad.
       OSError: from the iterator, in one line, when the machine cannot read an image that may be good.
     """
-    _check(source, batch_size=batch_size, shard_index=shard_index, shard_count=shard_count)
     if not 0 < crop_scale_min <= 1:
         raise ValueError(f"crop_scale_min must be in (0, 1], got {crop_scale_min}")
+    make = functools.partial(_crop_and_flip, image_size=image_size, crop_scale_min=crop_scale_min, flip=flip)
+    return _endless(source, make, batch_size=batch_size, seed=seed, threads=threads, workers=workers,
+                    bad_images=bad_images, max_bad=max_bad, shard_index=shard_index, shard_count=shard_count)
+
+
+def codes_train_batches(
+    source: Source[CodesRecord],
+    *,
+    batch_size: int,
+    seed: int,
+    threads: int,
+    workers: int,
+    bad_images: BadImages,
+    max_bad: float,
+    read_caption: ReadCaption | None = None,
+    shard_index: int = 0,
+    shard_count: int = 1,
+) -> TrainIterator:
+    """Batches of codes without end, for a generator, in the order and with the properties of `train_batches`.
+
+    Of a record with several views one is drawn each time it comes.
+
+    Args:
+      source: of the codes, as `open_source` gives it.
+      batch_size, seed, threads, workers, bad_images, max_bad, shard_index, shard_count: as for `train_batches`.
+      read_caption: makes arrays of a caption, as a tokenizer of text does, that the batch then has as well; it is
+        called in the threads or workers that read, and pickled for the latter.
+
+    Returns:
+      an iterator of `{"codes": int32 [batch_size, h, w], "label": int32 [batch_size]}`, labels -1 where unknown, with
+      `get_state`, `set_state` and `close`.
+
+    Raises:
+      ValueError, OSError: as from `train_batches`.
+    """
+    make = functools.partial(_one_view, read_caption=read_caption)
+    return _endless(source, make, batch_size=batch_size, seed=seed, threads=threads, workers=workers,
+                    bad_images=bad_images, max_bad=max_bad, shard_index=shard_index, shard_count=shard_count)
+
+
+def _endless(source: Source, make: Callable[..., Example], *, batch_size: int, seed: int, threads: int, workers: int,
+             bad_images: BadImages, max_bad: float, shard_index: int, shard_count: int) -> TrainIterator:
+    _check(source, batch_size=batch_size, shard_index=shard_index, shard_count=shard_count)
     if workers and bad_images.path is None:
         raise ValueError("worker processes can report bad images only through a file: give BadImages a path")
     # Two independent streams. Grain's shuffle adds the epoch to its seed: raw seeds 0 and 1 would share their epochs.
     shuffle_seed, augment_seed = (int(word) for word in np.random.SeedSequence(seed).generate_state(2))
-    example = _TrainExample(source=source, image_size=image_size, crop_scale_min=crop_scale_min, flip=flip,
-                            bad_images=bad_images, max_bad=max_bad)
+    example = _TrainExample(source=source, make=make, bad_images=bad_images, max_bad=max_bad)
     stream = grain.MapDataset.range(len(source)).shuffle(shuffle_seed).repeat().random_map(example, seed=augment_seed)
     batches = stream.batch(batch_size, drop_remainder=True)
 
@@ -299,27 +356,51 @@ def train_batches(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _EvalExample:
-    """Position in the padded evaluation set -> image, label, and whether they are there."""
+class _OrderedExample:
+    """Position among the chosen records, or in the padding -> what `make` makes of it, and whether it is there."""
 
     source: Source
     chosen: np.ndarray
-    image_size: int
+    make: Callable[[Any], Example]
+    missing: Example
     bad_images: BadImages
 
-    def __call__(self, position: int) -> dict[str, np.ndarray | np.generic]:
+    def __call__(self, position: int) -> Example:
         index = int(self.chosen[position]) if position < len(self.chosen) else -1
-        example = _read(self.source, index, self.bad_images, self._transform) if index >= 0 else None
-        image, label = example or (np.zeros((self.image_size, self.image_size, 3), np.uint8), -1)
-        return {
-            "image": image,
-            "label": np.int32(label),
-            "valid": np.bool_(example is not None),
-            "index": np.int64(index),
-        }
+        example = _read(self.source, index, self.bad_images, self.make) if index >= 0 else None
+        return {**(example or self.missing), "valid": np.bool_(example is not None), "index": np.int64(index)}
 
-    def _transform(self, image: bytes | np.ndarray) -> np.ndarray:
-        return resize_and_center_crop(decode_image(image), size=self.image_size)
+
+def _ordered(source: Source, chosen: np.ndarray, make: Callable[[Any], Example], missing: Example, *, batch_size: int,
+             bad_images: BadImages, max_bad: float, threads: int, shard_index: int,
+             shard_count: int) -> Generator[dict[str, np.ndarray], None, tuple[int, int]]:
+    """Batches of the chosen records in order, each once; returns how many are bad, and of how many."""
+    padded = math.ceil(len(chosen) / (batch_size * shard_count)) * batch_size * shard_count
+    example = _OrderedExample(source=source, chosen=chosen, make=make, missing=missing, bad_images=bad_images)
+    batches = grain.MapDataset.range(padded).map(example).batch(batch_size)[shard_index::shard_count]
+    read_options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(2, threads))
+    bad, read = 0, 0
+    for batch in batches.to_iter_dataset(read_options):
+        there = batch["index"] >= 0
+        missed = batch["index"][there & ~batch["valid"]]
+        bad, read = bad + len(missed), read + int(there.sum())
+        if len(missed):
+            _check_bad(source, int(missed[0]), bad_images, bad=bad, read=read, max_bad=max_bad)
+        yield batch
+    return bad, read
+
+
+def _chosen(source: Source, limit: int | None) -> np.ndarray:
+    """The indices of a limited evaluation, ascending."""
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be at least 1 or None, got {limit}")
+    # Not the first ones: in a folder these may all be of one class.
+    return np.sort(np.random.default_rng(0).permutation(len(source))[:limit])
+
+
+def _centre(record: Record, *, image_size: int) -> Example:
+    image = resize_and_center_crop(decode_image(record.image), size=image_size)
+    return {"image": image, "label": np.int32(record.label)}
 
 
 def eval_batches(
@@ -359,28 +440,88 @@ def eval_batches(
         batch of an only shard, when no image could be read.
       OSError: from the iterator, in one line, when the machine cannot read an image that may be good.
     """
+    missing = {"image": np.zeros((image_size, image_size, 3), np.uint8), "label": np.int32(-1)}
+    return _evaluation(source, functools.partial(_centre, image_size=image_size), missing, batch_size=batch_size,
+                       bad_images=bad_images, max_bad=max_bad, threads=threads, shard_index=shard_index,
+                       shard_count=shard_count, limit=limit)
+
+
+def codes_eval_batches(
+    source: Source[CodesRecord],
+    *,
+    grid: tuple[int, int],
+    batch_size: int,
+    bad_images: BadImages,
+    max_bad: float,
+    threads: int,
+    read_caption: ReadCaption | None = None,
+    shard_index: int = 0,
+    shard_count: int = 1,
+    limit: int | None = None,
+) -> Iterator[dict[str, np.ndarray]]:
+    """The codes of records in order, each once, of several views the first; otherwise as `eval_batches`.
+
+    Args:
+      source: of the codes, as `open_source` gives it.
+      grid: height and width of the codes.
+      read_caption: as for `codes_train_batches`.
+      batch_size, bad_images, max_bad, threads, shard_index, shard_count, limit: as for `eval_batches`.
+
+    Returns:
+      an iterator of `{"codes": int32 [B, h, w], "label": int32 [B], "valid": bool [B], "index": int64 [B]}`; where
+      `valid` is false codes are 0, labels -1, and the caption the empty one.
+
+    Raises:
+      ValueError, OSError: as from `eval_batches`; ValueError also where no record can be read.
+    """
+    make = functools.partial(_codes_example, view=0, read_caption=read_caption)
+    missing = make(CodesRecord(np.zeros((1, *grid), np.uint16), -1, "", ""))
+    return _evaluation(source, make, missing, batch_size=batch_size, bad_images=bad_images, max_bad=max_bad,
+                       threads=threads, shard_index=shard_index, shard_count=shard_count, limit=limit)
+
+
+def _evaluation(source: Source, make: Callable[[Any], Example], missing: Example, *, batch_size: int,
+                bad_images: BadImages, max_bad: float, threads: int, shard_index: int, shard_count: int,
+                limit: int | None) -> Iterator[dict[str, np.ndarray]]:
     _check(source, batch_size=batch_size, shard_index=shard_index, shard_count=shard_count)
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit must be at least 1 or None, got {limit}")
-    count = len(source) if limit is None else min(limit, len(source))
-    padded = math.ceil(count / (batch_size * shard_count)) * batch_size * shard_count
-    # Not the first ones: in a folder these may all be of one class.
-    chosen = np.sort(np.random.default_rng(0).permutation(len(source))[:count])
-    example = _EvalExample(source=source, chosen=chosen, image_size=image_size, bad_images=bad_images)
-    batches = grain.MapDataset.range(padded).map(example).batch(batch_size)[shard_index::shard_count]
-    read_options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(2, threads))
+    chosen = _chosen(source, limit)
 
     def iterate():
-        bad, read = 0, 0
-        for batch in batches.to_iter_dataset(read_options):
-            there = batch["index"] >= 0
-            missing = batch["index"][there & ~batch["valid"]]
-            bad, read = bad + len(missing), read + int(there.sum())
-            if len(missing):
-                _check_bad(source, int(missing[0]), bad_images, bad=bad, read=read, max_bad=max_bad)
-            yield batch
+        bad, read = yield from _ordered(
+            source, chosen, make, missing, batch_size=batch_size, bad_images=bad_images, max_bad=max_bad,
+            threads=threads, shard_index=shard_index, shard_count=shard_count)
         # One of several shards may well be without a good image, and the others would wait for it for ever.
         if shard_count == 1 and bad == read:
-            raise _all_bad(source, count, bad_images)
+            raise _all_bad(source, len(chosen), bad_images)
 
     return iterate()
+
+
+def _views(record: Record, *, image_size: int, views: int) -> Example:
+    image = decode_image(record.image)
+    made = ten_crops(image, size=image_size) if views == 10 else resize_and_center_crop(image, size=image_size)[None]
+    return {"image": made, "label": np.int32(record.label), "caption": np.array(record.caption, object)}
+
+
+def views_batches(source: Source, indices: np.ndarray, *, image_size: int, views: int, batch_size: int,
+                  bad_images: BadImages, max_bad: float, threads: int) -> Iterator[dict[str, np.ndarray]]:
+    """Some images of a source in order, to be made into codes; every batch is full.
+
+    Args:
+      source: where the images come from.
+      indices: which of them, ascending.
+      image_size: side of the images.
+      views: of each image: 1 is `resize_and_center_crop`, 10 are `ten_crops`.
+      batch_size, bad_images, max_bad, threads: as for `eval_batches`.
+
+    Returns:
+      an iterator of `{"image": uint8 [B, views, S, S, 3], "label": int32 [B], "caption": str [B], "valid": bool [B],
+      "index": int64 [B]}`; captions are an array of objects.
+
+    Raises:
+      ValueError, OSError: from the iterator, as from that of `eval_batches`, but not where all images are bad.
+    """
+    make = functools.partial(_views, image_size=image_size, views=views)
+    missing = make(Record(np.zeros((image_size, image_size, 3), np.uint8), -1, ""))
+    return _ordered(source, indices, make, missing, batch_size=batch_size, bad_images=bad_images, max_bad=max_bad,
+                    threads=threads, shard_index=0, shard_count=1)

@@ -9,12 +9,13 @@ import importlib.resources
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple, NoReturn, Protocol, runtime_checkable
+from typing import Any, Generic, Literal, NamedTuple, NoReturn, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from PIL import Image
 
 from vqrae_jax.data import faults
+from vqrae_jax.data.codes import CodesSource
 from vqrae_jax.data.records import RecordFiles, caption_of, parse_example
 from vqrae_jax.data.shared import SharedArray, SharedNames
 
@@ -37,9 +38,12 @@ class Record(NamedTuple):
     caption: str = ""
 
 
+Item = TypeVar("Item", covariant=True)
+
+
 @runtime_checkable
-class Source(Protocol):
-    """What the pipeline reads from; the same index always gives the same record.
+class Source(Protocol[Item]):
+    """What the pipeline reads from; the same index always gives the same record, a `Record` or a `CodesRecord`.
 
     A source may also have `local_names()`, an iterator over the images' names without where the source lies: `hold_out`
     goes by them, and by `name` where there is none.
@@ -53,7 +57,7 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> Record:
+    def __getitem__(self, index: int) -> Item:
         """The record at `index` in [0, len).
 
         Raises:
@@ -385,10 +389,10 @@ class ArrayRecordSource(RecordFiles):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Part:
+class _Part(Generic[Item]):
     """Some images of a source."""
 
-    source: Source
+    source: Source[Item]
     indices: SharedArray  # uint32
 
     @property
@@ -401,16 +405,16 @@ class _Part:
     def name(self, index: int) -> str:
         return self.source.name(self.indices.values[index])
 
-    def __getitem__(self, index: int) -> Record:
+    def __getitem__(self, index: int) -> Item:
         return self.source[self.indices.values[index]]
 
 
-def part(source: Source, indices: np.ndarray) -> Source:
+def part(source: Source[Item], indices: np.ndarray) -> Source[Item]:
     """Some images of a source, in the order of their indices."""
     return _Part(source, SharedArray(indices.astype(np.uint32)))
 
 
-def hold_out(source: Source, share: float) -> tuple[Source, Source]:
+def hold_out(source: Source[Item], share: float) -> tuple[Source[Item], Source[Item]]:
     """Parts a source into images to train on and images that are never trained on.
 
     An image is held out when the hash of its name, as a number in [0, 1), is below `share`. So it stays in its part
@@ -473,11 +477,13 @@ class SourceKind(NamedTuple):
       open: `(what follows the colon, training=) -> Source`.
       holds_out: `(what follows the colon) -> bool`, whether the data themselves hold images out, which `open` gives
         when it is not for training.
+      of: what it has: images, for a tokenizer, or codes, for a generator.
     """
 
     spec: str
     open: Callable[..., Source]
     holds_out: Callable[[str], bool] = lambda rest: False
+    of: Literal["images", "codes"] = "images"
 
 
 # By the first word of a SPEC.
@@ -487,24 +493,26 @@ SOURCES = {
     "folder": SourceKind("folder:PATH", lambda rest, *, training: FolderSource(rest)),
     "tfds": SourceKind("tfds:NAME[:SPLIT][@DATA_DIR]", _open_tfds, lambda rest: bool(_tfds_held_out(rest))),
     "array_record": SourceKind("array_record:GLOB", lambda rest, *, training: ArrayRecordSource(rest)),
+    "codes": SourceKind("codes:DIR", lambda rest, *, training: CodesSource(rest), of="codes"),
     "own": SourceKind("", _refuse_own),  # an object, given to `vqrae_jax.train`
 }
 
 
-def open_source(spec: str, *, training: bool) -> Source:
+def open_source(spec: str, *, training: bool, of: Literal["images", "codes"] = "images") -> Source:
     """Opens all images of `embedded`, `folder:PATH`, `tfds:NAME[:SPLIT][@DATA_DIR]` or `array_record:GLOB`.
 
     Where a SPEC names no split, training reads `train`, and evaluation what is held out: `validation` or else `test`.
+    With `of="codes"` it is all codes of `codes:DIR`.
 
     Raises:
       ValueError: not a SPEC, or no such split.
       OSError: the data is not there.
     """
-    kind, rest = _kind(spec)
+    kind, rest = _kind(spec, of)
     return kind.open(rest, training=training)
 
 
-def open_parts(spec: str, *, holdout: float) -> tuple[Source, Source]:
+def open_parts(spec: str, *, holdout: float, of: Literal["images", "codes"] = "images") -> tuple[Source, Source]:
     """Opens the images to train on and those that are held out, reading once what the data consist of.
 
     `embedded`, and a TFDS data set of which no split is named and which has `validation` or `test`, hold out images of
@@ -513,21 +521,22 @@ def open_parts(spec: str, *, holdout: float) -> tuple[Source, Source]:
     Args:
       spec: as for `open_source`.
       holdout: share of the images that `hold_out` holds out.
+      of: as for `open_source`.
 
     Raises:
       ValueError, OSError: as from `open_source`.
     """
-    kind, rest = _kind(spec)
+    kind, rest = _kind(spec, of)
     if kind.holds_out(rest):
         return kind.open(rest, training=True), kind.open(rest, training=False)
     return hold_out(kind.open(rest, training=True), holdout)
 
 
-def _kind(spec: str) -> tuple[SourceKind, str]:
+def _kind(spec: str, of: str) -> tuple[SourceKind, str]:
     """The row of a SPEC, and what follows the colon."""
     name, _, rest = spec.partition(":")
     kind = SOURCES[name] if name in SOURCES else None
-    if kind is None or bool(rest) != (":" in kind.spec):
-        *others, last = (kind.spec for kind in SOURCES.values() if kind.spec)
-        raise ValueError(f"unknown data {spec!r}: give {', '.join(others)} or {last}")
+    if kind is None or kind.of != of or bool(rest) != (":" in kind.spec):
+        *others, last = (kind.spec for kind in SOURCES.values() if kind.spec and kind.of == of)
+        raise ValueError(f"unknown data {spec!r}: give {', '.join(others)}{' or ' if others else ''}{last}")
     return kind, rest

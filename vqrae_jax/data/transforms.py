@@ -174,6 +174,29 @@ def resize_and_center_crop(image: np.ndarray, *, size: int) -> np.ndarray:
     return _resized(Image.fromarray(image), size, box)
 
 
+def ten_crops(image: np.ndarray, *, size: int) -> np.ndarray:
+    """The views that generators are trained on: five crops of an image that is a tenth larger, and their mirror images.
+
+    The image is resized and cropped to a square of int(1.1 size) as by `resize_and_center_crop`; of that come the
+    centre, the corners top left, top right, bottom left and bottom right, and the same five mirrored left to right:
+    torchvision's TenCrop with the centre first, at the `crop_range` 1.1 of LlamaGen's extract_codes_c2i.py (arXiv
+    2406.06525).
+
+    Args:
+      image: uint8 `[H, W, 3]`.
+      size: side of the views.
+
+    Returns:
+      uint8 `[10, size, size, 3]`.
+    """
+    large = resize_and_center_crop(image, size=int(1.1 * size))
+    end = len(large) - size
+    middle = round(end / 2)
+    corners = ((middle, middle), (0, 0), (0, end), (end, 0), (end, end))
+    crops = np.stack([large[top:top + size, left:left + size] for top, left in corners])
+    return np.concatenate([crops, crops[:, :, ::-1]])
+
+
 def random_flip(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Mirrors uint8 `[H, W, 3]` left to right with probability 1/2."""
     return image[:, ::-1] if rng.random() < 0.5 else image

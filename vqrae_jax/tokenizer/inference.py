@@ -1,5 +1,6 @@
 """Trained models for use: images to features and codes, codes to images."""
 
+import functools
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -49,7 +50,7 @@ class Tokenizer:
         self._encode = jax.jit(lambda arrays, images: flat.merge(graphdef, arrays).encode(images))
         self._codebook = jax.jit(lambda arrays: flat.merge(graphdef, arrays).quantizer.lookup(
             jnp.arange(self.num_codes, dtype=jnp.int32)))
-        self._lookup = jax.jit(lambda arrays, codes: flat.merge(graphdef, arrays).lookup(codes))
+        self._decode_codes = jax.jit(functools.partial(decode_codes, graphdef))
         self._decode = jax.jit(lambda arrays, z_q: jnp.clip(flat.merge(graphdef, arrays).decode(z_q), 0, 1))
 
     def features(self, images) -> jax.Array:
@@ -90,7 +91,7 @@ class Tokenizer:
             at = tuple(int(i) for i in wrong[0])
             raise ValueError(f"code {codes[at]} at {at} is out of range: this model has codes 0 to "
                              f"{self.num_codes - 1}")
-        return self.decode(self._lookup(self._arrays, jnp.asarray(codes, jnp.int32)))
+        return self._decode_codes(self._arrays, jnp.asarray(codes, jnp.int32))
 
     def codebook(self) -> jax.Array:
         """The vectors that codes stand for, `[num_codes, d]` float32, as the decoder sees them: after all projections.
@@ -121,6 +122,31 @@ class Tokenizer:
             raise ValueError(f"images must be float in [0, 1] or uint8, not {images.dtype}")
         _check_range(images)
         return images.astype(jnp.float32)
+
+
+def encode_codes(graphdef: nnx.GraphDef, arrays: Arrays, images: jax.Array) -> jax.Array:
+    """Images, uint8 `[B, H, W, 3]`, to their codes, `[B, h, w]` int32: pure, to be compiled for any mesh."""
+    return flat.merge(graphdef, arrays).encode(images.astype(jnp.float32) / 255)[1]
+
+
+def decode_codes(graphdef: nnx.GraphDef, arrays: Arrays, codes: jax.Array) -> jax.Array:
+    """Codes to images: what `Tokenizer.decode_from_indices` does after its checks, for a sampler to call.
+
+    It is pure, and can be part of a compiled function whose batch is split over a mesh (`sharding.on` it); the arrays
+    are then those that `runs.load_run` puts there, and an argument of that function, or they would be constants of it.
+
+    Args:
+      graphdef: of the model.
+      arrays: all its parameters and buffers.
+      codes: `[B, h, w]` or `[B, N]` int32 in [0, num_codes), which is not checked.
+
+    Returns:
+      `[B, H, W, 3]` float32 in [0, 1].
+    """
+    model = flat.merge(graphdef, arrays)
+    # Compiled as one, the end of the one and the beginning of the other could round differently from `decode` alone.
+    z_q = jax.lax.optimization_barrier(model.lookup(codes))
+    return jnp.clip(model.decode(z_q), 0, 1)
 
 
 def _check_range(images: jax.Array) -> None:

@@ -14,6 +14,7 @@ from vqrae_jax.models import flat
 from vqrae_jax.models.flat import Arrays
 from vqrae_jax.tokenizer import evaluate, instruments
 from vqrae_jax.tokenizer.evaluate import Batches
+from vqrae_jax.tokenizer.inference import decode_codes
 from vqrae_jax.tokenizer.instruments import View
 from vqrae_jax.training import distributed, sharding
 
@@ -78,9 +79,8 @@ def _encode(graphdef: nnx.GraphDef, arrays: Arrays, images: jax.Array) -> tuple[
 def _decode(graphdef: nnx.GraphDef, arrays: Arrays, images: jax.Array, codes: jax.Array, near: jax.Array,
             position: jax.Array, share: float, nearest: bool) -> tuple[jax.Array, jax.Array]:
     """Reconstructions from codes of which a share is replaced, and their PSNR."""
-    model = flat.merge(graphdef, arrays)
     codes = jax.vmap(functools.partial(_replaced, share=share, nearest=nearest, near=near))(codes, position)
-    decoded = jnp.clip(model.decode(model.lookup(codes)), 0, 1)
+    decoded = decode_codes(graphdef, arrays, codes)
     return decoded, psnr(images, decoded)
 
 

@@ -69,10 +69,9 @@ def wait_for_all(what: str) -> None:
 
 
 def gather(tree: Any) -> Any:
-    """Global arrays, whole, as NumPy arrays on every process."""
-    if jax.process_count() == 1:
-        return jax.device_get(tree)
-    return jax.tree.map(lambda array: np.asarray(multihost_utils.process_allgather(array, tiled=True)), tree)
+    """Global arrays, whole, as NumPy arrays on every process; those of a process's own devices as they are there."""
+    whole = lambda array: array if array.is_fully_addressable else multihost_utils.process_allgather(array, tiled=True)
+    return jax.device_get(jax.tree.map(whole, tree))
 
 
 def agreed(number: int) -> int:

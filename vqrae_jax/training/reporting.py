@@ -105,7 +105,7 @@ class Reporter:
         left = (self._config.train.steps - step) * self._seconds / max(steps, 1)
         self.write(step, metrics, {f"{self._unit}_per_second": rate, "data_wait": waited})
         log.info("step %d/%d  %s  %.0f %s/s, waiting for data %.0f %%  %s to go", step, self._config.train.steps,
-                 shown, rate, self._unit, 100 * waited, _duration(left))
+                 shown, rate, self._unit, 100 * waited, duration(left))
         self._step, self._seconds, self._waited = step, 0.0, 0.0
         self.resume()
 
@@ -192,7 +192,8 @@ def _start_wandb(workdir: Path, config: Run):
                       name=path.name, resume="allow", config=dataclasses.asdict(config))
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Seconds in hours, minutes and seconds, for people."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s"
@@ -219,6 +220,8 @@ def to_8_bits(images: np.ndarray) -> np.ndarray:
 
 
 def save_png(file: Path, picture: np.ndarray) -> None:
-    """Writes uint8 `[H, W, 3]` as a PNG, creating its folder."""
+    """Writes uint8 `[H, W, 3]` as a PNG, at once, creating its folder."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(picture).save(file)
+    unfinished = file.with_name(f"{file.name}.part")
+    Image.fromarray(picture).save(unfinished, "PNG")
+    unfinished.replace(file)

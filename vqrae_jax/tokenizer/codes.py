@@ -1,0 +1,230 @@
+"""A data set as codes, and codes as images: what the commands `tokenize` and `detokenize` do."""
+
+import dataclasses
+import functools
+import itertools
+import logging
+import re
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from vqrae_jax import config as config_lib
+from vqrae_jax.config import Config
+from vqrae_jax.data import BadImages, CodesRecord, CodesSource, Source, codes, fingerprint, open_source, views_batches
+from vqrae_jax.data.codes import Description
+from vqrae_jax.data.records import write_errors
+from vqrae_jax.models import flat
+from vqrae_jax.models.flat import Arrays
+from vqrae_jax.tokenizer import recipe, runs
+from vqrae_jax.tokenizer.inference import decode_codes, encode_codes
+from vqrae_jax.tokenizer.runs import Weights
+from vqrae_jax.training import distributed, reporting, sharding
+from vqrae_jax.training.files import disk_errors
+from vqrae_jax.weights import tensors
+
+log = logging.getLogger(__name__)
+Item = TypeVar("Item")
+_SECONDS = 10  # between two lines of progress
+
+
+def tokenize(workdir: Path, data: str, out: Path, *, views: int, weights: Weights, batch_size: int, shard_size: int,
+             max_bad: float | None) -> Description:
+    """Makes a folder of codes, `data.codes`, of all images of a data set, or goes on with it.
+
+    The images of a shard are encoded in the same batches whatever was done before, on every device as many at once, and
+    every shard appears as a whole. So the folder ends with the same bytes after any interruptions and for any number of
+    devices and processes of one kind. Of several processes each makes other shards, on its own devices.
+
+    Args:
+      workdir: the tokenizer's run.
+      data: SPEC of the images; where it names no split, those to train on.
+      out: the folder.
+      views: of each image: 1 for the centre, 10 for `data.ten_crops`.
+      weights: as for `runs.load_run`.
+      batch_size: views that a device encodes at once, rounded down to whole images, but one at least; 0 is the run's
+        `eval.batch_size`.
+      shard_size: images of a file, rounded up to whole batches of a device.
+      max_bad: greatest share of images that may be unreadable; None is the run's `data.max_bad`.
+
+    Raises:
+      ValueError: the model has no codes, too many images or all are bad, or the folder holds other codes.
+      OSError: a run, data, or the folder cannot be read or written.
+    """
+    mesh = sharding.make_mesh(config_lib.Mesh(), jax.local_devices())
+    config, graphdef, arrays = runs.load_run(workdir, mesh, weights=weights)
+    model = flat.merge(graphdef, arrays)
+    if model.quantizer.num_codes == 1:
+        raise ValueError(f"the model of {workdir} has no codes: its latents are continuous")
+    batch_size = batch_size or config.eval.batch_size
+    images = max(1, batch_size // views)
+    source = open_source(data, training=True)
+    digest = runs.digest(arrays)
+    made = recipe.recipe(
+        config, data=data, part="all", images=len(source), reference="none", weights={str(workdir): digest},
+        options={"views": views, "batch_size": batch_size}, run_weights=weights,
+        configs={str(workdir): tensors.sha256(workdir / "config.json")})
+    made |= {"pixels": "8 bits", "crop": "centre" if views == 1 else "centre and corners of a square of 1.1 times the "
+             "size, and their mirror images"}
+    planned = Description(
+        data=data, source=fingerprint(source), num_classes=source.num_classes, tokenizer=digest, weights=weights,
+        codebook_size=model.quantizer.num_codes, grid=(model.encoder.grid,) * 2, image_size=config.data.image_size,
+        views=views, batch_size=batch_size, shard_size=-(-shard_size // images) * images, recipe=made)
+    with disk_errors(out):
+        if distributed.is_first():
+            codes.begin(out, planned)
+        distributed.wait_for_all("begin")
+        begun = codes.begin(out, planned)
+    shards = begun.shards(out)
+    missing = [number for number in range(jax.process_index(), len(shards), jax.process_count())
+               if not shards[number].exists()]
+    if missing:
+        encoded = _encoded(config, graphdef, arrays, mesh, source, begun, missing, images=images,
+                           max_bad=config.data.max_bad if max_bad is None else max_bad)
+        with ThreadPoolExecutor(1) as pool, disk_errors(out):  # the devices do not wait for the disk
+            writing = None
+            for number, group in itertools.groupby(encoded, key=lambda row: row[0] // begun.shard_size):
+                records = [record for _, record in group]
+                if writing:
+                    writing.result()
+                writing = pool.submit(codes.write_shard, shards[number],
+                                      [record for record in records if isinstance(record, CodesRecord)],
+                                      dict(record for record in records if not isinstance(record, CodesRecord)))
+            if writing:
+                writing.result()
+    # By looking, for what waits in XLA for others gives up after a while.
+    while not all(shard.exists() for shard in shards):
+        time.sleep(1)
+    with disk_errors(out):
+        if distributed.is_first():
+            codes.end(out, begun)
+        distributed.wait_for_all("end")
+    complete = codes.read_description(out)
+    if not complete.records:
+        raise ValueError(f"none of the {len(source)} images of {data} can be read: {out}/*.jsonl say why")
+    return complete
+
+
+def _encoded(config: Config, graphdef: nnx.GraphDef, arrays: Arrays, mesh: Mesh, source: Source, begun: Description,
+             shards: list[int], *, images: int, max_bad: float) -> Iterator[tuple[int, CodesRecord | tuple[str, str]]]:
+    """Place of every image of some shards, in order, and its record, or its name and why it is bad."""
+    ends = [min(len(source), (number + 1) * begun.shard_size) for number in shards]
+    indices = np.concatenate([np.arange(number * begun.shard_size, end)
+                              for number, end in zip(shards, ends, strict=True)])
+    bad_images = BadImages(None)
+    batches = views_batches(source, indices, image_size=begun.image_size, views=begun.views,
+                            batch_size=images * mesh.size, bad_images=bad_images, max_bad=max_bad,
+                            threads=config.data.threads)
+    encode = jax.jit(sharding.on(mesh, functools.partial(encode_codes, graphdef)))
+
+    def begin(batch: dict[str, np.ndarray]) -> jax.Array:
+        pixels = batch.pop("image")
+        return encode(arrays, sharding.put_batch(mesh, pixels.reshape(-1, *pixels.shape[2:])))
+
+    for batch, made in _shown(_ahead(batches, begin), of=len(indices), each=images * mesh.size):
+        made = np.asarray(made).astype(begun.dtype).reshape(-1, begun.views, *begun.grid)
+        reasons = {} if batch["valid"].all() else bad_images.names()
+        for row in np.flatnonzero(batch["index"] >= 0):
+            index = int(batch["index"][row])
+            name = source.name(index)
+            yield index, (CodesRecord(made[row], int(batch["label"][row]), name, batch["caption"][row])
+                          if batch["valid"][row] else (name, reasons[name]))
+
+
+def detokenize(workdir: Path, folder: Path, out: Path, *, batch_size: int) -> int:
+    """Makes PNG files of a folder of codes, or goes on with that.
+
+    They are `NUMBER_NAME.png`, by the place of the record and the last part of the image's name, or
+    `NUMBER_NAME_viewN.png` where there are several. Their pixels are those that `Tokenizer.reconstruct` gives of the
+    same views, as many at once as `batch_size` says, rounded to 8 bits: of other numbers XLA adds up in another order,
+    and where a value is halfway, which is rare, it is rounded to the other side.
+
+    Args:
+      workdir: the run of the tokenizer that made the codes.
+      folder: of the codes.
+      out: the folder of the images.
+      batch_size: images that a device decodes at once; 0 is what it encoded at once.
+
+    Returns:
+      how many images there are.
+
+    Raises:
+      ValueError: the codes are of another tokenizer, or damaged; or `out` has images of others.
+      OSError: a folder cannot be read or written.
+    """
+    source = CodesSource(folder)
+    description = source.description
+    mesh = sharding.make_mesh(config_lib.Mesh())
+    _, graphdef, arrays = runs.load_run(workdir, mesh, weights=description.weights)
+    if runs.digest(arrays) != description.tokenizer:
+        raise ValueError(f"the codes of {folder} are of another tokenizer than that of {workdir}, or it was trained on "
+                         f"since: give the run with the weights whose sha256 is {description.tokenizer[:16]}...")
+    batch_size = batch_size or description.batch_size
+    with disk_errors(out):
+        codes.begin(out, dataclasses.replace(description, batch_size=batch_size))
+    decode = jax.jit(sharding.on(mesh, functools.partial(decode_codes, graphdef)))
+    every = batch_size * mesh.size
+
+    def begin(batch: list[tuple[Path, np.ndarray]]) -> jax.Array:
+        grids = np.zeros((every, *description.grid), np.int32)
+        grids[:len(batch)] = [grid for _, grid in batch]
+        return decode(arrays, sharding.put_batch(mesh, grids))
+
+    batches = _batched(_files(source, out), every)
+    missing = (batch for batch in batches if not all(file.exists() for file, _ in batch))
+    images = description.views * len(source)
+    with ThreadPoolExecutor() as pool:
+        for batch, made in _shown(_ahead(missing, begin), of=images, each=every):
+            pictures = reporting.to_8_bits(np.asarray(made)[:len(batch)])
+            with disk_errors(out), write_errors(out):
+                list(pool.map(reporting.save_png, [file for file, _ in batch], pictures))
+    return images
+
+
+def _files(source: CodesSource, out: Path) -> Iterator[tuple[Path, np.ndarray]]:
+    """Where the image of every view goes, and its codes."""
+    for index in range(len(source)):
+        record = source[index]
+        stem = f"{index:08d}_{re.sub('[^A-Za-z0-9._-]', '_', Path(record.name).stem)[:100]}"
+        for view, grid in enumerate(record.codes):
+            yield out / (f"{stem}.png" if len(record.codes) == 1 else f"{stem}_view{view}.png"), grid
+
+
+def _batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    iterator = iter(items)
+    while batch := list(itertools.islice(iterator, size)):
+        yield batch
+
+
+def _ahead(batches: Iterable[Item], begin: Any) -> Iterator[tuple[Item, jax.Array]]:
+    """Batches with what devices make of them, of which a next one is always begun before one is waited for."""
+    before = None
+    for batch in batches:
+        begun = batch, begin(batch)
+        if before:
+            yield before
+        before = begun
+    if before:
+        yield before
+
+
+def _shown(batches: Iterable[Item], *, of: int, each: int) -> Iterator[Item]:
+    """Batches, and from time to time a line that says how many are done; the first one, for it is compiled, apart."""
+    start = said = time.perf_counter()
+    for number, batch in enumerate(batches):
+        now = time.perf_counter()
+        if not number:
+            start = now
+        elif now > said + _SECONDS:
+            said, done = now, number * each
+            rate = done / (now - start)
+            log.info("%s of %s images, %.0f images/s, %s to go", f"{done:,}", f"{of:,}", rate,
+                     reporting.duration((of - done) / rate))
+        yield batch
