@@ -77,9 +77,13 @@ class Draw(NamedTuple):
 
 def draw_of(options: Options, tokens: int) -> Draw:
     """The arrays of options for images of so many tokens."""
-    scales = guidance_scales(options, tokens)
-    return Draw(None if np.all(scales == 1) else scales, np.float32(options.temperature),
+    return Draw(guidance_scales(options, tokens) if is_guided(options) else None, np.float32(options.temperature),
                 None if options.top_p == 1 else np.float32(options.top_p), np.uint32(options.seed))
+
+
+def is_guided(options: Options) -> bool:
+    """Whether the empty prefix takes part."""
+    return options.cfg != 1
 
 
 def guidance_scales(options: Options, tokens: int) -> np.ndarray:
