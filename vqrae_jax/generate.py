@@ -31,14 +31,14 @@ def main(_) -> None:
     workdir, tokenizer, out = Path(_WORKDIR.value), Path(_TOKENIZER.value), Path(_OUT.value)
     options = sampling.Options(**{name: flag.value for name, flag in _OPTIONS.items()})
     run = runs.load_run(workdir, mesh, step=_STEP.value, weights=_WEIGHTS.value)
-    decoder = samples.Decoder(tokenizer, mesh, weights=run.codes.weights, digest=run.codes.tokenizer)
+    decoder = samples.Decoder(tokenizer, run.codes, mesh)
     measured = samples.Options(**{name: flag.value for name, flag in _MEASURED.items()})
-    measure = samples.Measurement(decoder, measured, run.codes.data) if measured.reference else None
-    weights = {str(workdir): digest(run.params), str(tokenizer): decoder.digest}
+    measure = samples.Measurement(decoder, measured) if measured.reference else None
+    weights = {str(workdir): digest(run.params), str(tokenizer): run.codes.tokenizer}
     generator = Generator(run, mesh)
-    work = generate.Samples(generator, _NUM.value, classes=_CLASSES.value and [int(c) for c in _CLASSES.value],
-                            prompts=_PROMPT.value, options=options, batch_size=_BATCH_SIZE.value, out=out,
-                            weights=weights)
+    classes = None if _CLASSES.value is None else list(map(int, _CLASSES.value))
+    work = generate.Samples(generator, _NUM.value, classes=classes, prompts=_PROMPT.value, options=options,
+                            batch_size=_BATCH_SIZE.value, out=out, weights=weights)
     codes = work.codes()
     work.write(decoder.images(codes))
     if distributed.is_first():

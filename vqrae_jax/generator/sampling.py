@@ -16,6 +16,7 @@ import numpy as np
 from vqrae_jax.generator.build import Structure, Vocabulary
 from vqrae_jax.models import flat
 from vqrae_jax.models.flat import Arrays
+from vqrae_jax.models.lm import Cache
 from vqrae_jax.models.placement import split_batch
 
 Batch = dict[str, jax.Array]
@@ -128,34 +129,30 @@ def sample(structure: Structure, params: Arrays, batch: Batch, draw: Draw, *, to
       `[B, N]` int32 in [0, codes).
     """
     model, vocabulary, tokens = flat.merge(structure.graphdef, params), structure.vocabulary, structure.codes.grid**2
+    begin, caption, pads = _prefix(vocabulary, batch)
     guided = draw.scales is not None
-    prefix, pads = _prefix(vocabulary, batch)
     if guided:
-        empty = _prefix(vocabulary, without(batch))
         # Both rows of an image beside each other: so they are on one device.
-        prefix, pads = (jnp.stack(both, axis=1).reshape(-1, *both[0].shape[1:]) for both in zip(
-            (prefix, pads), empty, strict=True))
+        begin, caption, pads = (jnp.stack(both, axis=1).reshape(-1, *both[0].shape[1:]) for both in zip(
+            (begin, caption, pads), _prefix(vocabulary, without(batch)), strict=True))
     keys = jax.vmap(lambda number: jax.random.fold_in(jax.random.key(draw.seed), number))(batch["number"])
 
-    def next_code(hidden: jax.Array, position: jax.Array) -> jax.Array:
-        logits = model.logits(hidden[:, -1], vocabulary.code)
+    def step(carry: tuple[jax.Array, Cache], position: jax.Array) -> tuple[tuple[jax.Array, Cache], jax.Array]:
+        token, cache = carry
+        hidden, cache = model.step(token[:, None], cache)
+        logits = model.logits(hidden[:, 0], vocabulary.code)
         if guided:
             conditional, empty = logits.reshape(-1, 2, logits.shape[-1]).swapaxes(0, 1)
             logits = split_batch(empty + draw.scales[position] * (conditional - empty))
         at_position = jax.vmap(lambda key: jax.random.fold_in(key, position))(keys)
-        return choose(logits, at_position, temperature=draw.temperature, top_k=top_k, top_p=draw.top_p)
+        code = choose(logits, at_position, temperature=draw.temperature, top_k=top_k, top_p=draw.top_p)
+        return (vocabulary.text + (jnp.repeat(code, 2) if guided else code), cache), code
 
-    def step(carry: tuple[jax.Array, Any], position: jax.Array) -> tuple[tuple[jax.Array, Any], jax.Array]:
-        code, cache = carry
-        token = vocabulary.text + (jnp.repeat(code, 2) if guided else code)
-        hidden, cache = model.step(token[:, None], cache)
-        code = next_code(hidden, position)
-        return (code, cache), code
-
-    hidden, cache = model.step(prefix, model.init_cache(len(prefix), prefix.shape[1] + tokens - 1, pads))
-    first = next_code(hidden, jnp.int32(0))
-    _, codes = jax.lax.scan(step, (first, cache), jnp.arange(1, tokens))
-    return jnp.concatenate([first[None], codes]).T
+    cache = model.init_cache(len(begin), caption.shape[1] + tokens, pads)
+    if caption.shape[1]:
+        _, cache = model.step(caption, cache)
+    _, codes = jax.lax.scan(step, (begin, cache), jnp.arange(tokens))
+    return codes.T
 
 
 def without(batch: Batch) -> Batch:
@@ -165,12 +162,12 @@ def without(batch: Batch) -> Batch:
                     else empty)
 
 
-def _prefix(vocabulary: Vocabulary, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """Tokens `[B, P]` before the first code, and how many on the left of each row are none, `[B]`."""
-    begin = vocabulary.begin(batch["label"])[:, None]
-    if "caption" not in batch:
-        return begin, jnp.zeros(len(begin), jnp.int32)
-    return jnp.concatenate([batch["caption"], begin], axis=1), batch["pads"]
+def _prefix(vocabulary: Vocabulary, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The tokens that begin images, `[B]`, those before them, `[B, T]`, and how many of these are none, `[B]`."""
+    begin = vocabulary.begin(batch["label"])
+    if "caption" in batch:
+        return begin, batch["caption"], batch["pads"]
+    return begin, jnp.zeros((len(begin), 0), jnp.int32), jnp.zeros(len(begin), jnp.int32)
 
 
 def choose(logits: jax.Array, keys: jax.Array, *, temperature: jax.Array, top_k: int,

@@ -19,11 +19,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from vqrae_jax.data import BadImages, Source, open_source, part
+from vqrae_jax.data.codes import Description
 from vqrae_jax.metrics import Statistics, frechet, inception_score, linear_probe_top1
 from vqrae_jax.tokenizer import evaluate, instruments, probe, recipe, runs
 from vqrae_jax.tokenizer.inference import decode_codes, encode_codes
 from vqrae_jax.tokenizer.instruments import View
-from vqrae_jax.tokenizer.runs import Weights
 from vqrae_jax.training import distributed, reporting, sharding
 from vqrae_jax.training.files import disk_errors
 from vqrae_jax.weights import tensors
@@ -62,21 +62,21 @@ class Decoder:
 
     Args:
       workdir: its folder.
+      codes: what they are, and of which tokenizer.
       mesh: the devices.
-      weights: which of the run's weights the codes are of.
-      digest: the sha256 of these.
 
     Raises:
       OSError: there is no such run.
       ValueError: its weights are others.
     """
 
-    def __init__(self, workdir: Path, mesh: Mesh, *, weights: Weights, digest: str):
-        self.workdir, self.mesh, self.weights, self.digest = workdir, mesh, weights, digest
-        self.config, self.graphdef, self.arrays = runs.load_run(workdir, mesh, weights=weights)
-        if runs.digest(self.arrays) != digest:
+    def __init__(self, workdir: Path, codes: Description, mesh: Mesh):
+        self.workdir, self.codes, self.mesh = workdir, codes, mesh
+        self.config, self.graphdef, self.arrays = runs.load_run(workdir, mesh, weights=codes.weights)
+        if runs.digest(self.arrays) != codes.tokenizer:
             raise ValueError(f"the generator learned codes of another tokenizer than that of {workdir}, or this was "
-                             f"trained on since: give the run with the weights whose sha256 is {digest[:16]}...")
+                             f"trained on since: give the run with the weights whose sha256 is {codes.tokenizer[:16]}"
+                             "...")
         jit = lambda function: jax.jit(sharding.on(mesh, functools.partial(function, self.graphdef)))
         self._encode, self._decode = jit(encode_codes), jit(decode_codes)
 
@@ -141,14 +141,13 @@ class Measurement:
     Args:
       decoder: of the codes.
       options: what to measure.
-      trained_on: SPEC of the images that the codes were made of which the generator learned.
 
     Raises:
       OSError, ValueError: images or networks are not there. Without Inception there is no FID, and a line says so,
         unless an option asked for it.
     """
 
-    def __init__(self, decoder: Decoder, options: Options, trained_on: str):
+    def __init__(self, decoder: Decoder, options: Options):
         self._decoder, self._options, self._bad_images = decoder, options, BadImages(None)
         config, mesh = decoder.config, decoder.mesh
         self._failed: dict[str, str] = {}
@@ -163,7 +162,7 @@ class Measurement:
             log.warning("fid and inception_score are left out: %s", self._failed[FID])
         self._reference = open_source(options.reference, training=False)
         self._probe = open_source(options.probe, training=True) if options.probe else None
-        self._trained_on = open_source(trained_on, training=True) if options.neighbours else None
+        self._trained_on = open_source(decoder.codes.data, training=True) if options.neighbours else None
 
     def __call__(self, codes: np.ndarray, labels: np.ndarray, independent: np.ndarray) -> Found:
         """Measures samples.
@@ -291,7 +290,7 @@ def write(found: Found, decoder: Decoder, options: Options, weights: Mapping[str
     samples, *rulers = found.columns
     made = recipe.recipe(
         decoder.config, data=f"samples of {of}", part="all", images=int(found.columns[samples]["num_images"]),
-        reference=options.reference, weights={**weights, **found.weights}, run_weights=decoder.weights,
+        reference=options.reference, weights={**weights, **found.weights}, run_weights=decoder.codes.weights,
         options={**recipe.plain(options), **request},
         configs={run: tensors.sha256(Path(run) / "config.json") for run in weights})
     with disk_errors(out.parent):
