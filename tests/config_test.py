@@ -11,12 +11,15 @@ import pytest
 
 import vqrae_jax
 from vqrae_jax import config as config_lib
+from vqrae_jax.generator import build as generator_build
 from vqrae_jax.models.perceptual import NETWORKS
 from vqrae_jax.models.quantizers import QUANTIZERS
 from vqrae_jax.tokenizer import build
 
 REPOSITORY = Path(__file__).parents[1]
 SHIPPED = sorted(file.stem for file in (REPOSITORY / "configs").glob("*.py"))
+GENERATORS = [name for name in SHIPPED if importlib.import_module(f"configs.{name}").get_config().task == "generator"]
+TOKENIZERS = [name for name in SHIPPED if name not in GENERATORS]
 
 
 def changed(**changes):
@@ -151,7 +154,8 @@ def test_every_key_is_read_by_something():
             value = getattr(section, field.name)
             yield from keys(value, field.name) if dataclasses.is_dataclass(value) else [(name, field.name)]
 
-    assert not set(keys(config_lib.Config(), "config")) - read
+    declared = {key for config in config_lib.CONFIGS.values() for key in keys(config(), "config")}
+    assert not declared - read
 
 
 def dense(inputs, outputs):
@@ -203,7 +207,7 @@ def shipped(name: str) -> config_lib.Config:
     return config_lib.parse(config)
 
 
-@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize("name", TOKENIZERS)
 def test_shipped_configs_build_at_full_size(name):
     config = shipped(name)
     structure = build.structure(config)
@@ -212,6 +216,45 @@ def test_shipped_configs_build_at_full_size(name):
     counts.append(sum(value.size for value in structure.buffers.values()))
     name = name.replace("stage2", "stage1")
     assert tuple(counts) == PARAMETERS[SAME[name] if name in SAME else name]
+
+
+def lm_parameters(vocabulary, width, depth, queries, key_values, head_dim, mlp_dim, *, tied):
+    """Of a language model of Qwen3's architecture; two norms of a block, of queries and keys, and the last one."""
+    block = width * (queries + 2 * key_values) + queries * width + 3 * width * mlp_dim + 2 * width + 2 * head_dim
+    return vocabulary * width * (1 if tied else 2) + depth * block + width
+
+
+LANGUAGE_MODELS = {
+    "nano_generator": lm_parameters(2048 + 8 + 1, 256, 6, 256, 256, 64, 704, tied=False),
+    "generator_l": lm_parameters(16384 + 1000 + 1, 1024, 24, 1024, 1024, 64, 2816, tied=False),
+    # Qwen3-0.6B has 596,049,920; new are the codes and the token that begins an image.
+    "qwen3_0p6b_text": 596_049_920 + (16384 + 1) * 1024,
+}
+
+
+@pytest.mark.parametrize("name", GENERATORS)
+def test_shipped_generators_build_at_full_size(name):
+    config = importlib.import_module(f"configs.{name}").get_config()
+    config.model.random_weights = True  # of Qwen3 the shape ships
+    config.data.classes = config.data.classes or 8
+    config = config_lib.parse(config, config_lib.GeneratorConfig)
+    structure = generator_build.structure(config, generator_build.planned_codes(config))
+    assert sum(value.size for value in structure.params.values()) == LANGUAGE_MODELS[name]
+
+
+# What LlamaGen's paper says of its models (arXiv 2406.06525, section 3.1 and Table 2).
+LLAMAGEN_L = {"model.depth": 24, "model.width": 1024, "model.heads": 16, "optim.lr": 1e-4, "optim.end_lr": 1e-4,
+              "optim.b1": 0.9, "optim.b2": 0.95, "optim.weight_decay": 0.05, "optim.clip_norm": 1.0,
+              "model.dropout": 0.1, "prefix.drop": 0.1, "train.batch_size": 256, "data.classes": 1000,
+              "data.size": 16384}
+
+
+def test_the_large_generator_is_llamagens_recipe_to_the_letter():
+    config = importlib.import_module("configs.generator_l").get_config()
+    for key, value in LLAMAGEN_L.items():
+        section, name = key.split(".")
+        assert config[section][name] == value, key
+    assert config.train.steps * config.train.batch_size == pytest.approx(300 * 1_281_167, rel=1e-3)
 
 
 def test_the_ablation_takes_arguments():

@@ -152,7 +152,8 @@ def wrong_keys(text: str) -> list[str]:
     """
     gone = {key for keys in GONE.findall(text) for key in keys.replace(",", " ").split()}
     page = read(_without_old_names(text))
-    sections = "|".join(field.name for field in dataclasses.fields(config_lib.Config))
+    sections = "|".join(dict.fromkeys(field.name for config in config_lib.CONFIGS.values()
+                                      for field in dataclasses.fields(config)))
     named = [name for code in page.inline if not re.search(r"-m vqrae_jax", code)
              for name in re.findall(rf"(?<![\w./-])((?:{sections})\.[a-z]\w*(?:\.[a-z]\w*)*)\b(?!\()", code)]
     given = [name.rstrip(".") for name in re.findall(r"--config\.([\w.]+)", text)]
@@ -175,20 +176,22 @@ def _exists(name: str) -> bool:
     """Whether a dotted name is a key or a section of the config, or else, for some pages speak of code, in a module."""
     if name == "key":  # stands for any
         return True
-    value = config_lib.Config()
-    for part in name.split("."):
-        value = getattr(value, part, None)
+    if any(key == name or key.startswith(f"{name}.") for config in config_lib.CONFIGS.values()
+           for key in config_lib.keys(config)):
+        return True
     section, _, rest = name.partition(".")
-    return value is not None or rest == "py" or any(
+    return rest == "py" or any(
         hasattr(place, rest.split(".")[0]) for place in _namesakes(section))
 
 
 def _namesakes(section: str) -> tuple[object, ...]:
     """What else than a section of the config is called so."""
-    modules = {"data": "data", "loss": "tokenizer.loss", "gan": "tokenizer.gan", "optim": "training.optim"}
+    modules = {"data": ("data",), "loss": ("tokenizer.loss", "generator.loss"), "gan": ("tokenizer.gan",),
+               "optim": ("training.optim",), "task": ("tokenizer.task",), "prefix": ("generator.prefix",)}
     if section == "model":  # as examples call it
         return inference.Tokenizer, VQRAE
-    return (importlib.import_module(f"vqrae_jax.{modules[section]}"),) if section in modules else ()
+    return tuple(importlib.import_module(f"vqrae_jax.{module}") for module in modules[section]) \
+        if section in modules else ()
 
 
 def name_of(file: Path) -> str:

@@ -6,21 +6,15 @@ Continues by itself where DIR holds a checkpoint. `--config.key=value` changes o
 keys are listed. At the end it evaluates.
 """
 
-from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
 
+import vqrae_jax
 from vqrae_jax import cli, config
-from vqrae_jax.generator.task import train as train_generator
 from vqrae_jax.tokenizer import evaluate
-from vqrae_jax.tokenizer.task import train as train_tokenizer
 from vqrae_jax.training import distributed
-
-TASKS: Mapping[str, Callable[[Any, Path], dict[str, float]]] = {
-    "tokenizer": train_tokenizer, "generator": train_generator}
 
 
 def main(_) -> None:
@@ -29,8 +23,7 @@ def main(_) -> None:
         raise ValueError(f"--workdir={workdir} is no folder: mount the bucket, or choose a file system that all "
                          "processes share")
     _JOIN_PROCESSES()
-    parsed = config.parse(_CONFIG.value)
-    result = TASKS[parsed.task](parsed, Path(workdir))
+    result = vqrae_jax.train(config.parse(_CONFIG.value), workdir)
     if distributed.is_first():
         print(evaluate.table({Path(workdir).resolve().name: result}))
 

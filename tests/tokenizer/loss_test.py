@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 import vqrae_jax
-from tests.config_test import SHIPPED
+from tests.config_test import TOKENIZERS
 from tests.tiny import Run, reduced
 from vqrae_jax import config as config_lib
 from vqrae_jax.models import flat, losses
@@ -60,7 +60,7 @@ def distinct() -> dict[str, tuple[config_lib.Config, list[str]]]:
     A loss's network is in the step of the first that has it: what it is to one model, it is to all.
     """
     groups, seen = {}, set()
-    for name in SHIPPED:
+    for name in TOKENIZERS:
         config = reduced(name)
         key = structural([dataclasses.asdict(section) for section in (config.model, config.loss, config.gan)]
                          + [config.optim.lr_multipliers, config.optim.ema_decay, config.train.accumulate])

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 import vqrae_jax
-from tests.config_test import SHIPPED
+from tests.config_test import TOKENIZERS
 from tests.conftest import REFERENCE, killed_in_step, tiny
 from tests.tiny import Run, reduced
 from vqrae_jax import config as config_lib
@@ -169,7 +169,7 @@ def test_stage_2_starts_where_stage_1_ended(tiny_config, tmp_path, stage1_run):
     task.train(config_lib.parse(tiny_config), tmp_path / "another")
 
 
-@pytest.mark.parametrize("stage2", sorted(name for name in SHIPPED if name.endswith("stage2")))
+@pytest.mark.parametrize("stage2", sorted(name for name in TOKENIZERS if name.endswith("stage2")))
 def test_every_shipped_stage_2_starts_from_its_stage_1(stage2, tmp_path, caplog):
     stage1 = reduced(stage2.replace("stage2", "stage1"))
     run = Run(stage1)

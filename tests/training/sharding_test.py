@@ -101,8 +101,8 @@ def move(configs: list[config_lib.Config], folder: Path) -> None:
         assert all(leaf.sharding.mesh == mesh for leaf in jax.tree.leaves((state, frozen)))
 
 
-def in_a_process_with_eight_devices(kind: str, out: Path) -> None:
-    subprocess.run([sys.executable, "-m", "tests.training.sharding_test", kind, str(out)], check=True,
+def in_a_process_with_eight_devices(*arguments: object, module: str = "tests.training.sharding_test") -> None:
+    subprocess.run([sys.executable, "-m", module, *map(str, arguments)], check=True,
                    env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
                    cwd=REPOSITORY)
 
@@ -158,6 +158,8 @@ def test_every_axis_and_rule_says_what_it_means():
     assert spec("params/quantizer/project_in/kernel", (32, 40)) == PartitionSpec(None, "fsdp")
     assert spec("buffers/quantizer/codebook", (48, 40)) == PartitionSpec("fsdp", None)
     assert spec("params/decoder/transformer/blocks/mlp/fc1/bias", (2, 64)) == PartitionSpec()
+    assert spec("params/token_embedding", (48, 40)) == PartitionSpec("fsdp", None)
+    assert spec("params/token_embedding", (49, 40)) == PartitionSpec(None, "fsdp")
     assert spec("gan/params/discriminator/conv1/kernel", (1, 1, 64, 64)) == PartitionSpec()
     assert spec("opt_state/1/mu/quantizer/project_in/kernel", (32, 40)) == PartitionSpec(None, "fsdp")
     assert spec("ema/quantizer/sums", (48, 40)) == PartitionSpec("fsdp", None)

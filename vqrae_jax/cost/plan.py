@@ -188,7 +188,8 @@ def plan(config: TaskConfig, topology: str) -> Plan:
     return Plan(
         topology=topology, chip=devices[0].device_kind, chips=len(devices), batch=config.train.batch_size,
         accumulate=config.train.accumulate, remat=config.model.remat, mesh=dict(mesh.shape),
-        parameters=planned.parameters(state, frozen), parameters_gib=(arguments - optimizer) / GIB, optimizer_gib=optimizer / GIB,
+        parameters=planned.parameters(state, frozen),
+        parameters_gib=(arguments - optimizer) / GIB, optimizer_gib=optimizer / GIB,
         temporaries_gib=(used - arguments) / GIB if compiled else None,
         hbm_gib_per_chip=used / GIB, hbm_limit_gib=chip.memory / GIB,
         fits=compiled is not None and used <= chip.memory,

@@ -11,8 +11,24 @@ from vqrae_jax.generator import build
 from vqrae_jax.generator.build import Structure
 from vqrae_jax.models import flat
 from vqrae_jax.models.flat import Arrays
+from vqrae_jax.models.lm import LanguageModel
 from vqrae_jax.training import sharding
 from vqrae_jax.weights import qwen3
+
+
+def create(config: GeneratorConfig) -> LanguageModel:
+    """An untrained model of a config, as an NNX module: what a run of it starts from.
+
+    Nothing is read of codes: `data.grid`, `data.size` and, of a class-conditional one, `data.classes` must say what
+    they are. `create(config).hidden(tokens)` and `logits` take it from tokens `[B, N]` int32 to logits `[B, N, V]`;
+    `build.Vocabulary` says what they mean.
+
+    Raises:
+      ValueError: one of these keys is 0, or sizes do not fit each other; the message names the key.
+      OSError: the weights of `model.path` cannot be read.
+    """
+    structure = build.structure(config, build.planned_codes(config))
+    return flat.merge(structure.graphdef, sharding.off_mesh(params(config, structure, sharding.one_device())))
 
 
 def params(config: GeneratorConfig, structure: Structure, mesh: Mesh) -> Arrays:

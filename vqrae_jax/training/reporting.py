@@ -122,7 +122,7 @@ class Reporter:
             with disk_errors(self._workdir):
                 save_png(self._workdir / "samples" / f"{step:07d}.png", picture)
             if self._tensorboard:
-                self._tensorboard.add_image("reconstructions", picture, step, dataformats="HWC")
+                self._tensorboard.add_image("samples", picture, step, dataformats="HWC")
         shown = "  ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in metrics.items())
         log.info("step %d  evaluation  %s", step, shown)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -112,13 +113,13 @@ def load_lm_params(path_or_id: str | Path, spec: LMSpec) -> Params:
     return params
 
 
-def save_lm(folder: str | Path, spec: LMSpec, params: Params, dtype: Any) -> None:
+def save_lm(folder: str | Path, spec: LMSpec, params: Mapping[str, Any], dtype: Any) -> None:
     """Writes a folder that `transformers` and this module read: config.json and model.safetensors.
 
     Args:
       folder: created where absent; files of the same name are replaced.
       spec: the shape.
-      params: as `load_lm_params` returns them.
+      params: arrays with the paths and shapes of those that `load_lm_params` returns.
       dtype: of the tensors in the file, a type that NumPy or ml_dtypes has.
 
     Raises:

@@ -1,0 +1,234 @@
+"""Runs of a generator as users meet them: exact continuation, captions, what a folder holds, wrong codes."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import chex
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from PIL import Image
+
+from tests.conftest import killed_in_step
+from tests.generator.tiny import CODES, TEXT, WORDS, batch, parsed, text_model, tiny
+from vqrae_jax import config as config_lib
+from vqrae_jax.data import codes as codes_data
+from vqrae_jax.data.codes import CodesRecord, Description
+from vqrae_jax.generator import build, evaluate, loss, runs, task
+from vqrae_jax.models import flat
+from vqrae_jax.training import sharding
+from vqrae_jax.weights import qwen3
+
+IMAGES, VIEWS = 96, 2
+
+
+def write_codes(folder: Path, *, seed: int = 0, captions: bool = False, **changes) -> Path:
+    """A folder of codes that class and half of the image say, but for some noise, and captions that name the class."""
+    rng = np.random.default_rng(seed)
+    description = Description(**{
+        "data": "embedded", "source": {"images": IMAGES, "digests": [str(seed)]}, "num_classes": CODES.classes,
+        "tokenizer": "abc", "weights": "ema", "codebook_size": CODES.size, "grid": (CODES.grid, CODES.grid),
+        "image_size": 32, "views": VIEWS, "batch_size": 1, "shard_size": IMAGES, "recipe": {}, **changes})
+    records = []
+    for index in range(IMAGES):
+        label = index % CODES.classes
+        codes = 7 * label + (np.arange(CODES.grid**2) >= 8) + np.zeros((VIEWS, 1), int)
+        codes = np.where(rng.random(codes.shape) < 0.2, rng.integers(0, CODES.size, codes.shape), codes)
+        codes = codes.reshape(VIEWS, CODES.grid, CODES.grid).astype(description.dtype)
+        caption = f"a {WORDS[5 + label]} on the table under a chair"[:None if index % 2 else 5] if captions else ""
+        records.append(CodesRecord(codes, label, f"image{index}", caption))
+    begun = codes_data.begin(folder, description)
+    codes_data.write_shard(description.shards(folder)[0], records, {})
+    codes_data.end(folder, begun)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return write_codes(tmp_path_factory.mktemp("codes") / "by_class")
+
+
+def config_of(folder: Path, **options):
+    config = tiny(**options)
+    config.data.update(source=f"codes:{folder}", holdout=0.2)
+    return config
+
+
+def lines(workdir: Path) -> list[str]:
+    return (workdir / "metrics.jsonl").read_text().splitlines()
+
+
+def test_a_continued_run_equals_one_that_never_stopped(folder, tmp_path, caplog):
+    """With all that is random in a step: dropped prefixes and dropout."""
+    caplog.set_level("INFO", "vqrae_jax")
+    config = config_of(folder)
+    config.model.dropout = 0.1
+    config.train.update(accumulate=2, eval_every=3)
+    config = parsed(config)
+    result = task.train(config, tmp_path / "whole")
+    with killed_in_step(5):  # after the checkpoint of step 4
+        task.train(config, tmp_path / "parts")
+    assert task.train(config, tmp_path / "parts") == result
+    assert "continuing at step 4" in caplog.text
+    assert lines(tmp_path / "parts") == lines(tmp_path / "whole")
+    mesh = sharding.one_device()
+    chex.assert_trees_all_equal(*(runs.load_run(tmp_path / name, mesh, weights=weights).params
+                                  for name, weights in (("parts", "raw"), ("whole", "raw"))))
+    # And what a run leaves.
+    records = [json.loads(line) for line in lines(tmp_path / "whole")]
+    assert [r["step"] for r in records if "loss" in r] == [1, 2, 3, 4, 5, 6]
+    assert [r["step"] for r in records if "eval/nats" in r] == [3, 6]
+    picture = np.asarray(Image.open(tmp_path / "whole" / "samples" / "0000006.png"))
+    assert picture.shape == (2 * (14 + 34), 34, 3)
+    loaded = runs.load_run(tmp_path / "whole", mesh)
+    assert (loaded.codes.tokenizer, loaded.structure.codes, loaded.config) == ("abc", CODES, config)
+    changed = dataclasses.replace(config, seed=1)
+    with pytest.raises(ValueError, match="another config: seed: 0 -> 1"):
+        task.train(changed, tmp_path / "whole")
+
+
+def test_what_can_be_learned_is_learned_and_measured_on_images_that_were_not_trained_on(folder, tmp_path):
+    config = config_of(folder, drop=0.2)
+    config.train.update(steps=100, batch_size=32, log_every=50, checkpoint_every=100, eval_every=100)
+    config.eval.limit = 0
+    config.optim.update(lr=1e-2, ema_decay=0.0)
+    result = task.train(parsed(config), tmp_path)
+    # A fifth of the codes is uniform noise, and by chance as expected once in 24 times.
+    bound = -(0.8 + 0.2 / 24) * np.log(0.8 + 0.2 / 24) - 0.2 * 23 / 24 * np.log(0.2 / 24)
+    assert bound - 0.2 < result["nats"] < bound + 0.3
+    assert result["nats"] < result["nats_by_position"] - 0.5 < result["nats_unigram"] - 0.7
+    assert 0.6 < result["top1"] < result["top5"] <= 1
+    assert result["bits_per_pixel"] == pytest.approx(result["nats"] / np.log(2) * 16 / 32**2)
+    assert np.mean([result[f"nats_quarter{i}"] for i in (1, 2, 3, 4)]) == pytest.approx(result["nats"])
+    assert 0 < result["num_images"] < 40
+    assert result["train_nats"] < result["nats"]
+
+
+def test_numbers_are_those_of_the_images(folder, tmp_path):
+    """Of batches that are padded; and of histograms by hand."""
+    config = parsed(config_of(folder))
+    made = task.GeneratorTask(config, tmp_path)
+    evaluator = evaluate.Evaluator(made.structure, sharding.one_device())
+    _, params, _ = flat.split(build.language_model(config, made.structure.spec, nnx.Rngs(0)))
+    given = batch(12)
+    padded = [{name: np.concatenate([value[at:at + 8], np.zeros_like(value[:max(0, at - 4)])])
+               for name, value in given.items()} | {"valid": np.arange(8) < 12 - at} for at in (0, 8)]
+    found = evaluator(params, padded)
+    model = flat.merge(made.structure.graphdef, params)
+    expected = jax.jit(lambda given: loss.predict(model, made.structure.vocabulary, given, rng=None))(given)
+    assert found.images == 12
+    np.testing.assert_allclose(found.nats, np.asarray(expected.nats, np.float64).mean(0), rtol=1e-6)
+    np.testing.assert_allclose(found.top[5], (expected.rank < 5).mean(0), rtol=1e-6)
+    counts = evaluator.counts(padded)
+    for position, row in enumerate(given["codes"].reshape(12, -1).T):
+        np.testing.assert_array_equal(counts[position], np.bincount(row, minlength=CODES.size))
+    # Two codes, two positions: the first code three times, once at the second position.
+    rulers = evaluate.rulers(np.array([[2, 0], [1, 1]]), np.array([[1, 0], [0, 1]]))
+    unigram = np.array([3 + 1, 1 + 1]) / (4 + 2)
+    assert rulers["nats_unigram"] == pytest.approx(-np.log(unigram).mean())
+    first, second = (2 + 2 * unigram[0]) / (2 + 2), (1 + 2 * unigram[1]) / (2 + 2)
+    assert rulers["nats_by_position"] == pytest.approx(-np.log([first, second]).mean())
+
+
+def test_captions_are_learned_behind_a_text_model_and_the_run_needs_its_folder_only(tmp_path):
+    pytest.importorskip("tokenizers", reason="captions need tokenizers")
+    folder = write_codes(tmp_path / "codes", captions=True)
+    text = text_model(tmp_path / "text")
+    config = config_of(folder, captions=text)
+    config.train.steps = 3
+    made = task.GeneratorTask(parsed(config), tmp_path / "run")
+    captions = next(made.batches())
+    words = {tuple(row[pads:]) for row, pads in zip(captions["caption"], captions["pads"], strict=True)}
+    token = {word: i for i, word in enumerate(("?", *WORDS))}
+    assert {(1, token["cat"], 9, 2, 11), (1, token["cat"])} & words
+    assert all(len(row) in (2, 5) for row in words)  # short captions, and long ones that were cut
+    start = made.init(sharding.one_device())[0].params
+    theirs = qwen3.load_lm_params(text, TEXT)
+    np.testing.assert_array_equal(start["token_embedding"][:TEXT.vocabulary], theirs["token_embedding"])
+    np.testing.assert_allclose(start["token_embedding"][-1], theirs["token_embedding"].mean(0), atol=1e-7)
+    task.train(parsed(config), tmp_path / "run")
+    shutil.rmtree(text)
+    config.train.steps = 4
+    task.train(parsed(config), tmp_path / "run")
+    loaded = runs.load_run(tmp_path / "run", sharding.one_device())
+    assert loaded.structure.vocabulary == build.Vocabulary(TEXT.vocabulary, CODES.size, 0)
+    assert loaded.params["token_embedding"].shape[0] == TEXT.vocabulary + CODES.size + 1
+
+
+@pytest.mark.parametrize(("keys", "says"), [
+    ({"data.source": "codes:{tmp}"}, r"is no folder of codes.*; --config.data.source=... says where"),
+    ({"data.source": "embedded"}, r"unknown data 'embedded': give codes:DIR"),
+    ({"data.grid": 8}, r"config key data.grid is 8, but codes:.* has 4"),
+    ({"data.size": 32}, r"config key data.size is 32, but codes:.* has 24"),
+    ({"data.classes": 4}, r"config key data.classes is 4, but codes:.* has 3"),
+    ({"eval.source": "codes:{other}"}, r"eval.source: codes:.* are not codes of the tokenizer .*: other tokenizer$"),
+    ({"prefix.kind": "caption", "model.path": "{text}"}, r"prefix.kind is caption, but the images of .* no captions"),
+    ({"model.path": "{tmp}"}, r"config.json.*; --config.model.path=... says where"),
+    ({"prefix.kind": "caption"}, r"config key prefix.kind is caption, but a text has no tokens without a Qwen3"),
+    ({"prefix.longest": 3}, r"config key prefix.longest 3 has no meaning for class, only for caption"),
+    ({"model.new_rows": "normal"}, r"config key model.new_rows 'normal' has no meaning for one without, only for"),
+    ({"model.path": "{text}", "model.width": 32}, r"config key model.width 32 has no meaning for a model with a path"),
+    ({"model.kv_heads": 3}, r"config key model.heads 4 is not divisible by model.kv_heads 3"),
+    ({"optim.lr_multipliers": (("blokcs/.*", 0.0),)}, r"'blokcs/.\*' matches no parameter; paths look like blocks/"),
+    ({"task": "tokenizer"}, r"config key task is 'tokenizer', but this is for a generator"),
+])
+def test_what_is_wrong_is_one_line_before_anything_is_written(keys, says, folder, tmp_path):
+    config = config_of(folder)
+    if "model.path" in keys:
+        config.model = config_lib.generator().model
+        text_model(tmp_path / "text")
+    if "{other}" in str(keys):
+        write_codes(tmp_path / "other", tokenizer="another")
+    for key, value in keys.items():
+        *sections, name = key.split(".")
+        section = config[sections[0]] if sections else config
+        value = value.format(tmp=tmp_path, text=tmp_path / "text", other=tmp_path / "other") if isinstance(
+            value, str) else value
+        section[name] = value
+    with pytest.raises((ValueError, OSError), match=says) as error:
+        task.train(parsed(config), tmp_path / "run")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_caption_and_an_image_must_fit_the_text_model(tmp_path):
+    config = tiny(captions=text_model(tmp_path))
+    config.prefix.longest = TEXT.max_positions - CODES.grid**2 + 1
+    with pytest.raises(ValueError, match="config key prefix.longest 49 and an image of 16 codes are more than the 64 "):
+        build.structure(parsed(config), CODES)
+
+
+def test_a_label_that_is_no_class_ends_the_run(tmp_path):
+    folder = write_codes(tmp_path / "codes", num_classes=None)
+    config = config_of(folder)
+    with pytest.raises(ValueError, match="config key data.classes is 0, but codes:.* does not say how many classes"):
+        task.train(parsed(config), tmp_path / "run")
+    config.data.classes = 2
+    with pytest.raises(ValueError, match="an image has the label 2, but there are 2 classes"):
+        task.train(parsed(config), tmp_path / "run")
+
+
+def test_a_run_goes_on_with_its_codes_wherever_they_lie_and_with_no_others(folder, tmp_path):
+    config = config_of(folder)
+    config.train.steps = 3
+    task.train(parsed(config), tmp_path / "run")
+    config.train.steps = 4
+    config.data.source = f"codes:{write_codes(tmp_path / 'other', tokenizer='another')}"
+    with pytest.raises(ValueError, match="does not hold the codes that the run in .* was trained on: other tokenizer;"):
+        task.train(parsed(config), tmp_path / "run")
+    config.data.source = f"codes:{shutil.copytree(folder, tmp_path / 'moved')}"
+    task.train(parsed(config), tmp_path / "run")
+
+
+def test_a_run_of_one_task_is_not_taken_for_one_of_the_other(tmp_path):
+    config_lib.save(config_lib.GeneratorConfig(), tmp_path / "config.json")
+    with pytest.raises(ValueError, match="is the run of a generator, where that of a tokenizer is needed"):
+        config_lib.load(tmp_path / "config.json")
+    values = json.loads((tmp_path / "config.json").read_text())
+    del values["task"]  # as before there was a second one
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match="is the run of a tokenizer, where that of a generator is needed"):
+        config_lib.load(tmp_path / "config.json", config_lib.GeneratorConfig)
