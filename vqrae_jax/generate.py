@@ -36,8 +36,7 @@ def main(_) -> None:
     measure = samples.Measurement(decoder, measured) if measured.reference else None
     weights = {str(workdir): digest(run.params), str(tokenizer): run.codes.tokenizer}
     generator = Generator(run, mesh)
-    classes = None if _CLASSES.value is None else list(map(int, _CLASSES.value))
-    work = generate.Samples(generator, _NUM.value, classes=classes, prompts=_PROMPT.value, options=options,
+    work = generate.Samples(generator, _NUM.value, classes=_classes(), prompts=_PROMPT.value, options=options,
                             batch_size=_BATCH_SIZE.value, out=out, weights=weights)
     codes = work.codes()
     work.write(decoder.images(codes))
@@ -50,6 +49,12 @@ def main(_) -> None:
             print(table(found.columns))
             print(line(recipe))
     work.end()
+
+
+def _classes() -> list[int] | None:
+    if wrong := [name for name in _CLASSES.value or () if not name.isdecimal()]:
+        raise ValueError(f"--classes takes numbers with commas between them, not {wrong[0]!r}")
+    return None if _CLASSES.value is None else list(map(int, _CLASSES.value))
 
 
 if __name__ == "__main__":

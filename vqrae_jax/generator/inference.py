@@ -51,9 +51,7 @@ class Generator:
     def __init__(self, run: Loaded, mesh: Mesh):
         self.config, self.codes, self.structure, self._mesh = run.config, run.codes, run.structure, mesh
         self.grid, self.num_codes, self.num_classes = run.structure.codes
-        dtype = DTYPES[run.config.model.dtype]
-        # On devices that share its memory a parameter that keeps its type is not copied.
-        self._params = jax.jit(functools.partial(sampling.cast, dtype=dtype))(run.params)
+        self._params = jax.jit(functools.partial(sampling.cast, dtype=DTYPES[run.config.model.dtype]))(run.params)
         self._sample = jax.jit(sharding.on(mesh, functools.partial(sampling.sample, run.structure)),
                                static_argnames="top_k")
 
