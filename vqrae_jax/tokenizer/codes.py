@@ -33,7 +33,6 @@ from vqrae_jax.weights import tensors
 
 log = logging.getLogger(__name__)
 Item = TypeVar("Item")
-_SECONDS = 10  # between two lines of progress
 
 
 def tokenize(workdir: str | os.PathLike, data: str, out: str | os.PathLike, *, views: int, weights: Weights,
@@ -130,7 +129,7 @@ def _encoded(config: Config, graphdef: nnx.GraphDef, arrays: Arrays, mesh: Mesh,
         pixels = batch.pop("image")
         return encode(arrays, sharding.put_batch(mesh, pixels.reshape(-1, *pixels.shape[2:])))
 
-    for batch, made in _shown(_ahead(batches, begin), of=len(indices), each=images * mesh.size):
+    for batch, made in reporting.shown(_ahead(batches, begin), of=len(indices), each=images * mesh.size):
         made = np.asarray(made).astype(begun.dtype).reshape(-1, begun.views, *begun.grid)
         reasons = {} if batch["valid"].all() else bad_images.names()
         for row in np.flatnonzero(batch["index"] >= 0):
@@ -184,7 +183,7 @@ def detokenize(workdir: str | os.PathLike, folder: str | os.PathLike, out: str |
     missing = (batch for batch in batches if not all(file.exists() for file, _ in batch))
     images = description.views * len(source)
     with ThreadPoolExecutor() as pool:
-        for batch, made in _shown(_ahead(missing, begin), of=images, each=every):
+        for batch, made in reporting.shown(_ahead(missing, begin), of=images, each=every):
             pictures = reporting.to_8_bits(np.asarray(made)[:len(batch)])
             with disk_errors(out), write_errors(out):
                 list(pool.map(reporting.save_png, [file for file, _ in batch], pictures))
@@ -216,18 +215,3 @@ def _ahead(batches: Iterable[Item], begin: Callable[[Item], jax.Array]) -> Itera
         before = begun
     if before:
         yield before
-
-
-def _shown(batches: Iterable[Item], *, of: int, each: int) -> Iterator[Item]:
-    """Batches, and from time to time a line that says how many are done; the first one, for it is compiled, apart."""
-    start = said = time.perf_counter()
-    for number, batch in enumerate(batches):
-        now = time.perf_counter()
-        if not number:
-            start = now
-        elif now > said + _SECONDS:
-            said, done = now, number * each
-            rate = done / (now - start)
-            log.info("%s of %s images, %.0f images/s, %s to go", f"{done:,}", f"{of:,}", rate,
-                     reporting.duration((of - done) / rate))
-        yield batch
