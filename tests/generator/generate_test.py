@@ -1,12 +1,10 @@
 """Samples as files: what an interruption costs, what they hold, how they are measured, and what is refused."""
 
-import dataclasses
 import itertools
 import json
 from contextlib import closing
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from flax import nnx
@@ -36,7 +34,7 @@ ENCODER = samples.ENCODER
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Two tokenizers of random weights, images of two classes, codes of the first, and a generator of random weights."""
+    """Two random tokenizers, images of two classes, codes of the first, and a random generator."""
     folder = tmp_path_factory.mktemp("generate")
     rng = np.random.default_rng(0)
     for index in range(IMAGES):
@@ -58,7 +56,7 @@ def folder(tmp_path_factory) -> Path:
     begun = codes_data.begin(folder / "codes", description)
     codes_data.write_shard(begun.shards(folder / "codes")[0], [
         CodesRecord(rng.integers(0, 8, (1, 4, 4)).astype("<u2"), index % CLASSES, f"{index:02d}", "")
-        for index in range(IMAGES)], {})
+        for index in range(IMAGES)])
     write_generator(folder / "generator", codes_data.end(folder / "codes", begun), folder / "codes")
     return folder
 

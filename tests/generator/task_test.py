@@ -41,7 +41,7 @@ def write_codes(folder: Path, *, seed: int = 0, captions: bool = False, **change
         caption = f"a {WORDS[5 + label]} on the table under a chair"[:None if index % 2 else 5] if captions else ""
         records.append(CodesRecord(codes, label, f"image{index}", caption))
     begun = codes_data.begin(folder, description)
-    codes_data.write_shard(description.shards(folder)[0], records, {})
+    codes_data.write_shard(description.shards(folder)[0], records)
     codes_data.end(folder, begun)
     return folder
 

@@ -11,7 +11,7 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -80,7 +80,7 @@ class Description:
     source: dict[str, Any]
     num_classes: int | None
     tokenizer: str
-    weights: str
+    weights: Literal["ema", "raw"]
     codebook_size: int
     grid: tuple[int, int]
     image_size: int

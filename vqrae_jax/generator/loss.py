@@ -116,7 +116,7 @@ def make_train_step(config: GeneratorConfig, structure: Structure) -> TrainStep:
 
         def new_state() -> TrainState:
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-            params = optax.apply_updates(state.params, updates)
+            params: Any = optax.apply_updates(state.params, updates)
             ema = optim.moving_average(state.ema, params, decay=config.optim.ema_decay,
                                        updates=optim.updates_made(state.opt_state))
             return state._replace(params=params, opt_state=opt_state, ema=ema)

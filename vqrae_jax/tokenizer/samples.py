@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from vqrae_jax.data import BadImages, Source, open_source, part
 from vqrae_jax.data.codes import Description
 from vqrae_jax.metrics import Statistics, frechet, inception_score, linear_probe_top1
-from vqrae_jax.tokenizer import evaluate, instruments, probe, recipe, runs
+from vqrae_jax.tokenizer import build, evaluate, instruments, probe, recipe, runs
 from vqrae_jax.tokenizer.inference import decode_codes, encode_codes
 from vqrae_jax.tokenizer.instruments import View
 from vqrae_jax.training import distributed, reporting, sharding
@@ -229,7 +229,7 @@ class Measurement:
         It is fitted to the pretrained encoder's features of images, whatever it then classifies.
         """
         decoder = self._decoder
-        learns = runs.encoder_learns(decoder.config, decoder.arrays)
+        learns = build.encoder_learns(decoder.config, decoder.arrays)
         fitted = probe.representations(decoder.graphdef, decoder.arrays, decoder.mesh,
                                        self._open(source, self._options.probe_limit),
                                        self._views[ENCODER] if learns else None)
