@@ -10,7 +10,7 @@ in sampling, and the rows of a text model, ten times as many, are spared. So doe
 last layer has codes only.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
