@@ -227,7 +227,7 @@ class LanguageModel(nnx.Module):
         """
         new, places = inputs.shape[1], jnp.arange(cache.keys.shape[-2])
         at = cache.length + jnp.arange(new)
-        # Positions count from the first token that is no padding. Padding sees itself: a softmax of nothing is no number.
+        # Positions count from the first token that is no padding. Padding sees itself, for softmax needs something.
         cos, sin = _rope(jnp.maximum(at - cache.pads[:, None], 0), self.spec)
         rope = cos[:, None], sin[:, None]  # the same for all heads
         real = lambda places: places >= cache.pads[:, None]  # [B, places]
