@@ -26,11 +26,16 @@ class RecordFiles:
     """
 
     def __init__(self, paths: Sequence[str]):
+        load_examples()
         self._paths = list(paths)
         faults.allow_open_files()
         with ThreadPoolExecutor(min(len(self._paths), 64)) as pool:  # the files may be far away
             self._files: list[Any] = list(pool.map(_open, self._paths))
         self._ends = list(itertools.accumulate(map(len, self._files)))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        load_examples()
+        self.__dict__ |= state
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -75,11 +80,20 @@ def _open(path: str) -> Any:
         raise ValueError(f"cannot read {path} as ArrayRecord: {error}") from error
 
 
-def serialize_example(features: Mapping[str, bytes | int]) -> bytes:
-    """A `tf.train.Example` with one value a feature; the same bytes for the same features."""
+def load_examples() -> Any:
+    """The module that has `tf.train.Example`; to be called before there are threads that read or write some.
+
+    It comes with TensorFlow Datasets, which replaces Python's `__import__` as long as it is being imported: meanwhile
+    other threads cannot import.
+    """
     from tensorflow_datasets.proto import tf_example_pb2
 
-    example = tf_example_pb2.Example()  # pyright: ignore[reportAttributeAccessIssue]
+    return tf_example_pb2
+
+
+def serialize_example(features: Mapping[str, bytes | int]) -> bytes:
+    """A `tf.train.Example` with one value a feature; the same bytes for the same features."""
+    example = load_examples().Example()
     for name, value in features.items():
         feature = example.features.feature[name]
         (feature.bytes_list if isinstance(value, bytes) else feature.int64_list).value.append(value)
@@ -89,10 +103,9 @@ def serialize_example(features: Mapping[str, bytes | int]) -> bytes:
 def parse_example(record: bytes) -> dict[str, list[Any]]:
     """The values of each feature of a `tf.train.Example` that holds bytes or integers; ValueError if it is none."""
     from google.protobuf.message import DecodeError
-    from tensorflow_datasets.proto import tf_example_pb2
 
     try:
-        features = tf_example_pb2.Example.FromString(record).features.feature  # pyright: ignore[reportAttributeAccessIssue]
+        features = load_examples().Example.FromString(record).features.feature
     except DecodeError as error:
         raise ValueError(f"not a tf.train.Example: {error}") from error
     return {name: [*feature.bytes_list.value, *feature.int64_list.value] for name, feature in features.items()}

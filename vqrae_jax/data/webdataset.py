@@ -17,7 +17,7 @@ from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, TextIO
 
-from vqrae_jax.data.records import report_path, serialize_example, written
+from vqrae_jax.data.records import load_examples, report_path, serialize_example, written
 from vqrae_jax.data.sources import IMAGE_SUFFIXES
 from vqrae_jax.data.transforms import decode_image
 
@@ -86,6 +86,7 @@ def convert(tars: Sequence[Path], out: Path, *, threads: int) -> Iterator[Conver
         if output in outputs:
             raise ValueError(f"{outputs[output]} and {tar} would both become {output}: convert them into two folders")
         outputs[output] = tar
+    load_examples()
     out.mkdir(parents=True, exist_ok=True)
     finished = {output: _finished(tar, output) for output, tar in outputs.items() if output.exists()}
     return _convert_all({output: tar for output, tar in outputs.items() if output not in finished},

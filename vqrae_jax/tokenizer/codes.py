@@ -21,7 +21,7 @@ from vqrae_jax import config as config_lib
 from vqrae_jax.config import Config
 from vqrae_jax.data import BadImages, CodesRecord, CodesSource, Source, codes, fingerprint, open_source, views_batches
 from vqrae_jax.data.codes import Description
-from vqrae_jax.data.records import write_errors
+from vqrae_jax.data.records import load_examples, write_errors
 from vqrae_jax.models import flat
 from vqrae_jax.models.flat import Arrays
 from vqrae_jax.tokenizer import recipe, runs
@@ -60,6 +60,7 @@ def tokenize(workdir: str | os.PathLike, data: str, out: str | os.PathLike, *, v
     """
     if views not in (1, 10):
         raise ValueError(f"views must be 1 or 10, not {views}")
+    load_examples()  # before the threads
     workdir, out = Path(workdir), Path(out)
     mesh = sharding.make_mesh(config_lib.Mesh(), jax.local_devices())
     config, graphdef, arrays = runs.load_run(workdir, mesh, weights=weights)
