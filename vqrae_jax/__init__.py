@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 from vqrae_jax.config import Config, GeneratorConfig, load_config
 from vqrae_jax.generator import init as generator_init
+from vqrae_jax.generator.inference import Generator, load_generator
 from vqrae_jax.models.lm import LanguageModel
 from vqrae_jax.models.quantizers import Quantizer
 from vqrae_jax.models.vqrae import VQRAE
@@ -16,7 +17,8 @@ from vqrae_jax.tokenizer.loss import loss_function
 if TYPE_CHECKING:
     from vqrae_jax.data import Source  # with the data comes Grain, which defines flags
 
-__all__ = ["Tokenizer", "create", "load", "load_config", "load_encoder", "loss_function", "read_images", "train"]
+__all__ = ["Generator", "Tokenizer", "create", "load", "load_config", "load_encoder", "load_generator", "loss_function",
+           "read_images", "train"]
 
 
 @overload

@@ -3,7 +3,7 @@
 import ast
 from pathlib import Path
 
-VERBS = ("main", "evaluate", "study", "reconstruct", "tokenize", "detokenize", "convert", "plan", "bench")
+VERBS = ("main", "evaluate", "study", "reconstruct", "tokenize", "detokenize", "generate", "convert", "plan", "bench")
 
 if __name__ == "__main__":
     print("Each of these is a command, python -m vqrae_jax.VERB, and explains itself with --help:\n")

@@ -17,6 +17,7 @@ from absl import flags
 
 from vqrae_jax import cli
 from vqrae_jax.tokenizer import codes
+from vqrae_jax.training import distributed
 
 
 def main(_) -> None:
@@ -25,6 +26,8 @@ def main(_) -> None:
     out = Path(_OUT.value)
     made = codes.tokenize(Path(_WORKDIR.value), _DATA.value, out, views=int(_VIEWS.value), weights=_WEIGHTS.value,
                           batch_size=_BATCH_SIZE.value, shard_size=_SHARD_SIZE.value, max_bad=_MAX_BAD.value)
+    if not distributed.is_first():
+        return
     if made.bad_images:
         print(f"left out: {made.bad_images:,} images that cannot be read, which {out}/*.jsonl name")
     print(f"{made.records:,} images ({made.labels:,} with a label, {made.captions:,} with a caption) as "

@@ -24,8 +24,8 @@ NAMES = ("qwen3", "qwen3_tied")  # the second is in shards
 
 @functools.cache
 def graphdef(spec: LMSpec, **options) -> nnx.GraphDef:
-    make = lambda: LanguageModel(spec, **{"dropout": 0.0, "rngs": nnx.Rngs(0)} | options)
-    return flat.split(nnx.eval_shape(make))[0]
+    # With dropout, which must do nothing without a key.
+    return flat.split(nnx.eval_shape(lambda: LanguageModel(spec, dropout=0.2, rngs=nnx.Rngs(0), **options)))[0]
 
 
 def load(folder: Path):
@@ -91,12 +91,12 @@ def test_every_logit_matches_live_pytorch(name, references, tmp_path):
 
 def test_padding_on_the_left_of_the_cache_is_as_padding_on_the_right():
     graphdef, params = load(REFERENCE / "qwen3")
-    lengths = np.array([3, 11, 6])
-    right, left = np.random.default_rng(0).integers(0, 40, (2, 3, 11))
+    lengths = (3, 8)
+    right, left = np.random.default_rng(0).integers(0, 40, (2, 2, 11))
     for row, length in enumerate(lengths):
         left[row, 11 - length:] = right[row, :length]
     expected = whole(graphdef, params, right)
-    actual = by_steps(graphdef, params, left, prefix=7, size=13, pads=11 - lengths)
+    actual = by_steps(graphdef, params, left, prefix=5, size=16, pads=np.array([8, 3]))
     assert np.isfinite(actual).all()
     for row, length in enumerate(lengths):
         np.testing.assert_allclose(actual[row, 11 - length:], expected[row, :length], atol=1e-5)
@@ -116,22 +116,13 @@ def test_more_tokens_than_positions_are_an_error():
             call()
 
 
-def test_dropout_is_the_key_s_and_survives_rematerialisation():
-    folder = REFERENCE / "qwen3"
-    spec, (_, params) = qwen3.read_lm_spec(folder), load(folder)
-    tokens = np.load(folder / "logits.npz")["tokens"]
-
-    @functools.partial(jax.jit, static_argnums=0)
-    def gradient(graphdef, rng):
-        loss = lambda params: jnp.sum(jnp.sin(flat.merge(graphdef, params).hidden(tokens, rng=rng)))
-        return jax.value_and_grad(loss)(params)
-
-    kept, recomputed = (graphdef(spec, dropout=0.2, remat=getattr(jax.checkpoint_policies, policy))
-                        for policy in ("everything_saveable", "nothing_saveable"))
-    first, other, again = (gradient(*arguments) for arguments in (
-        (kept, jax.random.key(0)), (kept, jax.random.key(1)), (recomputed, jax.random.key(0))))
-    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-4), first, again)
-    assert abs(first[0] - other[0]) > 0.1
+def test_dropout_is_that_of_its_key():
+    graphdef, params = load(REFERENCE / "qwen3")
+    tokens = np.load(REFERENCE / "qwen3" / "logits.npz")["tokens"]
+    hidden = jax.jit(lambda seed: flat.merge(graphdef, params).hidden(tokens, rng=jax.random.key(seed)))
+    first, again, other = (hidden(seed) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(first, again)
+    assert np.mean(np.abs(first - other)) > 0.1
 
 
 def test_bfloat16_gives_float32_logits_near_those_of_float32():
@@ -140,7 +131,7 @@ def test_bfloat16_gives_float32_logits_near_those_of_float32():
     expected = np.load(folder / "logits.npz")
     actual = whole(graphdef(spec, dtype=jnp.bfloat16), params, expected["tokens"])
     assert actual.dtype == np.float32
-    assert 1e-3 < np.abs(actual - expected["logits"]).max() < 0.1
+    assert 0.01 < np.abs(actual - expected["logits"]).max() < 0.1 * np.std(expected["logits"])
 
 
 def test_operations_are_those_of_the_kernels():

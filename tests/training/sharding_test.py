@@ -1,5 +1,6 @@
 """One program on every mesh: eight simulated devices, in a process of their own."""
 
+import functools
 import json
 import os
 import re
@@ -19,6 +20,7 @@ from tests.conftest import REPOSITORY
 from vqrae_jax import config as config_lib
 from vqrae_jax.models import flat
 from vqrae_jax.tokenizer import build, init, train_state
+from vqrae_jax.tokenizer.inference import decode_codes
 from vqrae_jax.tokenizer.loss import make_train_step
 from vqrae_jax.training import checkpoint, sharding
 
@@ -69,9 +71,13 @@ def train(config: config_lib.Config) -> dict:
         losses.append({name: float(value) for name, value in metrics.items() if name.startswith("loss/")})
         counts.append(state.code_counts.tolist())
     encode = jax.jit(sharding.on(mesh, lambda arrays, images: flat.merge(graphdef, arrays).encode(images)[1]))
-    indices = encode({**state.params, **state.buffers}, batch["image"])
+    arrays = {**state.params, **state.buffers}
+    indices = encode(arrays, batch["image"])
+    images = jax.jit(sharding.on(mesh, functools.partial(decode_codes, graphdef)))(arrays, indices)
     moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim == 3]
-    return {"losses": losses, "counts": counts, "indices": np.asarray(indices).tolist(), "hlo": compiled.as_text(),
+    return {"losses": losses, "counts": counts, "indices": np.asarray(indices).tolist(),
+            "brightness": np.asarray(images).mean((1, 2, 3)).tolist(),
+            "decoded_at_once": images.sharding.shard_shape(images.shape)[0], "hlo": compiled.as_text(),
             "moments": [leaf.shape for leaf in moments],
             "shard_shapes": [leaf.sharding.shard_shape(leaf.shape) for leaf in moments]}
 
@@ -120,10 +126,12 @@ def test_losses_and_codes_are_the_same_on_every_mesh(on_each_mesh):
             assert ours == pytest.approx(theirs, rel=1e-5)
         assert run["counts"] == expected["counts"]
         assert run["indices"] == expected["indices"]
+        assert run["brightness"] == pytest.approx(expected["brightness"], rel=1e-5)
 
 
 def test_no_device_ever_holds_all_of_what_is_split(on_each_mesh):
     for (data, fsdp), run in on_each_mesh.items():
+        assert run["decoded_at_once"] == BATCH // (data * fsdp)
         for shape, shard in zip(run["moments"], run["shard_shapes"], strict=True):
             assert np.prod(shard) * fsdp == np.prod(shape)
             if fsdp > 1:  # a layer at a time is gathered, never the stack of all

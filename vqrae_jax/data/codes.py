@@ -9,7 +9,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,6 +46,13 @@ class CodesRecord(NamedTuple):
     label: int
     name: str
     caption: str
+
+
+class LeftOut(NamedTuple):
+    """An image that could not be read, and why."""
+
+    name: str
+    reason: str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -152,27 +159,21 @@ def begin(folder: Path, planned: Description) -> Description:
     return planned
 
 
-def write_shard(path: Path, records: Sequence[CodesRecord], bad: Mapping[str, str]) -> None:
-    """Writes a shard and its report.
-
-    Args:
-      path: of the shard.
-      records: of its good images.
-      bad: `{name: why it was left out}` of the others.
-
-    Raises:
-      OSError: it cannot be written; says so when the disk is full.
-    """
+def write_shard(path: Path, images: Sequence[CodesRecord | LeftOut]) -> None:
+    """Writes a shard and its report; OSError where that fails, which says so when the disk is full."""
+    records = [image for image in images if isinstance(image, CodesRecord)]
     with written(path) as (writer, report):
         for record in records:
             features: dict[str, bytes | int] = {"codes": record.codes.tobytes(), "name": os.fsencode(record.name)}
             features |= {} if record.label < 0 else {"label": record.label}
             features |= {"caption": record.caption.encode()} if record.caption else {}
             writer.write(serialize_example(features))
-        for name, reason in bad.items():
-            report.write(json.dumps({"name": name, "reason": reason}) + "\n")
+        for image in images:
+            if isinstance(image, LeftOut):
+                report.write(json.dumps(image._asdict()) + "\n")
         counts = {"records": len(records), "labels": sum(record.label >= 0 for record in records),
-                  "captions": sum(record.caption != "" for record in records), "bad_images": len(bad)}
+                  "captions": sum(record.caption != "" for record in records),
+                  "bad_images": len(images) - len(records)}
         report.write(json.dumps(counts) + "\n")
 
 

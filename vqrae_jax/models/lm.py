@@ -4,9 +4,9 @@ A pre-RMSNorm transformer with SwiGLU, rotary positions, and grouped queries tha
 blocks are stacked and scanned over, and matmuls have the forms they have in `vit`, for the reasons given there. It is
 compared with `Qwen3ForCausalLM` of transformers, whose weights `weights.qwen3` reads and writes.
 
-No library has it for us. None of those that have Qwen3 for JAX can be installed beside a current JAX, or alone: bonsai
-needs JAX before 0.9 and has no release, tunix brings kernels for TPUs only and imports the whole of its reinforcement
-learning, EasyDeL needs ray and fastapi.
+It is our own code because no library that has Qwen3 in JAX can be had alone and beside a current JAX: bonsai needs JAX
+before 0.9 and has no release, tunix comes with kernels for TPUs and imports all of its reinforcement learning, EasyDeL
+needs ray and fastapi.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LMSpec:
-    """The shape of a language model: what the config.json of a Qwen3 says.
+    """The shape of a language model: what a Qwen3's config.json says.
 
     Attributes:
       vocabulary: tokens are in [0, vocabulary).
@@ -84,7 +84,7 @@ class Cache(NamedTuple):
 
 
 class Attention(nnx.Module):
-    """What comes before and after attention itself, `[B, N, d] -> [B, N, d]`, with `rope` `[N or B, N, head_dim]`."""
+    """Grouped-query attention but for attention itself, of which there are two kinds: whole and cached."""
 
     def __init__(self, spec: LMSpec, *, dtype, rngs: nnx.Rngs):
         self.head_dim = spec.head_dim
@@ -94,7 +94,7 @@ class Attention(nnx.Module):
         self.out = _linear(spec.heads * spec.head_dim, spec.width, dtype=dtype, rngs=rngs)
 
     def project(self, x: jax.Array, rope: Rope) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Queries `[B, heads, N, head_dim]`, keys and values `[B, kv_heads, N, head_dim]`."""
+        """Tokens `[B, N, d]` -> queries `[B, heads, N, head_dim]`, keys and values `[B, kv_heads, N, head_dim]`."""
         by_head = lambda x: x.reshape(*x.shape[:-1], -1, self.head_dim)
         q = by_head(checkpoint_name(self.query(x), "qkv"))
         k, v = jnp.split(by_head(checkpoint_name(self.key_value(x), "qkv")), 2, axis=-2)
@@ -130,7 +130,7 @@ class Block(nnx.Module):
 
     def __call__(self, x: jax.Array, rope: Rope, attend: Attend, rng: jax.Array | None = None,
                  ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        """`[B, N, d] -> [B, N, d]`, and the keys and values; `rng`, a key, is that of dropout, None is without."""
+        """`[B, N, d] -> [B, N, d]`, and the keys and values; `rng` is a key for dropout, None is without."""
         first, second = (None, None) if rng is None else jax.random.split(rng)
         q, k, v = self.attention.project(self.norm1(x), rope)
         x = x + _drop(self.attention.join(attend(q, k, v)), self.dropout, first)
@@ -140,8 +140,9 @@ class Block(nnx.Module):
 class LanguageModel(nnx.Module):
     """Tokens to the logits of the tokens that follow them.
 
-    A whole sequence goes through `hidden`, a growing one through `step`. Where rows differ in length, a whole sequence
-    is padded on the right, where no token sees the padding, and a growing one on the left.
+    Whole sequences go through `hidden`. Where their lengths differ they are padded on the right, where no token sees
+    it. Those that are sampled token by token go through `step`, which keeps their keys and values in a cache; they are
+    padded on the left, so that the next tokens of all have the same place.
 
     Args:
       spec: the shape.
@@ -185,7 +186,7 @@ class LanguageModel(nnx.Module):
             rng, blocks_rng = jax.random.split(rng)
             keys = jax.random.split(blocks_rng, self.spec.depth)
         x = _drop(self._embedded(inputs), self.dropout, rng)
-        run = lambda block, x, rng: (block(x, rope, _attend_to_earlier, rng)[0], None)
+        run = lambda block, x, rng: (block(x, rope, _attend_causally, rng)[0], None)
         x, _ = vit.scan(run, self.blocks, x, keys, remat=self.remat)
         return self.norm(x.astype(jnp.float32))
 
@@ -226,7 +227,7 @@ class LanguageModel(nnx.Module):
         """
         new, places = inputs.shape[1], jnp.arange(cache.keys.shape[-2])
         at = cache.length + jnp.arange(new)
-        # Padding gets the first token's position. It is seen by itself only, for there must be something to see.
+        # Positions count from the first token that is no padding. Padding sees itself, or its softmax were of nothing.
         cos, sin = _rope(jnp.maximum(at - cache.pads[:, None], 0), self.spec)
         rope = cos[:, None], sin[:, None]  # the same for all heads
         real = lambda places: places >= cache.pads[:, None]  # [B, places]
@@ -234,7 +235,7 @@ class LanguageModel(nnx.Module):
         new_seen = (real(at)[:, None] & jnp.tri(new, dtype=bool) | jnp.eye(new, dtype=bool))[:, None]
 
         def run(block: Block, x: jax.Array, old: tuple[jax.Array, jax.Array]):
-            return block(x, rope, lambda q, k, v: _attend_to_cache(q, k, v, *old, old_seen, new_seen))
+            return block(x, rope, lambda q, k, v: _attend_cached(q, k, v, *old, old_seen, new_seen))
 
         x, (keys, values) = vit.scan(run, self.blocks, self._embedded(inputs), (cache.keys, cache.values),
                                      remat=self.remat)
@@ -278,14 +279,14 @@ def _rope(positions: jax.Array, spec: LMSpec) -> tuple[jax.Array, jax.Array]:
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def _attend_to_earlier(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+def _attend_causally(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     """Attention of whole sequences: every token sees itself and what is before it; an `Attend`."""
     k, v = (jnp.repeat(x, q.shape[1] // x.shape[1], axis=1) for x in (k, v))
     flat = lambda x: x.reshape(-1, *x.shape[2:])
     return attend(flat(q), flat(k), flat(v), causal=True).reshape(q.shape)
 
 
-def _attend_to_cache(q: jax.Array, k: jax.Array, v: jax.Array, old_k: jax.Array, old_v: jax.Array,
+def _attend_cached(q: jax.Array, k: jax.Array, v: jax.Array, old_k: jax.Array, old_v: jax.Array,
                      old_seen: jax.Array, new_seen: jax.Array) -> jax.Array:
     """Attention of new tokens to those of the cache and to each other.
 

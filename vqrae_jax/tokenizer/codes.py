@@ -4,12 +4,13 @@ import dataclasses
 import functools
 import itertools
 import logging
+import os
 import re
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -32,11 +33,10 @@ from vqrae_jax.weights import tensors
 
 log = logging.getLogger(__name__)
 Item = TypeVar("Item")
-_SECONDS = 10  # between two lines of progress
 
 
-def tokenize(workdir: Path, data: str, out: Path, *, views: int, weights: Weights, batch_size: int, shard_size: int,
-             max_bad: float | None) -> Description:
+def tokenize(workdir: str | os.PathLike, data: str, out: str | os.PathLike, *, views: int, weights: Weights,
+             batch_size: int, shard_size: int, max_bad: float | None) -> Description:
     """Makes a folder of codes, `data.codes`, of all images of a data set, or goes on with it.
 
     The images of a shard are encoded in the same batches whatever was done before, on every device as many at once, and
@@ -55,9 +55,12 @@ def tokenize(workdir: Path, data: str, out: Path, *, views: int, weights: Weight
       max_bad: greatest share of images that may be unreadable; None is the run's `data.max_bad`.
 
     Raises:
-      ValueError: the model has no codes, too many images or all are bad, or the folder holds other codes.
+      ValueError: other `views`; the model has no codes, too many images or all are bad, or the folder has other codes.
       OSError: a run, data, or the folder cannot be read or written.
     """
+    if views not in (1, 10):
+        raise ValueError(f"views must be 1 or 10, not {views}")
+    workdir, out = Path(workdir), Path(out)
     mesh = sharding.make_mesh(config_lib.Mesh(), jax.local_devices())
     config, graphdef, arrays = runs.load_run(workdir, mesh, weights=weights)
     model = flat.merge(graphdef, arrays)
@@ -91,12 +94,10 @@ def tokenize(workdir: Path, data: str, out: Path, *, views: int, weights: Weight
         with ThreadPoolExecutor(1) as pool, disk_errors(out):  # the devices do not wait for the disk
             writing = None
             for number, group in itertools.groupby(encoded, key=lambda row: row[0] // begun.shard_size):
-                records = [record for _, record in group]
+                images_of_shard = [image for _, image in group]
                 if writing:
                     writing.result()
-                writing = pool.submit(codes.write_shard, shards[number],
-                                      [record for record in records if isinstance(record, CodesRecord)],
-                                      dict(record for record in records if not isinstance(record, CodesRecord)))
+                writing = pool.submit(codes.write_shard, shards[number], images_of_shard)
             if writing:
                 writing.result()
     # By looking, for what waits in XLA for others gives up after a while.
@@ -113,8 +114,8 @@ def tokenize(workdir: Path, data: str, out: Path, *, views: int, weights: Weight
 
 
 def _encoded(config: Config, graphdef: nnx.GraphDef, arrays: Arrays, mesh: Mesh, source: Source, begun: Description,
-             shards: list[int], *, images: int, max_bad: float) -> Iterator[tuple[int, CodesRecord | tuple[str, str]]]:
-    """Place of every image of some shards, in order, and its record, or its name and why it is bad."""
+             shards: list[int], *, images: int, max_bad: float) -> Iterator[tuple[int, CodesRecord | codes.LeftOut]]:
+    """The place of every image of some shards, in order, and what becomes of it."""
     ends = [min(len(source), (number + 1) * begun.shard_size) for number in shards]
     indices = np.concatenate([np.arange(number * begun.shard_size, end)
                               for number, end in zip(shards, ends, strict=True)])
@@ -128,17 +129,18 @@ def _encoded(config: Config, graphdef: nnx.GraphDef, arrays: Arrays, mesh: Mesh,
         pixels = batch.pop("image")
         return encode(arrays, sharding.put_batch(mesh, pixels.reshape(-1, *pixels.shape[2:])))
 
-    for batch, made in _shown(_ahead(batches, begin), of=len(indices), each=images * mesh.size):
+    for batch, made in reporting.shown(_ahead(batches, begin), of=len(indices), each=images * mesh.size):
         made = np.asarray(made).astype(begun.dtype).reshape(-1, begun.views, *begun.grid)
         reasons = {} if batch["valid"].all() else bad_images.names()
         for row in np.flatnonzero(batch["index"] >= 0):
             index = int(batch["index"][row])
             name = source.name(index)
             yield index, (CodesRecord(made[row], int(batch["label"][row]), name, batch["caption"][row])
-                          if batch["valid"][row] else (name, reasons[name]))
+                          if batch["valid"][row] else codes.LeftOut(name, reasons[name]))
 
 
-def detokenize(workdir: Path, folder: Path, out: Path, *, batch_size: int) -> int:
+def detokenize(workdir: str | os.PathLike, folder: str | os.PathLike, out: str | os.PathLike, *,
+               batch_size: int) -> int:
     """Makes PNG files of a folder of codes, or goes on with that.
 
     They are `NUMBER_NAME.png`, by the place of the record and the last part of the image's name, or
@@ -159,7 +161,7 @@ def detokenize(workdir: Path, folder: Path, out: Path, *, batch_size: int) -> in
       ValueError: the codes are of another tokenizer, or damaged; or `out` has images of others.
       OSError: a folder cannot be read or written.
     """
-    source = CodesSource(folder)
+    workdir, out, source = Path(workdir), Path(out), CodesSource(folder)
     description = source.description
     mesh = sharding.make_mesh(config_lib.Mesh())
     _, graphdef, arrays = runs.load_run(workdir, mesh, weights=description.weights)
@@ -181,7 +183,7 @@ def detokenize(workdir: Path, folder: Path, out: Path, *, batch_size: int) -> in
     missing = (batch for batch in batches if not all(file.exists() for file, _ in batch))
     images = description.views * len(source)
     with ThreadPoolExecutor() as pool:
-        for batch, made in _shown(_ahead(missing, begin), of=images, each=every):
+        for batch, made in reporting.shown(_ahead(missing, begin), of=images, each=every):
             pictures = reporting.to_8_bits(np.asarray(made)[:len(batch)])
             with disk_errors(out), write_errors(out):
                 list(pool.map(reporting.save_png, [file for file, _ in batch], pictures))
@@ -203,7 +205,7 @@ def _batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
         yield batch
 
 
-def _ahead(batches: Iterable[Item], begin: Any) -> Iterator[tuple[Item, jax.Array]]:
+def _ahead(batches: Iterable[Item], begin: Callable[[Item], jax.Array]) -> Iterator[tuple[Item, jax.Array]]:
     """Batches with what devices make of them, of which a next one is always begun before one is waited for."""
     before = None
     for batch in batches:
@@ -213,18 +215,3 @@ def _ahead(batches: Iterable[Item], begin: Any) -> Iterator[tuple[Item, jax.Arra
         before = begun
     if before:
         yield before
-
-
-def _shown(batches: Iterable[Item], *, of: int, each: int) -> Iterator[Item]:
-    """Batches, and from time to time a line that says how many are done; the first one, for it is compiled, apart."""
-    start = said = time.perf_counter()
-    for number, batch in enumerate(batches):
-        now = time.perf_counter()
-        if not number:
-            start = now
-        elif now > said + _SECONDS:
-            said, done = now, number * each
-            rate = done / (now - start)
-            log.info("%s of %s images, %.0f images/s, %s to go", f"{done:,}", f"{of:,}", rate,
-                     reporting.duration((of - done) / rate))
-        yield batch

@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -20,6 +20,8 @@ from vqrae_jax.training.task import Best
 
 log = logging.getLogger(__name__)
 _EVALUATION = "eval/"
+_SECONDS = 10  # between two lines of `shown`
+Item = TypeVar("Item")
 
 
 @contextlib.contextmanager
@@ -190,6 +192,28 @@ def _start_wandb(workdir: Path, config: Run):
     path = workdir.absolute()
     return wandb.init(dir=str(workdir), id=f"{path.name}-{hashlib.sha256(str(path).encode()).hexdigest()[:8]}",
                       name=path.name, resume="allow", config=dataclasses.asdict(config))
+
+
+def shown(batches: Iterable[Item], *, of: int, each: int, done: int = 0) -> Iterator[Item]:
+    """Batches, and from time to time a line that says how many images are done, and how fast.
+
+    Args:
+      batches: what takes time to come.
+      of: images in all.
+      each: of a batch.
+      done: images that were there before.
+    """
+    start = said = time.perf_counter()
+    for number, batch in enumerate(batches):
+        now = time.perf_counter()
+        if not number:
+            start = now  # the first one, for it is compiled, apart
+        elif now > said + _SECONDS:
+            said, rate = now, number * each / (now - start)
+            made = min(of, done + (number + 1) * each)
+            log.info("%s of %s images, %.1f images/s, %s to go", f"{made:,}", f"{of:,}", rate,
+                     duration((of - made) / rate))
+        yield batch
 
 
 def duration(seconds: float) -> str:

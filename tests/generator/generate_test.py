@@ -1,0 +1,225 @@
+"""Samples as files: what an interruption costs, what they hold, how they are measured, and what is refused."""
+
+import dataclasses
+import itertools
+import json
+from contextlib import closing
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from PIL import Image
+
+import vqrae_jax
+from tests import conftest, tiny
+from tests.generator.tiny import parsed
+from tests.generator.tiny import tiny as tiny_generator
+from tests.verbs import command
+from vqrae_jax import config as config_lib
+from vqrae_jax.data import codes as codes_data
+from vqrae_jax.data.codes import CodesRecord, Description
+from vqrae_jax.generator import build, generate, runs, train_state
+from vqrae_jax.generator.inference import Generator
+from vqrae_jax.generator.sampling import Options
+from vqrae_jax.models import flat
+from vqrae_jax.tokenizer import runs as tokenizer_runs
+from vqrae_jax.tokenizer import samples
+from vqrae_jax.training import checkpoint, lock, sharding
+from vqrae_jax.training.checkpoint import Checkpoints
+from vqrae_jax.training.reporting import to_8_bits
+
+CLASSES, IMAGES, CODES = 2, 24, 32
+ENCODER = samples.ENCODER
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Two tokenizers of random weights, images of two classes, codes of the first, and a generator of random weights."""
+    folder = tmp_path_factory.mktemp("generate")
+    rng = np.random.default_rng(0)
+    for index in range(IMAGES):
+        file = folder / "images" / "ab"[index % CLASSES] / f"{index:02d}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        shade = rng.integers(0, 128, (32, 32, 3), np.uint8) + np.uint8(127 * (index % CLASSES))
+        Image.fromarray(shade).save(file)
+    config = conftest.tiny()
+    for seed in range(2):
+        config.seed = seed
+        run = tiny.Run(config_lib.parse(config))
+        tokenizer_runs.write_run(folder / f"tokenizer{seed}", run.config, run.params, run.buffers)
+        if not seed:
+            digest = tokenizer_runs.digest(run.params | run.buffers)
+    description = Description(
+        data=f"folder:{folder / 'images'}", source={"images": IMAGES}, num_classes=CLASSES, tokenizer=digest,
+        weights="ema", codebook_size=CODES, grid=(4, 4), image_size=32, views=1, batch_size=8, shard_size=IMAGES,
+        recipe={})
+    begun = codes_data.begin(folder / "codes", description)
+    codes_data.write_shard(begun.shards(folder / "codes")[0], [
+        CodesRecord(rng.integers(0, 8, (1, 4, 4)).astype("<u2"), index % CLASSES, f"{index:02d}", "")
+        for index in range(IMAGES)], {})
+    write_generator(folder / "generator", codes_data.end(folder / "codes", begun), folder / "codes")
+    return folder
+
+
+def write_generator(workdir: Path, description: Description, codes: Path) -> None:
+    values = tiny_generator()
+    values.data.update(source=f"codes:{codes}", holdout=0.2)
+    config = parsed(values)
+    structure = build.structure(config, build.known_codes(config, description))
+    model = build.language_model(config, structure.spec, nnx.Rngs(1))
+    model.token_embedding[...] *= 50
+    state, frozen = train_state.init(config, flat.split(model)[1])
+    items = train_state.items(state)
+    with lock.held(workdir):
+        checkpoint.open_run(workdir, config, lambda folder: runs.write_files(folder, config, description))
+        checkpoint.save_frozen(workdir, frozen)
+        with closing(Checkpoints(workdir, items)) as checkpoints:
+            checkpoints.save(0, items, {"next_batch": 0})
+
+
+@pytest.fixture(scope="module")
+def generator(folder) -> Generator:
+    return vqrae_jax.load_generator(folder / "generator")
+
+
+@pytest.fixture(scope="module")
+def decoder(folder, generator) -> samples.Decoder:
+    return samples.Decoder(folder / "tokenizer0", generator.codes, sharding.one_device())
+
+
+def sampled(generator, decoder, out: Path, num=7, **changes) -> np.ndarray:
+    """What the command does."""
+    options = {"classes": None, "prompts": None, "options": Options(cfg=2.0, seed=1), "batch_size": 2, "weights": {}}
+    work = generate.Samples(generator, num, out=out, **options | changes)
+    codes = work.codes()
+    work.write(decoder.images(codes))
+    work.end()
+    return codes
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_samples_that_were_interrupted_are_the_same_to_the_byte(generator, decoder, tmp_path, monkeypatch):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    codes = sampled(generator, decoder, whole / "samples.npz")
+    draw, calls = Generator.draw, itertools.count()
+
+    def dies(self, *arguments):
+        if next(calls) == 2:
+            raise KeyboardInterrupt
+        return draw(self, *arguments)
+
+    monkeypatch.setattr(Generator, "draw", dies)
+    with pytest.raises(KeyboardInterrupt):
+        sampled(generator, decoder, parts / "samples.npz")
+    assert set(contents(parts)) == {f"samples.npz.unfinished/{name}" for name in (
+        "request.json", "000000.npy", "000001.npy")}
+    # Other flags are no continuation.
+    with pytest.raises(ValueError, match=r"begun with other cfg, seed: give the same flags to go on with them, or "):
+        sampled(generator, decoder, parts / "samples.npz", options=Options())
+
+    def breaks(batches):
+        yield next(iter(batches))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # the second time while it writes
+        images = decoder.images
+        patch.setattr(decoder, "images", lambda codes: breaks(images(codes)))
+        sampled(generator, decoder, parts / "samples.npz")
+    drawn = next(calls)
+    sampled(generator, decoder, parts / "samples.npz")
+    assert next(calls) == drawn + 1  # nothing was drawn twice
+    assert contents(parts) == contents(whole) and list(contents(whole)) == ["samples.npz"]
+
+    with np.load(whole / "samples.npz") as found:  # as ADM's evaluator does
+        assert set(found) == {"arr_0", "arr_1"}
+        np.testing.assert_array_equal(found["arr_1"], [0, 1, 0, 1, 0, 1, 0])
+        assert found["arr_0"].dtype == np.uint8 and found["arr_0"].shape == (7, 32, 32, 3)
+        images = found["arr_0"]
+    model = vqrae_jax.load(decoder.workdir)
+    expected = to_8_bits(np.asarray(model.decode_from_indices(codes)))
+    assert np.abs(images.astype(int) - expected).max() <= 1
+    np.testing.assert_array_equal(codes, generator.sample(7, cfg=2.0, seed=1))
+
+
+def test_a_folder_and_a_picture_show_the_same_images(generator, decoder, tmp_path):
+    sampled(generator, decoder, tmp_path / "out", num=12, classes=[1, 0, 1])
+    files = sorted((tmp_path / "out").iterdir())
+    assert [file.name for file in files][:4] == [
+        "00000000_class1.png", "00000001_class0.png", "00000002_class1.png", "00000003_class1.png"]
+    assert len(files) == 12
+    sampled(generator, decoder, tmp_path / "out.png", num=12, classes=[1, 0, 1])
+    shown = np.asarray(Image.open(tmp_path / "out.png"))
+    assert shown.shape == (2 * (14 + 34), 10 * 34, 3)  # ten in a row, under a caption each
+    for number in (0, 9, 11):
+        row, column = divmod(number, 10)
+        tile = shown[row * 48 + 15:row * 48 + 47, column * 34 + 1:column * 34 + 33]
+        np.testing.assert_array_equal(tile, np.asarray(Image.open(files[number])))
+    assert (shown[48:, 2 * 34:] == 255).all()
+    with pytest.raises(ValueError, match=r"out is not empty: choose another folder"):
+        sampled(generator, decoder, tmp_path / "out")
+
+
+def test_samples_are_measured_between_their_rulers(folder, generator, decoder):
+    """Codes of the reference images are what reconstructions are, and get the same numbers."""
+    spec = f"folder:{folder / 'images'}"
+    measure = samples.Measurement(decoder, samples.Options(reference=spec, probe=spec, neighbours=3))
+    model = vqrae_jax.load(decoder.workdir)
+    files = sorted((folder / "images").rglob("*.png"))
+    codes = np.concatenate([model.encode_to_indices(vqrae_jax.read_images(files[at:at + 8], 32))
+                            for at in range(0, IMAGES, 8)])
+    labels = np.array([int(file.parent.name == "b") for file in files])
+    independent = generate.independent_codes(generator, sharding.one_device(), IMAGES, seed=0)
+    found = measure(codes, labels, independent)
+    ours, floor, ceiling, originals = (found.columns[name] for name in (
+        "samples", "reconstructions", "codes by position", "originals"))
+    assert ours == pytest.approx(floor, rel=1e-4, abs=1e-4)
+    assert originals[ENCODER] < 1e-3 < floor[ENCODER] and originals["probe_linear"] == 1
+    assert originals["nearest_cosine"] == pytest.approx(1) and ceiling["nearest_cosine"] < 1
+    assert "probe_linear" not in ceiling and ceiling["num_images"] == IMAGES
+    assert "inception" in found.failed[samples.FID]
+    assert {name: images.shape for name, images in found.neighbours.items()} == dict.fromkeys(
+        ("samples", "nearest training images"), (3, 32, 32, 3))
+    # The wrong class is found wrong, and of half the samples by half.
+    wrong = np.where(np.arange(IMAGES) % 4 < 2, labels, 1 - labels)
+    measure = samples.Measurement(decoder, samples.Options(reference=spec, probe=spec))
+    assert measure(codes, wrong, independent).columns["samples"]["probe_linear"] == pytest.approx(
+        0.5, abs=1.01 - ours["probe_linear"])
+
+
+def test_independent_codes_have_the_histogram_of_training_codes(folder, generator):
+    drawn = generate.independent_codes(generator, sharding.one_device(), 4000, seed=3)
+    source = codes_data.CodesSource(folder / "codes")
+    everything = np.stack([source[i].codes[0] for i in range(IMAGES)])
+    for row, column in ((0, 0), (3, 1)):
+        shares = np.bincount(drawn[:, row, column], minlength=CODES) / 4000
+        of_all = np.bincount(everything[:, row, column], minlength=CODES) / IMAGES
+        assert set(np.flatnonzero(shares)) <= set(np.flatnonzero(of_all))
+        np.testing.assert_allclose(shares, of_all, atol=0.15)  # a fifth is held out
+    pairs = np.corrcoef(drawn[:, 0, 0], drawn[:, 0, 1])[0, 1]
+    assert abs(pairs) < 0.1
+
+
+def test_the_command_samples_and_measures(folder, tmp_path):
+    out = tmp_path / "made" / "samples.png"
+    spec = f"folder:{folder / 'images'}"
+    flags = [f"--workdir={folder / 'generator'}", f"--out={out}", "--batch_size=4", "--num=5", "--classes=1,0"]
+    run = command("vqrae_jax.generate", *flags, f"--tokenizer={folder / 'tokenizer0'}", f"--reference={spec}",
+                  f"--probe={spec}", "--neighbours=2", "--top_p=0.9")
+    assert run.returncode == 0, run.stderr
+    assert f"wrote {out}" in run.stdout and "reconstructions" in run.stdout and ENCODER in run.stdout
+    assert {file.name for file in out.parent.iterdir()} == {
+        "samples.png", "samples_metrics.json", "samples_neighbours.png"}
+    content = json.loads((out.parent / "samples_metrics.json").read_text())
+    assert content["num_images"] == 5 and content[ENCODER] > 0
+    assert set(content["rulers"]) == {"reconstructions", "codes by position", "originals"}
+    recipe = content["recipe"]
+    assert recipe["reference"] == spec and recipe["options"]["top_p"] == 0.9 and recipe["options"]["num"] == 5
+    assert {str(folder / "generator"), str(folder / "tokenizer0")} <= set(recipe["weights"])
+    run = command("vqrae_jax.generate", *flags, f"--tokenizer={folder / 'tokenizer1'}")
+    assert run.returncode == 1
+    assert run.stderr.count("\n") == 1 and "error: the generator learned codes of another tokenizer" in run.stderr
