@@ -35,7 +35,8 @@ def train(mesh_shape: tuple[int, int]) -> dict:
     return {"metrics": seen, "shares": shares}
 
 
-@pytest.mark.parametrize("meshes", ["two", pytest.param("others", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("meshes", MESHES)
 def test_losses_are_the_same_on_every_mesh(meshes, tmp_path):
     out = tmp_path / "runs.json"
     in_a_process_with_eight_devices(meshes, out, module="tests.generator.sharding_test")
