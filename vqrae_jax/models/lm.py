@@ -190,12 +190,12 @@ class LanguageModel(nnx.Module):
         x, _ = vit.scan(run, self.blocks, x, keys, remat=self.remat)
         return self.norm(x.astype(jnp.float32))
 
-    def logits(self, hidden: jax.Array) -> jax.Array:
-        """`[..., d] -> [..., vocabulary]` float32: those of the token that comes next."""
-        kernel = self.token_embedding[...].T if self.head is None else self.head.kernel[...]
+    def logits(self, hidden: jax.Array, tokens: slice = slice(None)) -> jax.Array:
+        """`[..., d] -> [..., vocabulary]` float32: those of the token that comes next, as far as it is in `tokens`."""
+        kernel = self.token_embedding[tokens].T if self.head is None else self.head.kernel[:, tokens]
         x = split_batch(hidden.reshape(-1, hidden.shape[-1])).astype(self.dtype)
         logits = jnp.matmul(x, whole(kernel.astype(self.dtype)), preferred_element_type=jnp.float32)
-        return split_batch(logits).reshape(*hidden.shape[:-1], self.spec.vocabulary)
+        return split_batch(logits).reshape(*hidden.shape[:-1], kernel.shape[-1])
 
     def init_cache(self, batch: int, size: int, pads: jax.Array | None = None) -> Cache:
         """The cache of sequences that have not begun.
@@ -227,7 +227,7 @@ class LanguageModel(nnx.Module):
         """
         new, places = inputs.shape[1], jnp.arange(cache.keys.shape[-2])
         at = cache.length + jnp.arange(new)
-        # Positions count from the first token that is no padding. Padding sees itself, for softmax needs something.
+        # Positions count from the first token that is no padding. Padding sees itself, or its softmax were of nothing.
         cos, sin = _rope(jnp.maximum(at - cache.pads[:, None], 0), self.spec)
         rope = cos[:, None], sin[:, None]  # the same for all heads
         real = lambda places: places >= cache.pads[:, None]  # [B, places]
