@@ -133,7 +133,7 @@ def sample(structure: Structure, params: Arrays, batch: Batch, draw: Draw, *, to
     guided = draw.scales is not None
     if guided:
         # Both rows of an image beside each other: so they are on one device.
-        begin, caption, pads = (jnp.stack(both, axis=1).reshape(-1, *both[0].shape[1:]) for both in zip(
+        begin, caption, pads = (jnp.stack(both, axis=1).reshape(2 * len(both[0]), *both[0].shape[1:]) for both in zip(
             (begin, caption, pads), _prefix(vocabulary, without(batch)), strict=True))
     keys = jax.vmap(lambda number: jax.random.fold_in(jax.random.key(draw.seed), number))(batch["number"])
 
