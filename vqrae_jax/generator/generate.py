@@ -192,10 +192,9 @@ def independent_codes(generator: Generator, mesh: Mesh, num: int, seed: int) -> 
     if source.description.tokenizer != generator.codes.tokenizer:
         raise ValueError(f"{config.data.source} holds codes of another tokenizer than those the generator learned")
     training, _ = hold_out(source, config.data.holdout)
-    size = generator.batch_size(config.eval.batch_size)
     counts = evaluate.Evaluator(generator.structure, mesh).counts(codes_eval_batches(
-        training, grid=(generator.grid, generator.grid), batch_size=size // jax.process_count(),
-        bad_images=BadImages(None), max_bad=config.data.max_bad, threads=config.data.threads,
+        training, grid=(generator.grid, generator.grid), bad_images=BadImages(None), max_bad=config.data.max_bad,
+        batch_size=generator.batch_size(config.eval.batch_size) // jax.process_count(), threads=config.data.threads,
         shard_index=jax.process_index(), shard_count=jax.process_count(), limit=RULER_IMAGES))
     drawn = np.random.default_rng(seed).random((num, generator.grid**2))
     ends = np.cumsum(counts, axis=1)
