@@ -66,6 +66,21 @@ def test_main_fails_in_one_line_and_leaves_nothing(arguments, says, tmp_path):
     assert not [path for path in left if path.is_dir() and path.name.isdigit()]
 
 
+@pytest.mark.parametrize(("verb", "arguments", "says"), [
+    ("main", ["--config.prefix.dorp=0.2"], "unknown config key prefix.dorp: did you mean prefix.drop? There are prefix."),
+    ("main", ["--config.gan.lr=1.0"], "error: unknown config key gan.lr: did you mean optim.lr?"),
+    ("main", ["--config.data.source=codes:{tmp}", "--workdir={tmp}/run"], "; --config.data.source=... says where"),
+    ("bench", ["--case=encode"], "error: config key task is 'generator', but this is for a tokenizer"),
+    ("plan", ["--topology=v5e:2x2"], "error: config key data.classes is 0, whatever the codes have"),
+])
+def test_the_config_of_a_generator_has_other_keys(verb, arguments, says, tmp_path):
+    if verb == "plan":
+        pytest.importorskip("libtpu", reason="the TPU compiler is not installed: pip install 'vqrae_jax[tpu]'")
+    result = command(f"vqrae_jax.{verb}", "--config=configs/nano_generator.py",
+                     *(argument.format(tmp=tmp_path) for argument in arguments))
+    assert_one_line_error(result, says)
+
+
 def test_a_run_needs_no_more_than_a_config(tmp_path):
     """The literal command, in a folder of the user's; a finished run says how good it is once more."""
     (tmp_path / "mine.py").write_text("from tests.conftest import tiny\ndef get_config(steps):\n    config = tiny()\n"
@@ -88,12 +103,14 @@ def test_all_verbs_are_listed_and_every_key_is_explained():
     for verb in ("main", "evaluate", "reconstruct", "convert", "plan", "bench"):
         assert f"  {verb} " in listed
         assert (REPOSITORY / "vqrae_jax" / f"{verb}.py").exists()
-    explained = command("vqrae_jax.main", "--config=configs/nano_stage1.py", "--config.optim.lr=0.5", "--help")
-    assert explained.returncode == 0, explained.stderr
-    rows = {line.split()[0]: line.split()[1:] for line in explained.stdout.splitlines() if line.startswith("--config.")}
-    assert {key.removeprefix("--config.") for key in rows} == config_lib.keys().keys()
-    assert rows["--config.optim.lr"] == ["float", "at", "least", "0.0", "0.0004", "0.5", "*"]
-    assert rows["--config.seed"] == ["int", "at", "least", "0", "0", "0"]
+    for name, config_type in (("nano_stage1", config_lib.Config), ("nano_generator", config_lib.GeneratorConfig)):
+        explained = command("vqrae_jax.main", f"--config=configs/{name}.py", "--config.optim.lr=0.5", "--help")
+        assert explained.returncode == 0, explained.stderr
+        rows = {line.split()[0]: line.split()[1:] for line in explained.stdout.splitlines()
+                if line.startswith("--config.")}
+        assert {key.removeprefix("--config.") for key in rows} == config_lib.keys(config_type).keys()
+        assert rows["--config.optim.lr"] == ["float", "at", "least", "0.0", "0.0004", "0.5", "*"]
+        assert rows["--config.seed"] == ["int", "at", "least", "0", "0", "0"]
 
 
 @pytest.mark.parametrize(("line", "says"), [

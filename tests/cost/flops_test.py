@@ -6,8 +6,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from tests.generator.tiny import CODES
+from tests.generator.tiny import tiny as tiny_generator
 from vqrae_jax import config as config_lib
-from vqrae_jax.cost.flops import flops
+from vqrae_jax.cost.flops import flops, generator_flops
+from vqrae_jax.generator import build as generator_build
+from vqrae_jax.generator import loss as generator_loss
+from vqrae_jax.generator import task as generator_task
+from vqrae_jax.generator import train_state as generator_state
 from vqrae_jax.models import flat
 from vqrae_jax.tokenizer import build, train_state
 from vqrae_jax.tokenizer.loss import make_train_step, phase_of
@@ -72,6 +78,22 @@ def test_the_formula_is_what_a_step_does(changes, learning_parts, tolerance, tin
     again = learning_parts * 3 * 2 * 16**2 * 32 * 4
     formula = flops(config, structure, phase).per_step(config) + again
     assert formula == pytest.approx(traced(step.jaxpr), rel=tolerance, abs=0)
+
+
+def test_the_formula_is_what_a_generators_step_does():
+    """But for attention, of which the formula counts what a token may see, and the program, which has no mask, all."""
+    config = tiny_generator()
+    config.train.accumulate = 2
+    config = config_lib.parse(config, config_lib.GeneratorConfig)
+    structure, mesh = generator_build.structure(config, CODES), sharding.one_device()
+    step = jax.make_jaxpr(generator_loss.make_train_step(config, structure))(
+        *generator_state.abstract(config, structure, mesh), generator_task.abstract_batch(config, structure, mesh))
+    spec, tokens = structure.spec, CODES.grid**2
+    matmul = 2 * tokens**2 * spec.depth * spec.heads * spec.head_dim  # queries with keys, or weights with values
+    seen = (tokens + 1) / (2 * tokens)
+    # Two of them forward, and backward five, of which one makes the weights once more.
+    formula = generator_flops(config, structure) + 7 * matmul - 6 * seen * matmul
+    assert traced(step.jaxpr) == config.train.batch_size * formula
 
 
 def test_xla_counts_the_same_where_nothing_is_a_loop(tiny_config):

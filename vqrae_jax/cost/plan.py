@@ -328,6 +328,7 @@ def _row(result: Plan) -> str:
 def table(result: Plan) -> str:
     """The plan as text."""
     gib = lambda value: "-" if value is None else f"{value:.2f} GiB"
+    search = f"; the code search, float32, in {HIGHEST_PASSES} passes" if "quantizer" in result.parameters else ""
     rows = [
         (f"{result.topology}", f"{result.chips} chips ({result.chip}), {_row(result)}"),
         ("images a step", f"{result.batch}, {result.batch // (result.chips * result.accumulate)} a chip at a time"),
@@ -338,8 +339,7 @@ def table(result: Plan) -> str:
                         f"{result.model_flops_per_step / 1e15:.3f} P a step"),
         ("a chip sends", ", ".join(f"{kind} {gib(size)}" for kind, size in result.collective_gib_per_step.items())
          if result.collective_gib_per_step else "-"),
-        ("a step at least", f"{result.compute_seconds:.3f} s if all matmuls ran at the chip's peak (bfloat16; the code "
-                            f"search, float32, in {HIGHEST_PASSES} passes)"),
+        ("a step at least", f"{result.compute_seconds:.3f} s if all matmuls ran at the chip's peak (bfloat16{search})"),
         ("", "-" if result.collective_seconds is None else
          f"{result.collective_seconds:.3f} s if all that is sent used every link at full speed"),
     ]

@@ -76,6 +76,13 @@ class BadImages:
             reasons.setdefault(entry["name"], entry["reason"])
         return reasons
 
+    def summary(self) -> str:
+        """How many there are and what some are called, in one line; empty where there are none."""
+        if not (bad := list(self.names())):
+            return ""
+        return (f"{len(bad)} images could not be read and were left out: {', '.join(bad[:5])}"
+                f"{', ...' if len(bad) > 5 else ''}; see {self.path}")
+
 
 def _read(source: Source, index: int, bad_images: BadImages, make: Callable[[Any], Example]) -> Example | None:
     """What is made of a record, or None when it is bad.

@@ -36,8 +36,9 @@ from vqrae_jax.weights.text import load_text_tokenizer
 
 log = logging.getLogger(__name__)
 RULER_IMAGES = 2**17  # of which codes are counted; more change nothing, and reading them takes time
-# What may differ between the codes of a run that goes on and those it began with: where their images lie, and words.
-_FREE = ("data", "recipe")
+_OF_TOKENIZER = ("tokenizer", "weights", "codebook_size", "grid", "image_size")
+# In what codes must agree with those a run began with: all but where their images lie, and words.
+_OF_CODES = tuple(field.name for field in dataclasses.fields(Description) if field.name not in ("data", "recipe"))
 
 
 def train(config: GeneratorConfig, workdir: str | os.PathLike) -> dict[str, float]:
@@ -57,8 +58,13 @@ def train(config: GeneratorConfig, workdir: str | os.PathLike) -> dict[str, floa
       KeyboardInterrupt: a signal stopped the run, after it was saved.
       FloatingPointError: `train.max_skipped` steps in a row had a loss or gradient that was not finite.
     """
+    workdir = Path(workdir)
     with progress_shown():
-        return loop.run(GeneratorTask(config, Path(workdir)), Path(workdir))
+        task = GeneratorTask(config, workdir)
+        result = loop.run(task, workdir)
+        if bad := task.bad_images.summary():
+            log.warning("%s", bad)
+    return result
 
 
 class GeneratorTask:
@@ -85,7 +91,7 @@ class GeneratorTask:
             optim.check_patterns(self.structure.params, getattr(config.optim, key), key=f"optim.{key}")
         self._source, held_out = hold_out(codes, config.data.holdout)
         self._eval_source = self._choose_eval_source(held_out)
-        self._bad_images = BadImages(workdir / "bad_images.jsonl")
+        self.bad_images = BadImages(workdir / "bad_images.jsonl")
         self._read_caption = None
         if config.prefix.kind == "caption":
             path = runs.self_contained(workdir, config) if checkpoint.has_checkpoint(workdir) else config
@@ -94,7 +100,7 @@ class GeneratorTask:
 
     def _check_codes(self, before: Description, workdir: Path) -> None:
         """Codes that moved must be the same codes."""
-        if changed := _differing(before, self._codes, _FREE):
+        if changed := _differing(before, self._codes, _OF_CODES):
             raise ValueError(f"config key data.source: {self.config.data.source} does not hold the codes that the run "
                              f"in {workdir} was trained on: other {', '.join(changed)}; choose another --workdir, or "
                              "the same codes")
@@ -104,9 +110,7 @@ class GeneratorTask:
         config = self.config
         if config.eval.source:
             source = _open(config.eval.source, "eval.source")
-            of_tokenizer = [field.name for field in dataclasses.fields(Description) if field.name not in (
-                "tokenizer", "weights", "codebook_size", "grid", "image_size")]
-            if changed := _differing(self._codes, source.description, of_tokenizer):
+            if changed := _differing(self._codes, source.description, _OF_TOKENIZER):
                 raise ValueError(f"config key eval.source: {config.eval.source} are not codes of the tokenizer that "
                                  f"made those of {config.data.source}: other {', '.join(changed)}")
             return source
@@ -142,7 +146,7 @@ class GeneratorTask:
         data, processes = self.config.data, jax.process_count()
         return CheckedBatches(self.structure.codes, codes_train_batches(
             self._source, batch_size=self.config.train.batch_size // processes, seed=self.config.seed,
-            threads=data.threads, workers=0, bad_images=self._bad_images, max_bad=data.max_bad,
+            threads=data.threads, workers=0, bad_images=self.bad_images, max_bad=data.max_bad,
             read_caption=self._read_caption, shard_index=jax.process_index(), shard_count=processes))
 
     def phase(self, step: int) -> str:
@@ -179,7 +183,7 @@ class GeneratorTask:
         batch_size = math.ceil(self.config.eval.batch_size / mesh.size) * mesh.size
         for batch in codes_eval_batches(
                 source, grid=(codes.grid, codes.grid), batch_size=batch_size // jax.process_count(),
-                bad_images=self._bad_images, max_bad=data.max_bad, threads=data.threads,
+                bad_images=self.bad_images, max_bad=data.max_bad, threads=data.threads,
                 read_caption=self._read_caption, shard_index=jax.process_index(), shard_count=jax.process_count(),
                 limit=limit or None):
             yield _checked(codes, batch)
@@ -244,7 +248,6 @@ def _open(spec: str, key: str) -> CodesSource:
     return source
 
 
-def _differing(first: Description, second: Description, but: Any) -> list[str]:
-    """The names of what differs between two descriptions."""
-    return [field.name for field in dataclasses.fields(Description) if field.name not in but
-            and getattr(first, field.name) != getattr(second, field.name)]
+def _differing(first: Description, second: Description, names: tuple[str, ...]) -> list[str]:
+    """Those of some fields that differ."""
+    return [name for name in names if getattr(first, name) != getattr(second, name)]

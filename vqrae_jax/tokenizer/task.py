@@ -70,10 +70,8 @@ def train(config: Config, workdir: str | os.PathLike, source: Source | Sequence[
         images = None if source is None else as_source(source)
         task = TokenizerTask(_with_objects(config, images, quantizer), workdir, images, quantizer)
         result = loop.run(task, workdir)
-        if bad := task.bad_images.names():
-            names = ", ".join(list(bad)[:5]) + (", ..." if len(bad) > 5 else "")
-            log.warning("%d images could not be read and were left out: %s; see %s", len(bad), names,
-                        task.bad_images.path)
+        if bad := task.bad_images.summary():
+            log.warning("%s", bad)
     return result
 
 
