@@ -67,7 +67,7 @@ def test_main_fails_in_one_line_and_leaves_nothing(arguments, says, tmp_path):
 
 
 @pytest.mark.parametrize(("verb", "arguments", "says"), [
-    ("main", ["--config.prefix.dorp=0.2"], "unknown config key prefix.dorp: did you mean prefix.drop?"),,
+    ("main", ["--config.prefix.dorp=0.2"], "unknown config key prefix.dorp: did you mean prefix.drop?"),
     ("main", ["--config.gan.lr=1.0"], "error: unknown config key gan.lr: did you mean optim.lr?"),
     ("main", ["--config.data.source=codes:{tmp}", "--workdir={tmp}/run"], "; --config.data.source=... says where"),
     ("bench", ["--case=encode"], "error: config key task is 'generator', but this is for a tokenizer"),
