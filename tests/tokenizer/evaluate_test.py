@@ -67,7 +67,7 @@ def evaluated(source, *, batch_size=7, table=METRICS, factor=0.9, **options) -> 
 
 
 def features_of(source) -> tuple[np.ndarray, np.ndarray]:
-    images, labels, _ = zip(*(source[i] for i in range(len(source))), strict=True)
+    images, labels, *_ = zip(*(source[i] for i in range(len(source))), strict=True)
     return np.reshape(images, (len(source), 4, -1)).mean(1) / np.float32(255), np.array(labels)
 
 
