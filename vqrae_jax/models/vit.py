@@ -269,25 +269,22 @@ def stack(make_block: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rn
     return nnx.vmap(make_block, in_axes=0, out_axes=0)(rngs.split(depth))
 
 
-def scan(run: Callable[[Any, jax.Array, Any], tuple[jax.Array, Any]], blocks: nnx.Module, x: jax.Array,
-         inputs: Any = None, *, layers: slice = slice(None), remat: Remat) -> tuple[jax.Array, Any]:
-    """Runs `x, outputs = run(block, x, inputs)` for one block after another.
+def scan(run: Callable[[Any, jax.Array, Any], jax.Array], blocks: nnx.Module, x: jax.Array, inputs: Any = None, *,
+         layers: slice = slice(None), remat: Remat) -> jax.Array:
+    """`x = run(block, x, inputs)` for one block after another.
 
     Args:
       run: a block's work.
       blocks: as `stack` makes them.
-      x: goes from block to block.
-      inputs: a tree of arrays, whose leading axis is that of the blocks.
+      x: tokens.
+      inputs: a tree of arrays; a block gets its entry of their leading axis.
       layers: the blocks that run.
       remat: see `Transformer`.
-
-    Returns:
-      `x` after the last block, and every block's outputs, stacked.
     """
     graphdef, stacked = nnx.split(blocks)
-    body = lambda x, layer: run(nnx.merge(graphdef, layer[0]), x, layer[1])
+    body = lambda x, layer: (run(nnx.merge(graphdef, layer[0]), x, layer[1]), None)
     chosen = jax.tree.map(lambda leaf: leaf[layers], (stacked, inputs))
-    return jax.lax.scan(jax.checkpoint(body, policy=remat, prevent_cse=False), x, chosen)
+    return jax.lax.scan(jax.checkpoint(body, policy=remat, prevent_cse=False), x, chosen)[0]
 
 
 def _scaled(x: jax.Array, scale: nnx.Param | None) -> jax.Array:
@@ -325,10 +322,10 @@ class Transformer(nnx.Module):
         Layers are numbered as `transformers` numbers `hidden_states`: 0 is the input, `depth` the last block's output.
         They must ascend. Blocks after the last of them are not run.
         """
-        run = lambda block, x, _: (block(x, rope), None)
+        run = lambda block, x, _: block(x, rope)
         states, x, done = [], x.astype(self.dtype), 0
         for layer in layers:
-            x, _ = scan(run, self.blocks, x, layers=slice(done, layer), remat=self.remat)
+            x = scan(run, self.blocks, x, layers=slice(done, layer), remat=self.remat)
             states.append(x)
             done = layer
         return states
