@@ -1,5 +1,6 @@
 """Samples as files: what an interruption costs, what they hold, how they are measured, and what is refused."""
 
+import dataclasses
 import itertools
 import json
 from contextlib import closing
@@ -171,9 +172,9 @@ def test_samples_are_measured_between_their_rulers(folder, generator, decoder):
                             for at in range(0, IMAGES, 8)])
     labels = np.array([int(file.parent.name == "b") for file in files])
     independent = generate.independent_codes(generator, sharding.one_device(), IMAGES, seed=0)
-    found = measure(codes, labels, independent)
+    found = measure(codes, labels, lambda: independent)
     ours, floor, ceiling, originals = (found.columns[name] for name in (
-        "samples", "reconstructions", "codes by position", "originals"))
+        "samples", "reconstructions", samples.BY_POSITION, "originals"))
     assert ours == pytest.approx(floor, rel=1e-4, abs=1e-4)
     assert originals[ENCODER] < 1e-3 < floor[ENCODER] and originals["probe_linear"] == 1
     assert originals["nearest_cosine"] == pytest.approx(1) and ceiling["nearest_cosine"] < 1
@@ -181,11 +182,14 @@ def test_samples_are_measured_between_their_rulers(folder, generator, decoder):
     assert "inception" in found.failed[samples.FID]
     assert {name: images.shape for name, images in found.neighbours.items()} == dict.fromkeys(
         ("samples", "nearest training images"), (3, 32, 32, 3))
-    # The wrong class is found wrong, and of half the samples by half.
-    wrong = np.where(np.arange(IMAGES) % 4 < 2, labels, 1 - labels)
+    # Where the training codes are gone, that ruler is left out; and classes that were not asked for are wrong.
+    gone = vqrae_jax.load_generator(folder / "generator")
+    data = dataclasses.replace(gone.config.data, source="codes:/nowhere")
+    gone.config = dataclasses.replace(gone.config, data=data)
     measure = samples.Measurement(decoder, samples.Options(reference=spec, probe=spec))
-    assert measure(codes, wrong, independent).columns["samples"]["probe_linear"] == pytest.approx(
-        0.5, abs=1.01 - ours["probe_linear"])
+    found = measure(codes, 1 - labels, lambda: generate.independent_codes(gone, sharding.one_device(), IMAGES, 0))
+    assert samples.BY_POSITION not in found.columns and "/nowhere" in found.failed[samples.BY_POSITION]
+    assert found.columns["samples"]["probe_linear"] == pytest.approx(1 - ours["probe_linear"])
 
 
 def test_independent_codes_have_the_histogram_of_training_codes(folder, generator):
@@ -213,7 +217,7 @@ def test_the_command_samples_and_measures(folder, tmp_path):
         "samples.png", "samples_metrics.json", "samples_neighbours.png"}
     content = json.loads((out.parent / "samples_metrics.json").read_text())
     assert content["num_images"] == 5 and content[ENCODER] > 0
-    assert set(content["rulers"]) == {"reconstructions", "codes by position", "originals"}
+    assert set(content["rulers"]) == {"reconstructions", "originals", samples.BY_POSITION}
     recipe = content["recipe"]
     assert recipe["reference"] == spec and recipe["options"]["top_p"] == 0.9 and recipe["options"]["num"] == 5
     assert {str(folder / "generator"), str(folder / "tokenizer0")} <= set(recipe["weights"])
