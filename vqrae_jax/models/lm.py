@@ -10,7 +10,7 @@ needs ray and fastapi.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -213,12 +213,19 @@ class LanguageModel(nnx.Module):
         return Cache(empty(spec.head_dim, size), empty(size, spec.head_dim), jnp.zeros((), jnp.int32),
                      jnp.zeros(batch, jnp.int32) if pads is None else jnp.asarray(pads, jnp.int32))
 
-    def step(self, inputs: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+    def unstacked(self) -> list[Block]:
+        """The blocks one by one, for `step`; their parameters are copies."""
+        graphdef, stacked = nnx.split(self.blocks)
+        return [nnx.merge(graphdef, jax.tree.map(lambda leaf, i=i: leaf[i], stacked)) for i in range(self.spec.depth)]
+
+    def step(self, inputs: jax.Array, cache: Cache, blocks: Sequence[Block]) -> tuple[jax.Array, Cache]:
         """The next tokens of every sequence: one, or in one go all those of a prefix.
 
         Args:
           inputs: tokens `[B, T]` int32, padding included, or embeddings `[B, T, d]`; T is 1 while sampling.
           cache: of the tokens before. The caller sees to it that T places are left: it is not an error here.
+          blocks: those of `unstacked`, made before a loop over tokens. A scan over the stack would copy the parameters
+            of every block, and its part of the cache, for every token.
 
         Returns:
           `[B, T, d]` float32 as from `hidden`, of which `logits` makes those of the tokens after each, and the cache
@@ -229,13 +236,10 @@ class LanguageModel(nnx.Module):
         cos, sin = _rope(jnp.maximum(at - cache.pads[:, None], 0), self.spec)
         rope = cos[:, None], sin[:, None]  # the same for all heads
         place, at, pads = jnp.arange(cache.values[0].shape[2]), at[:, None], cache.pads[:, None, None]
-        # Padding sees itself, for a softmax needs something.
+        # Padding sees itself, or its softmax were of nothing.
         seen = (place >= pads) & (place <= at) | (place == at)
-        graphdef, stacked = nnx.split(self.blocks)
         x, keys, values = self._embedded(inputs), list(cache.keys), list(cache.values)
-        # Not scanned: a scan would copy every block's parameters and cache out of their stacks for every token.
-        for i in range(self.spec.depth):
-            block = nnx.merge(graphdef, jax.tree.map(lambda leaf, i=i: leaf[i], stacked))
+        for i, block in enumerate(blocks):
 
             def attend(q: jax.Array, k: jax.Array, v: jax.Array, i=i):
                 k = jax.lax.dynamic_update_slice_in_dim(keys[i], k.swapaxes(2, 3), cache.length, axis=3)

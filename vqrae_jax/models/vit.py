@@ -11,7 +11,7 @@ not grow with depth and one path pattern names a parameter of every layer.
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,7 @@ Activation = Literal["gelu", "gelu_tanh"]
 FinalNorm = Literal["affine", "plain"]
 Rope = tuple[np.ndarray | jax.Array, np.ndarray | jax.Array]  # cos and sin of angles
 Remat = Callable[..., bool]
+AnyBlock = TypeVar("AnyBlock", bound=nnx.Module)
 
 # What is kept for the backward pass by default: results of matmuls. LayerNorms, GELUs and the attention weights are
 # computed anew, which costs less than writing and reading them, on a CPU as on a chip.
@@ -264,7 +265,7 @@ class Block(nnx.Module):
         return x + _scaled(self.mlp(self.norm2(x)), self.scale2)
 
 
-def stack(make_block: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs) -> nnx.Module:
+def stack(make_block: Callable[[nnx.Rngs], AnyBlock], depth: int, rngs: nnx.Rngs) -> AnyBlock:
     """`depth` blocks as one module, whose parameters have a leading axis for them."""
     return nnx.vmap(make_block, in_axes=0, out_axes=0)(rngs.split(depth))
 
