@@ -10,6 +10,7 @@ images is taken, beside that of reconstructions and of codes that know nothing o
 The same command continues after an interruption, and ends with the same bytes. Several processes may share the work.
 """
 
+import functools
 from pathlib import Path
 
 from absl import flags
@@ -43,7 +44,8 @@ def main(_) -> None:
     if distributed.is_first():
         print(f"wrote {out}")
     if measure:
-        found = measure(codes, work.labels, generate.independent_codes(generator, mesh, len(codes), options.seed))
+        independent = functools.partial(generate.independent_codes, generator, mesh, len(codes), options.seed)
+        found = measure(codes, work.labels, independent)
         if distributed.is_first():
             recipe = samples.write(found, decoder, measured, weights, of=str(workdir), request=work.request, out=out)
             print(table(found.columns))

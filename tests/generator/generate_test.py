@@ -1,5 +1,6 @@
 """Samples as files: what an interruption costs, what they hold, how they are measured, and what is refused."""
 
+import dataclasses
 import itertools
 import json
 from contextlib import closing
@@ -7,12 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from flax import nnx
 from PIL import Image
 
 import vqrae_jax
-from tests import conftest, tiny
-from tests.generator.tiny import parsed
+from tests import conftest
+from tests.generator.tiny import parsed, random_arrays
 from tests.generator.tiny import tiny as tiny_generator
 from tests.verbs import command
 from vqrae_jax import config as config_lib
@@ -21,7 +21,7 @@ from vqrae_jax.data.codes import CodesRecord, Description
 from vqrae_jax.generator import build, generate, runs, train_state
 from vqrae_jax.generator.inference import Generator
 from vqrae_jax.generator.sampling import Options
-from vqrae_jax.models import flat
+from vqrae_jax.tokenizer import build as tokenizer_build
 from vqrae_jax.tokenizer import runs as tokenizer_runs
 from vqrae_jax.tokenizer import samples
 from vqrae_jax.training import checkpoint, lock, sharding
@@ -34,7 +34,7 @@ ENCODER = samples.ENCODER
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Two tokenizers and a generator of random weights, images of two classes, and codes of the first tokenizer."""
+    """A tokenizer and a generator of random weights, images of two classes, and codes."""
     folder = tmp_path_factory.mktemp("generate")
     rng = np.random.default_rng(0)
     for index in range(IMAGES):
@@ -42,12 +42,11 @@ def folder(tmp_path_factory) -> Path:
         file.parent.mkdir(parents=True, exist_ok=True)
         shade = rng.integers(0, 128, (32, 32, 3), np.uint8) + np.uint8(127 * (index % CLASSES))
         Image.fromarray(shade).save(file)
-    config = conftest.tiny()
-    run = tiny.Run(config_lib.parse(config))
-    for number in range(2):
-        params = {path: value + number for path, value in run.params.items()}
-        tokenizer_runs.write_run(folder / f"tokenizer{number}", run.config, params, run.buffers)
-    digest = tokenizer_runs.digest(run.params | run.buffers)
+    config = config_lib.parse(conftest.tiny())
+    structure = tokenizer_build.structure(config)
+    params, buffers = random_arrays(structure.params), random_arrays(structure.buffers)
+    tokenizer_runs.write_run(folder / "tokenizer", config, params, buffers)
+    digest = tokenizer_runs.digest(params | buffers)
     description = Description(
         data=f"folder:{folder / 'images'}", source={"images": IMAGES}, num_classes=CLASSES, tokenizer=digest,
         weights="ema", codebook_size=CODES, grid=(4, 4), image_size=32, views=1, batch_size=8, shard_size=IMAGES,
@@ -65,9 +64,7 @@ def write_generator(workdir: Path, description: Description, codes: Path) -> Non
     values.data.update(source=f"codes:{codes}", holdout=0.2)
     config = parsed(values)
     structure = build.structure(config, build.known_codes(config, description))
-    model = build.language_model(config, structure.spec, nnx.Rngs(1))
-    model.token_embedding[...] *= 50
-    state, frozen = train_state.init(config, flat.split(model)[1])
+    state, frozen = train_state.init(config, random_arrays(structure.params))
     items = train_state.items(state)
     with lock.held(workdir):
         checkpoint.open_run(workdir, config, lambda folder: runs.write_files(folder, config, description))
@@ -83,7 +80,7 @@ def generator(folder) -> Generator:
 
 @pytest.fixture(scope="module")
 def decoder(folder, generator) -> samples.Decoder:
-    return samples.Decoder(folder / "tokenizer0", generator.codes, sharding.one_device())
+    return samples.Decoder(folder / "tokenizer", generator.codes, sharding.one_device())
 
 
 def sampled(generator, decoder, out: Path, num=7, **changes) -> np.ndarray:
@@ -140,7 +137,7 @@ def test_samples_that_were_interrupted_are_the_same_to_the_byte(generator, decod
     model = vqrae_jax.load(decoder.workdir)
     expected = to_8_bits(np.asarray(model.decode_from_indices(codes)))
     assert np.abs(images.astype(int) - expected).max() <= 1
-    np.testing.assert_array_equal(codes, generator.sample(7, cfg=2.0, seed=1))
+    np.testing.assert_array_equal(codes, generator.sample(7, cfg=2.0, seed=1, batch_size=2))
 
 
 def test_a_folder_and_a_picture_show_the_same_images(generator, decoder, tmp_path):
@@ -171,9 +168,9 @@ def test_samples_are_measured_between_their_rulers(folder, generator, decoder):
                             for at in range(0, IMAGES, 8)])
     labels = np.array([int(file.parent.name == "b") for file in files])
     independent = generate.independent_codes(generator, sharding.one_device(), IMAGES, seed=0)
-    found = measure(codes, labels, independent)
+    found = measure(codes, labels, lambda: independent)
     ours, floor, ceiling, originals = (found.columns[name] for name in (
-        "samples", "reconstructions", "codes by position", "originals"))
+        "samples", "reconstructions", samples.BY_POSITION, "originals"))
     assert ours == pytest.approx(floor, rel=1e-4, abs=1e-4)
     assert originals[ENCODER] < 1e-3 < floor[ENCODER] and originals["probe_linear"] == 1
     assert originals["nearest_cosine"] == pytest.approx(1) and ceiling["nearest_cosine"] < 1
@@ -181,11 +178,13 @@ def test_samples_are_measured_between_their_rulers(folder, generator, decoder):
     assert "inception" in found.failed[samples.FID]
     assert {name: images.shape for name, images in found.neighbours.items()} == dict.fromkeys(
         ("samples", "nearest training images"), (3, 32, 32, 3))
-    # The wrong class is found wrong, and of half the samples by half.
-    wrong = np.where(np.arange(IMAGES) % 4 < 2, labels, 1 - labels)
-    measure = samples.Measurement(decoder, samples.Options(reference=spec, probe=spec))
-    assert measure(codes, wrong, independent).columns["samples"]["probe_linear"] == pytest.approx(
-        0.5, abs=1.01 - ours["probe_linear"])
+    # Where the training codes are gone, that ruler is left out; and classes that were not asked for are wrong.
+    gone = vqrae_jax.load_generator(folder / "generator")
+    data = dataclasses.replace(gone.config.data, source="codes:/nowhere")
+    gone.config = dataclasses.replace(gone.config, data=data)
+    found = measure(codes, 1 - labels, lambda: generate.independent_codes(gone, sharding.one_device(), IMAGES, 0))
+    assert samples.BY_POSITION not in found.columns and "/nowhere" in found.failed[samples.BY_POSITION]
+    assert found.columns["samples"]["probe_linear"] == pytest.approx(1 - ours["probe_linear"])
 
 
 def test_independent_codes_have_the_histogram_of_training_codes(folder, generator):
@@ -204,19 +203,22 @@ def test_independent_codes_have_the_histogram_of_training_codes(folder, generato
 def test_the_command_samples_and_measures(folder, tmp_path):
     out = tmp_path / "made" / "samples.png"
     spec = f"folder:{folder / 'images'}"
-    flags = [f"--workdir={folder / 'generator'}", f"--out={out}", "--batch_size=4", "--num=5", "--classes=1,0"]
-    run = command("vqrae_jax.generate", *flags, f"--tokenizer={folder / 'tokenizer0'}", f"--reference={spec}",
-                  f"--probe={spec}", "--neighbours=2", "--top_p=0.9")
+    run = command("vqrae_jax.generate", f"--workdir={folder / 'generator'}", f"--tokenizer={folder / 'tokenizer'}",
+                  f"--out={out}", "--batch_size=4", "--num=5", "--classes=1,0", "--top_p=0.9", f"--reference={spec}",
+                  f"--probe={spec}", "--neighbours=2")
     assert run.returncode == 0, run.stderr
     assert f"wrote {out}" in run.stdout and "reconstructions" in run.stdout and ENCODER in run.stdout
     assert {file.name for file in out.parent.iterdir()} == {
         "samples.png", "samples_metrics.json", "samples_neighbours.png"}
     content = json.loads((out.parent / "samples_metrics.json").read_text())
     assert content["num_images"] == 5 and content[ENCODER] > 0
-    assert set(content["rulers"]) == {"reconstructions", "codes by position", "originals"}
+    assert set(content["rulers"]) == {"reconstructions", "originals", samples.BY_POSITION}
     recipe = content["recipe"]
     assert recipe["reference"] == spec and recipe["options"]["top_p"] == 0.9 and recipe["options"]["num"] == 5
-    assert {str(folder / "generator"), str(folder / "tokenizer0")} <= set(recipe["weights"])
-    run = command("vqrae_jax.generate", *flags, f"--tokenizer={folder / 'tokenizer1'}")
-    assert run.returncode == 1
-    assert run.stderr.count("\n") == 1 and "error: the generator learned codes of another tokenizer" in run.stderr
+    assert {str(folder / "generator"), str(folder / "tokenizer")} <= set(recipe["weights"])
+
+
+def test_another_tokenizer_is_refused(folder, generator):
+    others = dataclasses.replace(generator.codes, tokenizer="0123456789abcdef" * 4)
+    with pytest.raises(ValueError, match=r"codes of another tokenizer than that of .*sha256 is 0123456789abcdef\.\.\."):
+        samples.Decoder(folder / "tokenizer", others, sharding.one_device())

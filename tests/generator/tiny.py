@@ -3,12 +3,14 @@
 import json
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from vqrae_jax import config as config_lib
 from vqrae_jax.generator import build
 from vqrae_jax.models import flat
+from vqrae_jax.models.flat import Arrays
 from vqrae_jax.models.lm import LanguageModel, LMSpec
 from vqrae_jax.weights import qwen3
 
@@ -48,6 +50,12 @@ def tiny(*, captions: Path | None = None, drop: float = 0.1):
 
 def parsed(config) -> config_lib.GeneratorConfig:
     return config_lib.parse(config, config_lib.GeneratorConfig)
+
+
+def random_arrays(shapes: Arrays) -> Arrays:
+    """N(0, 0.3) in shapes: parameters of a model in which every token makes a difference."""
+    rng = np.random.default_rng(1)
+    return {path: jnp.asarray(rng.normal(0, 0.3, shape.shape), shape.dtype) for path, shape in shapes.items()}
 
 
 def batch(size: int, *, captions: bool = False, seed: int = 0) -> dict[str, np.ndarray]:

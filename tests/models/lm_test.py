@@ -43,7 +43,7 @@ def whole(graphdef, params, tokens) -> jax.Array:
 @functools.partial(jax.jit, static_argnums=0)
 def step(graphdef, params, tokens, cache):
     model = flat.merge(graphdef, params)
-    hidden, cache = model.step(tokens, cache)
+    hidden, cache = model.step(tokens, cache, model.unstacked())
     return model.logits(hidden), cache
 
 

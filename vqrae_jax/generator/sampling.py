@@ -129,6 +129,7 @@ def sample(structure: Structure, params: Arrays, batch: Batch, draw: Draw, *, to
       `[B, N]` int32 in [0, codes).
     """
     model, vocabulary, tokens = flat.merge(structure.graphdef, params), structure.vocabulary, structure.codes.grid**2
+    blocks = model.unstacked()
     begin, caption, pads = _prefix(vocabulary, batch)
     guided = draw.scales is not None
     if guided:
@@ -139,7 +140,7 @@ def sample(structure: Structure, params: Arrays, batch: Batch, draw: Draw, *, to
 
     def step(carry: tuple[jax.Array, Cache], position: jax.Array) -> tuple[tuple[jax.Array, Cache], jax.Array]:
         token, cache = carry
-        hidden, cache = model.step(token[:, None], cache)
+        hidden, cache = model.step(token[:, None], cache, blocks)
         logits = model.logits(hidden[:, 0], vocabulary.code)
         if guided:
             conditional, empty = logits.reshape(-1, 2, logits.shape[-1]).swapaxes(0, 1)
@@ -150,7 +151,7 @@ def sample(structure: Structure, params: Arrays, batch: Batch, draw: Draw, *, to
 
     cache = model.init_cache(len(begin), caption.shape[1] + tokens, pads)
     if caption.shape[1]:
-        _, cache = model.step(caption, cache)
+        _, cache = model.step(caption, cache, blocks)
     _, codes = jax.lax.scan(step, (begin, cache), jnp.arange(tokens))
     return codes.T
 

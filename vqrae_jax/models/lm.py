@@ -10,8 +10,8 @@ needs ray and fastapi.
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +23,8 @@ from vqrae_jax.models.flops import Work, dense
 from vqrae_jax.models.placement import split_batch, whole
 from vqrae_jax.models.vit import SAVE_MATMULS, Linear, Remat, Rope, attend, rotate
 
-# Queries [B, heads, N, head_dim], keys and values [B, kv_heads, N, head_dim] -> [B, heads, N, head_dim].
-Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+# Queries [B, heads, N, head_dim], keys and values [B, kv_heads, N, head_dim] -> [B, heads, N, head_dim]; what is kept.
+Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,14 +71,14 @@ class Cache(NamedTuple):
     """The keys and values of the tokens so far, in arrays whose shapes do not depend on how many these are.
 
     Attributes:
-      keys: `[depth, B, kv_heads, size, head_dim]` in the compute dtype, with their positions.
-      values: likewise.
+      keys: of every block, `[B, kv_heads, head_dim, size]` in the compute dtype, turned by their positions.
+      values: of every block, `[B, kv_heads, size, head_dim]`.
       length: int32, places that are taken, the same in all rows.
       pads: `[B]` int32, the first places of a row that hold no token of it.
     """
 
-    keys: jax.Array
-    values: jax.Array
+    keys: tuple[jax.Array, ...]
+    values: tuple[jax.Array, ...]
     length: jax.Array
     pads: jax.Array
 
@@ -128,13 +128,12 @@ class Block(nnx.Module):
         self.mlp = Mlp(spec, dtype=dtype, rngs=rngs)
         self.dropout = dropout
 
-    def __call__(self, x: jax.Array, rope: Rope, attend: Attend, rng: jax.Array | None = None,
-                 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        """`[B, N, d] -> [B, N, d]`, and the keys and values; `rng` is a key for dropout, None is without."""
+    def __call__(self, x: jax.Array, rope: Rope, attend: Attend, rng: jax.Array | None = None) -> tuple[jax.Array, Any]:
+        """`[B, N, d] -> [B, N, d]`, and what `attend` keeps; `rng` is a key for dropout, None is without."""
         first, second = (None, None) if rng is None else jax.random.split(rng)
-        q, k, v = self.attention.project(self.norm1(x), rope)
-        x = x + _drop(self.attention.join(attend(q, k, v)), self.dropout, first)
-        return x + _drop(self.mlp(self.norm2(x)), self.dropout, second), (k, v)
+        y, kept = attend(*self.attention.project(self.norm1(x), rope))
+        x = x + _drop(self.attention.join(y), self.dropout, first)
+        return x + _drop(self.mlp(self.norm2(x)), self.dropout, second), kept
 
 
 class LanguageModel(nnx.Module):
@@ -186,8 +185,8 @@ class LanguageModel(nnx.Module):
             rng, blocks_rng = jax.random.split(rng)
             keys = jax.random.split(blocks_rng, self.spec.depth)
         x = _drop(self._embedded(inputs), self.dropout, rng)
-        run = lambda block, x, rng: (block(x, rope, _attend_causally, rng)[0], None)
-        x, _ = vit.scan(run, self.blocks, x, keys, remat=self.remat)
+        run = lambda block, x, rng: block(x, rope, _attend_causally, rng)[0]
+        x = vit.scan(run, self.blocks, x, keys, remat=self.remat)
         return self.norm(x.astype(jnp.float32))
 
     def logits(self, hidden: jax.Array, tokens: slice = slice(None)) -> jax.Array:
@@ -210,38 +209,45 @@ class LanguageModel(nnx.Module):
         """
         self._check_length(size)
         spec = self.spec
-        empty = jnp.zeros((spec.depth, batch, spec.kv_heads, size, spec.head_dim), self.dtype)
-        return Cache(empty, empty, jnp.zeros((), jnp.int32),
+        empty = lambda *shape: tuple(jnp.zeros((batch, spec.kv_heads, *shape), self.dtype) for _ in range(spec.depth))
+        return Cache(empty(spec.head_dim, size), empty(size, spec.head_dim), jnp.zeros((), jnp.int32),
                      jnp.zeros(batch, jnp.int32) if pads is None else jnp.asarray(pads, jnp.int32))
 
-    def step(self, inputs: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+    def unstacked(self) -> list[Block]:
+        """The blocks one by one, for `step`; their parameters are copies."""
+        graphdef, stacked = nnx.split(self.blocks)
+        return [nnx.merge(graphdef, jax.tree.map(lambda leaf, i=i: leaf[i], stacked)) for i in range(self.spec.depth)]
+
+    def step(self, inputs: jax.Array, cache: Cache, blocks: Sequence[Block]) -> tuple[jax.Array, Cache]:
         """The next tokens of every sequence: one, or in one go all those of a prefix.
 
         Args:
           inputs: tokens `[B, T]` int32, padding included, or embeddings `[B, T, d]`; T is 1 while sampling.
           cache: of the tokens before. The caller sees to it that T places are left: it is not an error here.
+          blocks: those of `unstacked`, made before a loop over tokens. A scan over the stack would copy the parameters
+            of every block, and its part of the cache, for every token.
 
         Returns:
           `[B, T, d]` float32 as from `hidden`, of which `logits` makes those of the tokens after each, and the cache
           with these tokens in it.
         """
-        new, places = inputs.shape[1], jnp.arange(cache.keys.shape[-2])
-        at = cache.length + jnp.arange(new)
-        # Positions count from the first token that is no padding. Padding sees itself, or its softmax were of nothing.
+        at = cache.length + jnp.arange(inputs.shape[1])
+        # Positions count from the first token that is no padding.
         cos, sin = _rope(jnp.maximum(at - cache.pads[:, None], 0), self.spec)
         rope = cos[:, None], sin[:, None]  # the same for all heads
-        real = lambda places: places >= cache.pads[:, None]  # [B, places]
-        old_seen = (real(places) & (places < cache.length))[:, None, None]
-        new_seen = (real(at)[:, None] & jnp.tri(new, dtype=bool) | jnp.eye(new, dtype=bool))[:, None]
+        place, at, pads = jnp.arange(cache.values[0].shape[2]), at[:, None], cache.pads[:, None, None]
+        # Padding sees itself, or its softmax were of nothing.
+        seen = (place >= pads) & (place <= at) | (place == at)
+        x, keys, values = self._embedded(inputs), list(cache.keys), list(cache.values)
+        for i, block in enumerate(blocks):
 
-        def run(block: Block, x: jax.Array, old: tuple[jax.Array, jax.Array]):
-            return block(x, rope, lambda q, k, v: _attend_cached(q, k, v, *old, old_seen, new_seen))
+            def attend(q: jax.Array, k: jax.Array, v: jax.Array, i=i):
+                k = jax.lax.dynamic_update_slice_in_dim(keys[i], k.swapaxes(2, 3), cache.length, axis=3)
+                v = jax.lax.dynamic_update_slice_in_dim(values[i], v, cache.length, axis=2)
+                return _attend_cached(q, k, v, seen), (k, v)
 
-        x, (keys, values) = vit.scan(run, self.blocks, self._embedded(inputs), (cache.keys, cache.values),
-                                     remat=self.remat)
-        # After all blocks and for all of them: in a loop it is then written where it is, not copied.
-        put = lambda array, new: jax.lax.dynamic_update_slice_in_dim(array, new, cache.length, axis=3)
-        cache = Cache(put(cache.keys, keys), put(cache.values, values), cache.length + new, cache.pads)
+            x, (keys[i], values[i]) = block(x, rope, attend)
+        cache = Cache(tuple(keys), tuple(values), cache.length + inputs.shape[1], cache.pads)
         return self.norm(x.astype(jnp.float32)), cache
 
     def _embedded(self, inputs: jax.Array) -> jax.Array:
@@ -279,42 +285,31 @@ def _rope(positions: jax.Array, spec: LMSpec) -> tuple[jax.Array, jax.Array]:
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def _attend_causally(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """Attention of whole sequences: every token sees itself and what is before it; an `Attend`."""
+def _attend_causally(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
+    """Attention of whole sequences: every token sees itself and those before it."""
     k, v = (jnp.repeat(x, q.shape[1] // x.shape[1], axis=1) for x in (k, v))
     flat = lambda x: x.reshape(-1, *x.shape[2:])
-    return attend(flat(q), flat(k), flat(v), causal=True).reshape(q.shape)
+    return attend(flat(q), flat(k), flat(v), causal=True).reshape(q.shape), None
 
 
-def _attend_cached(q: jax.Array, k: jax.Array, v: jax.Array, old_k: jax.Array, old_v: jax.Array,
-                     old_seen: jax.Array, new_seen: jax.Array) -> jax.Array:
-    """Attention of new tokens to those of the cache and to each other.
+def _attend_cached(q: jax.Array, keys: jax.Array, values: jax.Array, seen: jax.Array) -> jax.Array:
+    """Attention of new tokens to those of a cache, where they are themselves.
 
     Args:
       q: `[B, heads, T, head_dim]`.
-      k: `[B, kv_heads, T, head_dim]`.
-      v: likewise.
-      old_k: `[B, kv_heads, size, head_dim]`, a layer's of the cache.
-      old_v: likewise.
-      old_seen: `[B, 1, 1, size]`, what of the cache is seen.
-      new_seen: `[B, 1, T, T]`, which new tokens are seen by which.
+      keys: `[B, kv_heads, head_dim, size]`, so that XLA's code for CPUs reads them in order.
+      values: `[B, kv_heads, size, head_dim]`.
+      seen: `[B, T, size]`, which places a token sees; at least one.
 
     Returns:
       `[B, heads, T, head_dim]`.
     """
-    batch, heads, new, head_dim = q.shape
-    groups = heads // k.shape[1]
     # The queries that share keys stand in one matrix with these.
-    q = (q * head_dim**-0.5).reshape(batch, k.shape[1], groups * new, head_dim)
-    new_seen = jnp.tile(new_seen, (1, 1, groups, 1))
-    logits = lambda keys, seen: jnp.where(
-        seen, jnp.einsum("bhqd,bhkd->bhqk", q, keys, preferred_element_type=jnp.float32), -jnp.inf)
-    both = jnp.concatenate([logits(old_k, old_seen), logits(k, new_seen)], axis=-1)
-    weights = jax.nn.softmax(both, axis=-1).astype(v.dtype)
-    old, own = jnp.split(weights, [old_k.shape[2]], axis=-1)
-    mean = lambda weights, v: jnp.einsum("bhqk,bhkd->bhqd", weights, v, preferred_element_type=jnp.float32)
-    y = mean(old, old_v) + mean(own, v)
-    return y.astype(v.dtype).reshape(batch, heads, new, head_dim)
+    grouped = (q * q.shape[-1]**-0.5).reshape(*keys.shape[:2], -1, q.shape[-1])
+    logits = jnp.einsum("bhqd,bhdk->bhqk", grouped, keys, preferred_element_type=jnp.float32)
+    seen = jnp.tile(seen, (1, q.shape[1] // keys.shape[1], 1))[:, None]
+    weights = jax.nn.softmax(jnp.where(seen, logits, -jnp.inf), axis=-1).astype(values.dtype)
+    return jnp.einsum("bhqk,bhkd->bhqd", weights, values).reshape(q.shape)
 
 
 def lm_work(spec: LMSpec, tokens: int, *, predicted: int) -> Work:

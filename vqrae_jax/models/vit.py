@@ -11,7 +11,7 @@ not grow with depth and one path pattern names a parameter of every layer.
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,7 @@ Activation = Literal["gelu", "gelu_tanh"]
 FinalNorm = Literal["affine", "plain"]
 Rope = tuple[np.ndarray | jax.Array, np.ndarray | jax.Array]  # cos and sin of angles
 Remat = Callable[..., bool]
+AnyBlock = TypeVar("AnyBlock", bound=nnx.Module)
 
 # What is kept for the backward pass by default: results of matmuls. LayerNorms, GELUs and the attention weights are
 # computed anew, which costs less than writing and reading them, on a CPU as on a chip.
@@ -264,30 +265,27 @@ class Block(nnx.Module):
         return x + _scaled(self.mlp(self.norm2(x)), self.scale2)
 
 
-def stack(make_block: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs) -> nnx.Module:
+def stack(make_block: Callable[[nnx.Rngs], AnyBlock], depth: int, rngs: nnx.Rngs) -> AnyBlock:
     """`depth` blocks as one module, whose parameters have a leading axis for them."""
     return nnx.vmap(make_block, in_axes=0, out_axes=0)(rngs.split(depth))
 
 
-def scan(run: Callable[[Any, jax.Array, Any], tuple[jax.Array, Any]], blocks: nnx.Module, x: jax.Array,
-         inputs: Any = None, *, layers: slice = slice(None), remat: Remat) -> tuple[jax.Array, Any]:
-    """Runs `x, outputs = run(block, x, inputs)` for one block after another.
+def scan(run: Callable[[Any, jax.Array, Any], jax.Array], blocks: nnx.Module, x: jax.Array, inputs: Any = None, *,
+         layers: slice = slice(None), remat: Remat) -> jax.Array:
+    """`x = run(block, x, inputs)` for one block after another.
 
     Args:
       run: a block's work.
       blocks: as `stack` makes them.
-      x: goes from block to block.
-      inputs: a tree of arrays, whose leading axis is that of the blocks.
+      x: tokens.
+      inputs: a tree of arrays; a block gets its entry of their leading axis.
       layers: the blocks that run.
       remat: see `Transformer`.
-
-    Returns:
-      `x` after the last block, and every block's outputs, stacked.
     """
     graphdef, stacked = nnx.split(blocks)
-    body = lambda x, layer: run(nnx.merge(graphdef, layer[0]), x, layer[1])
+    body = lambda x, layer: (run(nnx.merge(graphdef, layer[0]), x, layer[1]), None)
     chosen = jax.tree.map(lambda leaf: leaf[layers], (stacked, inputs))
-    return jax.lax.scan(jax.checkpoint(body, policy=remat, prevent_cse=False), x, chosen)
+    return jax.lax.scan(jax.checkpoint(body, policy=remat, prevent_cse=False), x, chosen)[0]
 
 
 def _scaled(x: jax.Array, scale: nnx.Param | None) -> jax.Array:
@@ -325,10 +323,10 @@ class Transformer(nnx.Module):
         Layers are numbered as `transformers` numbers `hidden_states`: 0 is the input, `depth` the last block's output.
         They must ascend. Blocks after the last of them are not run.
         """
-        run = lambda block, x, _: (block(x, rope), None)
+        run = lambda block, x, _: block(x, rope)
         states, x, done = [], x.astype(self.dtype), 0
         for layer in layers:
-            x, _ = scan(run, self.blocks, x, layers=slice(done, layer), remat=self.remat)
+            x = scan(run, self.blocks, x, layers=slice(done, layer), remat=self.remat)
             states.append(x)
             done = layer
         return states

@@ -30,6 +30,7 @@ from vqrae_jax.weights import tensors
 
 log = logging.getLogger(__name__)
 ENCODER, FID = "fd_encoder", "fid"  # distances, and so the views of which they are taken
+BY_POSITION = "codes_by_position"  # the ceiling
 NEAREST_OF = 5000  # images at most whose nearest training image is looked for
 
 
@@ -158,19 +159,19 @@ class Measurement:
         except (OSError, ValueError) as error:
             if options.inception:
                 raise
-            self._failed[FID] = " ".join(str(error).split())
-            log.warning("fid and inception_score are left out: %s", self._failed[FID])
+            self._leave_out(FID, error)
         self._reference = open_source(options.reference, training=False)
         self._probe = open_source(options.probe, training=True) if options.probe else None
         self._trained_on = open_source(decoder.codes.data, training=True) if options.neighbours else None
 
-    def __call__(self, codes: np.ndarray, labels: np.ndarray, independent: np.ndarray) -> Found:
+    def __call__(self, codes: np.ndarray, labels: np.ndarray, independent: Callable[[], np.ndarray]) -> Found:
         """Measures samples.
 
         Args:
           codes: of the samples, `[n, h, w]` int32.
           labels: the classes that were asked for, `[n]`; -1 is none.
-          independent: codes that know nothing of each other, `[n, h, w]`.
+          independent: makes codes that know nothing of each other, `[n, h, w]`; where it cannot, with OSError or
+            ValueError, a line says so, and this ruler is left out.
 
         Raises:
           OSError, ValueError: images cannot be read, or there are too few of them.
@@ -180,8 +181,12 @@ class Measurement:
         some = min(len(codes), len(self._reference))
         looks = {"samples": self._look(decoder.decoded(codes, labels), len(codes)),
                  "reconstructions": self._look(self._some(decoder.reconstruct, some), some),
-                 "codes by position": self._look(decoder.decoded(independent, np.full(len(codes), -1)), len(codes)),
                  "originals": self._look(self._some(lambda images: images.astype(jnp.float32) / 255, some), some)}
+        try:
+            without = independent()
+            looks[BY_POSITION] = self._look(decoder.decoded(without, np.full(len(without), -1)), len(without))
+        except (OSError, ValueError) as error:
+            self._leave_out(BY_POSITION, error)
         columns: dict[str, dict[str, float]] = {
             name: {distance: frechet.frechet_distance(*seen, *against[distance])
                    for distance, seen in look.statistics.items()} for name, look in looks.items()}
@@ -196,6 +201,10 @@ class Measurement:
             columns[name]["num_images"] = len(look.labels)
         weights = {file: digest for view in self._views.values() for file, digest in view.weights.items()}
         return Found(columns, self._failed, rows, weights)
+
+    def _leave_out(self, what: str, error: Exception) -> None:
+        self._failed[what] = " ".join(str(error).split())
+        log.warning("%s is left out: %s", what, self._failed[what])
 
     def _open(self, source: Source, limit: int = 0) -> evaluate.Batches:
         config = self._decoder.config
@@ -221,7 +230,8 @@ class Measurement:
             *kept, valid = distributed.gather((looks[ENCODER], batch["label"], batch["valid"]))
             rows.append([values[valid] for values in kept])
         features, labels = (np.concatenate(side) for side in zip(*rows, strict=True))
-        return Look(instruments.finished(sums), score and inception_score.finish(score)[0], features, labels)
+        mean = None if score is None else inception_score.finish(score)[0]
+        return Look(instruments.finished(sums), mean, features, labels)
 
     def _classify(self, source: Source, looks: dict[str, Look], columns: dict[str, dict[str, float]]) -> None:
         """Adds the share of images that a linear probe puts into their class, where they have one.
@@ -293,10 +303,11 @@ def write(found: Found, decoder: Decoder, options: Options, weights: Mapping[str
         reference=options.reference, weights={**weights, **found.weights}, run_weights=decoder.codes.weights,
         options={**recipe.plain(options), **request},
         configs={run: tensors.sha256(Path(run) / "config.json") for run in weights})
+    name = out.name.removesuffix(".png").removesuffix(".npz")
     with disk_errors(out.parent):
         if found.neighbours:
-            reporting.save_png(out.with_name(f"{out.stem}_neighbours.png"), reporting.image_rows(found.neighbours))
-        made_last = out.with_name(f"{out.stem}_metrics.json.part")
+            reporting.save_png(out.with_name(f"{name}_neighbours.png"), reporting.image_rows(found.neighbours))
+        made_last = out.with_name(f"{name}_metrics.json.part")
         made_last.write_text(reporting.to_json({
             **found.columns[samples], "rulers": {name: found.columns[name] for name in rulers},
             "failed": found.failed, "recipe": made}, indent=2) + "\n")
