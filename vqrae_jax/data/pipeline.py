@@ -22,13 +22,7 @@ from absl import flags
 from vqrae_jax.data import faults
 from vqrae_jax.data.codes import CodesRecord
 from vqrae_jax.data.sources import Record, Source
-from vqrae_jax.data.transforms import (
-    decode_image,
-    random_flip,
-    random_resized_crop,
-    resize_and_center_crop,
-    ten_crops,
-)
+from vqrae_jax.data.transforms import random_flip, random_resized_crop, resize_and_center_crop, ten_crops
 
 Example = dict[str, Any]  # arrays of one image, which batches stack
 ReadCaption = Callable[[str], Example]
@@ -406,7 +400,7 @@ def _chosen(source: Source, limit: int | None) -> np.ndarray:
 
 
 def _centre(record: Record, *, image_size: int) -> Example:
-    image = resize_and_center_crop(decode_image(record.image), size=image_size)
+    image = resize_and_center_crop(record.image, size=image_size)
     return {"image": image, "label": np.int32(record.label)}
 
 
@@ -505,9 +499,9 @@ def _evaluation(source: Source, make: Callable[[Any], Example], missing: Example
 
 
 def _views(record: Record, *, image_size: int, views: int) -> Example:
-    image = decode_image(record.image)
-    made = ten_crops(image, size=image_size) if views == 10 else resize_and_center_crop(image, size=image_size)[None]
-    return {"image": made, "label": np.int32(record.label), "caption": np.array(record.caption, object)}
+    image = (ten_crops(record.image, size=image_size) if views == 10
+             else resize_and_center_crop(record.image, size=image_size)[None])
+    return {"image": image, "label": np.int32(record.label), "caption": np.array(record.caption, object)}
 
 
 def views_batches(source: Source, indices: np.ndarray, *, image_size: int, views: int, batch_size: int,

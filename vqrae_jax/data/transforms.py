@@ -150,31 +150,41 @@ def _resized(image: Image.Image, size: int, box: tuple[float, float, float, floa
     return np.array(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
 
 
-def resize_and_center_crop(image: np.ndarray, *, size: int) -> np.ndarray:
+def resize_and_center_crop(image: bytes | np.ndarray, *, size: int) -> np.ndarray:
     """The short side to `size` with an antialiased bicubic filter, then the centre square (torchvision's rounding).
 
     An image that is `size x size` already comes back with its pixels untouched.
 
     Args:
-      image: uint8 `[H, W, 3]`.
+      image: an encoded image, read as by `decode_image`, or uint8 `[H, W, 3]`.
       size: side of the result.
 
     Returns:
       uint8 `[size, size, 3]`.
+
+    Raises:
+      ValueError: as from `decode_image`.
     """
-    height, width = image.shape[:2]
+    if isinstance(image, np.ndarray):
+        _check_array(image)
+        return _centre(Image.fromarray(image), size)
+    with _opened(image) as file:
+        return _centre(_upright_rgb(file), size)
+
+
+def _centre(image: Image.Image, size: int) -> np.ndarray:
+    width, height = image.size
     short = min(height, width)
     resized_height, resized_width = int(size * height / short), int(size * width / short)
     top, left = round((resized_height - size) / 2), round((resized_width - size) / 2)
     if short == size:
-        return image[top:top + size, left:left + size].copy()
+        return np.array(image.crop((left, top, left + size, top + size)))
     # Only the pixels of the crop are computed: of a 1 x 10000 image the whole resized one would fill the memory.
     y, x = height / resized_height, width / resized_width
-    box = (left * x, top * y, min((left + size) * x, width), min((top + size) * y, height))
-    return _resized(Image.fromarray(image), size, box)
+    return _resized(image, size, (left * x, top * y, min((left + size) * x, width), min((top + size) * y, height)))
 
 
-def ten_crops(image: np.ndarray, *, size: int) -> np.ndarray:
+def ten_crops(image: bytes | np.ndarray, *, size: int) -> np.ndarray:
     """The views that generators are trained on: five crops of an image that is a tenth larger, and their mirror images.
 
     The image is resized and cropped to a square of int(1.1 size) as by `resize_and_center_crop`; of that come the
@@ -183,11 +193,14 @@ def ten_crops(image: np.ndarray, *, size: int) -> np.ndarray:
     2406.06525).
 
     Args:
-      image: uint8 `[H, W, 3]`.
+      image: an encoded image, read as by `decode_image`, or uint8 `[H, W, 3]`.
       size: side of the views.
 
     Returns:
       uint8 `[10, size, size, 3]`.
+
+    Raises:
+      ValueError: as from `decode_image`.
     """
     large = resize_and_center_crop(image, size=int(1.1 * size))
     end = len(large) - size

@@ -183,10 +183,10 @@ def read_images(files: str | os.PathLike | Iterable[str | os.PathLike], size: in
 
 def _read_image(file: Path, size: int) -> np.ndarray:
     # Not at the top: Grain, which comes with it, defines flags, and `import vqrae_jax` should define none.
-    from vqrae_jax.data import decode_image, resize_and_center_crop
+    from vqrae_jax.data import resize_and_center_crop
 
     try:
-        return resize_and_center_crop(decode_image(file.read_bytes()), size=size)
+        return resize_and_center_crop(file.read_bytes(), size=size)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
 
