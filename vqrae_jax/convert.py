@@ -113,8 +113,7 @@ if __name__ == "__main__":
                                     lower_bound=0)
     _STEP = flags.DEFINE_integer("step", None, "to-hf: which checkpoint; the last if not given")
     _WEIGHTS = cli.weights()
-    _FLAGS = (_CHECKPOINT, _ENCODER, _HEADS, _NORM, _STATS, _L2, _WORKDIR, _OUT, _STEP, _WEIGHTS, _TARS,
-              _THREADS)
+    _FLAGS = (_CHECKPOINT, _ENCODER, _HEADS, _NORM, _STATS, _L2, _WORKDIR, _OUT, _STEP, _WEIGHTS, _TARS, _THREADS)
     _VERBS: dict[str, tuple[Callable[[], None], tuple[str, ...], tuple[str, ...]]] = {
         "from-torch": (lambda: convert.from_torch(
             Path(_CHECKPOINT.value), Path(_WORKDIR.value), encoder=_ENCODER.value, decoder_heads=_HEADS.value,

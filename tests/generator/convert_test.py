@@ -149,6 +149,10 @@ def test_the_command_line_goes_there_and_back(folder, tmp_path):
     assert_same(load(run).params, load(folder / "class").params)
 
 
+def edit(file: Path, **changes) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
 def taken(folder: Path, name: str) -> None:
     """Makes the text tokenizer of a run one that has a token of that name."""
     file = folder / "caption" / "text" / "tokenizer.json"
@@ -162,6 +166,7 @@ def taken(folder: Path, name: str) -> None:
     (lambda at: (at / "out").touch(), "cannot write to .*out: Not a directory; choose a folder you may write to$"),
     (lambda at: (at / "caption" / "config.json").unlink(), "caption is not the folder of a run$"),
     (lambda at: (at / "caption" / "config.json").write_text("[]"), "config.json is damaged: it holds no JSON object$"),
+    (lambda at: edit(at / "caption" / "config.json", task="chess"), "config.json is not .*: config key task must be one"),
     (lambda at: (at / "caption" / "text" / "tokenizer.json").unlink(), "text has no tokenizer.json: tokens of text"),
     (lambda at: (at / "caption" / "text" / "tokenizer.json").write_text("{"), "tokenizer.json cannot be read .*: down"),
     (lambda at: taken(at, "<code_7>"), "has a token <code_7> already: it cannot be that of a code or of a class as"),
@@ -174,10 +179,6 @@ def test_what_cannot_be_written_is_one_line_and_leaves_nothing(damage, says, fol
         verb.to_hf(tmp_path / "caption", tmp_path / "out", step=None, weights="ema")
     assert "\n" not in str(error.value)
     assert sorted(tmp_path.rglob("*")) == before
-
-
-def edit(file: Path, **changes) -> None:
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
 @pytest.mark.parametrize(("damage", "says"), [

@@ -37,7 +37,8 @@ def to_hf(workdir: Path, out: Path, *, step: int | None = None, weights: Weights
       step, weights: see `runs.load_run`.
 
     Raises:
-      OSError: not the folder of a run, its text tokenizer cannot be read, or `out` cannot be written.
+      OSError: not the folder of a run, its text tokenizer cannot be read, `tokenizers` is not installed, or `out`
+        cannot be written.
       ValueError: `out` is not empty, or the text tokenizer has tokens of these names.
     """
     with disk_errors(out):
@@ -52,14 +53,15 @@ def to_hf(workdir: Path, out: Path, *, step: int | None = None, weights: Weights
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=f"{out.name}.") as unfinished:
             folder = Path(unfinished) / "folder"  # with the permissions that folders have here
-            qwen3.save_lm(folder, spec, params, np.float32)
-            qwen3.save_generation(folder, among=range(vocabulary.size)[vocabulary.code], vocabulary=vocabulary.size,
-                                  length=tokens)
+            folder.mkdir()
             text.save_tokenizer(
                 folder, text=workdir / "text" if vocabulary.text else None, first=vocabulary.text,
                 shown=[f"<code_{code}>" for code in range(vocabulary.codes)],
                 special=[*(f"<class_{label}>" for label in range(vocabulary.classes)), BEGIN],
                 longest=spec.max_positions)
+            qwen3.save_generation(folder, among=range(vocabulary.size)[vocabulary.code], vocabulary=vocabulary.size,
+                                  length=tokens)
+            qwen3.save_lm(folder, spec, params, np.float32)
             (folder / RUN).mkdir()
             runs.write_files(folder / RUN, config, codes)
             shutil.copyfile(workdir / "config.json", folder / RUN / "config.json")

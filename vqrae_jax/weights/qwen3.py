@@ -20,6 +20,7 @@ from vqrae_jax.weights.options import Options
 from vqrae_jax.weights.tensors import local_folder
 
 Init = Literal["mean", "normal"]
+SHARD_BYTES = 5 * 10**9  # of the largest file of weights, as huggingface_hub has it
 
 _ARCHITECTURE = "Qwen3ForCausalLM"
 # What `transformers` assumes where config.json says nothing; of rope_theta and rope_scaling, which are the older form
@@ -29,7 +30,6 @@ _DEFAULTS = {"model_type": None, "vocab_size": 151936, "hidden_size": 4096, "int
              "hidden_act": "silu", "max_position_embeddings": 32768, "rms_norm_eps": 1e-6,
              "tie_word_embeddings": False, "attention_bias": False, "use_sliding_window": False, "layer_types": None,
              "rope_parameters": None, "rope_scaling": None, "rope_theta": 10000.0}
-SHARD_BYTES = 5 * 10**9  # of the largest file of weights, as huggingface_hub has it
 _REQUIRED = {"hidden_act": "silu", "attention_bias": False, "use_sliding_window": False}
 
 _KEYS: dict[str, str | tuple[str, ...]] = {

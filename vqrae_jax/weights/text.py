@@ -50,7 +50,7 @@ def _library() -> Any:
     try:
         import tokenizers  # pyright: ignore[reportMissingImports]
     except ImportError:
-        raise OSError("tokens of text need tokenizers: pip install tokenizers") from None
+        raise OSError("tokenizers is not installed, by which texts become tokens: pip install tokenizers") from None
     return tokenizers
 
 
