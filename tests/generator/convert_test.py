@@ -166,7 +166,7 @@ def taken(folder: Path, name: str) -> None:
     (lambda at: (at / "out").touch(), "cannot write to .*out: Not a directory; choose a folder you may write to$"),
     (lambda at: (at / "caption" / "config.json").unlink(), "caption is not the folder of a run$"),
     (lambda at: (at / "caption" / "config.json").write_text("[]"), "config.json is damaged: it holds no JSON object$"),
-    (lambda at: edit(at / "caption" / "config.json", task="chess"), "config.json is not .*: config key task must be one"),
+    (lambda at: edit(at / "caption" / "config.json", task="chess"), "config.json is not .* key task must be one of"),
     (lambda at: (at / "caption" / "text" / "tokenizer.json").unlink(), "text has no tokenizer.json: tokens of text"),
     (lambda at: (at / "caption" / "text" / "tokenizer.json").write_text("{"), "tokenizer.json cannot be read .*: down"),
     (lambda at: taken(at, "<code_7>"), "has a token <code_7> already: it cannot be that of a code or of a class as"),
