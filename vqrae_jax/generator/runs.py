@@ -15,9 +15,9 @@ from vqrae_jax.config import GeneratorConfig
 from vqrae_jax.generator import build, train_state
 from vqrae_jax.generator.build import Structure
 from vqrae_jax.models.flat import Arrays
-from vqrae_jax.training import checkpoint
+from vqrae_jax.training import checkpoint, sharding
 from vqrae_jax.training.checkpoint import Weights
-from vqrae_jax.weights import text
+from vqrae_jax.weights import packed, text
 
 if TYPE_CHECKING:
     from vqrae_jax.data.codes import Description
@@ -67,7 +67,7 @@ def load_run(workdir: Path, mesh: Mesh, *, step: int | None = None, weights: Wei
     """A run as a model; what only training needs is not read.
 
     Args:
-      workdir: the run's folder.
+      workdir: the run's folder, that of a packed model, or `nano`, the one that ships with this package.
       mesh: where the parameters are to be; it need not be the mesh that the run was trained on.
       step: which checkpoint; None is the last.
       weights: `ema` for the moving average of what has one, `raw` for the parameters as they were trained. In a run
@@ -79,10 +79,15 @@ def load_run(workdir: Path, mesh: Mesh, *, step: int | None = None, weights: Wei
     """
     from vqrae_jax.data.codes import read_description  # with the data comes Grain, which defines flags
 
+    workdir = packed.find(workdir, GeneratorConfig.task)
     config = config_lib.load(workdir / "config.json", GeneratorConfig)
-    step = checkpoint.chosen_step(workdir, step)
+    is_packed = packed.is_packed(workdir)
+    step = step if is_packed else checkpoint.chosen_step(workdir, step)
     config, codes = self_contained(workdir, config), read_description(workdir)
     of_model = structure(workdir, config, codes)
+    if is_packed:
+        read = packed.read(workdir, of_model.params, step=step, weights=weights)
+        return Loaded(config, codes, of_model, sharding.put(mesh, read, sharding.RULES))
     abstract, frozen = train_state.abstract(config, of_model, mesh)
     params = checkpoint.load_model(workdir, step, train_state.items(abstract)["model"], weights)
     return Loaded(config, codes, of_model, params | checkpoint.load_frozen_item(workdir, "params", frozen.params))

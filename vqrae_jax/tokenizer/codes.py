@@ -44,7 +44,7 @@ def tokenize(workdir: str | os.PathLike, data: str, out: str | os.PathLike, *, v
     devices and processes of one kind. Of several processes each makes other shards, on its own devices.
 
     Args:
-      workdir: the tokenizer's run.
+      workdir: the tokenizer's run, as `runs.load_run` takes it.
       data: SPEC of the images; where it names no split, those to train on.
       out: the folder.
       views: of each image: 1 for the centre, 10 for `data.ten_crops`.
@@ -74,7 +74,7 @@ def tokenize(workdir: str | os.PathLike, data: str, out: str | os.PathLike, *, v
     made = recipe.recipe(
         config, data=data, part="all", images=len(source), reference="none", weights={str(workdir): digest},
         options={"views": views, "batch_size": batch_size}, run_weights=weights,
-        configs={str(workdir): tensors.sha256(workdir / "config.json")})
+        configs={str(workdir): tensors.sha256(runs.folder(workdir) / "config.json")})
     made |= {"pixels": "8 bits", "crop": "centre" if views == 1 else "centre and corners of a square of 1.1 times the "
              "size, and their mirror images"}
     planned = Description(

@@ -97,7 +97,7 @@ def to_hf(workdir: Path, out: Path, *, weights: Weights = "ema") -> None:
     if (out / "model.safetensors").exists():
         raise ValueError(f"{out} holds a model already: choose another --out")
     config, _, arrays = runs.load_run(workdir, sharding.one_device(), weights=weights)
-    spec = dataclasses.replace(huggingface.read_encoder_spec(workdir / "encoder"),
+    spec = dataclasses.replace(huggingface.read_encoder_spec(runs.folder(workdir) / "encoder"),
                                image_size=build.encoder_input_size(config))
     params = {path.removeprefix("encoder/"): np.asarray(value) for path, value in arrays.items()
               if path.startswith("encoder/")}
