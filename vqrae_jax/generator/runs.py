@@ -39,6 +39,11 @@ class Loaded(NamedTuple):
     params: Arrays
 
 
+def folder(workdir: Path) -> Path:
+    """The folder itself, or that of the generator which ships with the package under this name; see `packed.find`."""
+    return packed.find(workdir, GeneratorConfig.task)
+
+
 def structure(workdir: Path, config: GeneratorConfig, codes: "Description") -> Structure:
     """`build.structure`, with the text model's shape from the run's folder once the run has begun."""
     if checkpoint.has_checkpoint(workdir):
@@ -79,7 +84,7 @@ def load_run(workdir: Path, mesh: Mesh, *, step: int | None = None, weights: Wei
     """
     from vqrae_jax.data.codes import read_description  # with the data comes Grain, which defines flags
 
-    workdir = packed.find(workdir, GeneratorConfig.task)
+    workdir = folder(workdir)
     config = config_lib.load(workdir / "config.json", GeneratorConfig)
     is_packed = packed.is_packed(workdir)
     step = step if is_packed else checkpoint.chosen_step(workdir, step)

@@ -63,7 +63,7 @@ def read(folder: Path, shapes: Mapping[str, Any], *, step: int | None, weights: 
 
 
 def write(folder: Path, params: Mapping[str, Any], buffers: Mapping[str, Any]) -> None:
-    """Writes model.safetensors into an existing folder.
+    """Writes model.safetensors into an existing folder, at once.
 
     Args:
       folder: for the model.
@@ -78,5 +78,6 @@ def write(folder: Path, params: Mapping[str, Any], buffers: Mapping[str, Any]) -
     if beyond := [path for path, array in rounded.items() if not np.isfinite(array).all()]:
         raise ValueError(f"parameter {beyond[0]} has values that float16 cannot hold")
     arrays = {**rounded, **{path: np.asarray(array) for path, array in buffers.items()}}
-    # `save_file` would make a file that nobody else may read.
-    (folder / _WEIGHTS).write_bytes(save({path: np.ascontiguousarray(array) for path, array in arrays.items()}))
+    unfinished = folder / f"{_WEIGHTS}.part"
+    unfinished.write_bytes(save({path: np.ascontiguousarray(array) for path, array in arrays.items()}))
+    unfinished.replace(folder / _WEIGHTS)
