@@ -64,8 +64,8 @@ def _labels(workdirs: list[Path]) -> list[str]:
 
 
 if __name__ == "__main__":
-    _WORKDIR = flags.DEFINE_multi_string("workdir", None, "folder of a run, or a pattern; several are compared",
-                                         required=True)
+    _WORKDIR = flags.DEFINE_multi_string("workdir", None, "folder of a run, or nano, or a pattern; several are "
+                                         "compared", required=True)
     _OUT = flags.DEFINE_string("out", "", "folder for the results; empty is WORKDIR/evaluation")
     _OPTIONS = {
         "data": flags.DEFINE_string("data", "", "SPEC of the images; empty is what the first run was evaluated on"),

@@ -62,8 +62,9 @@ def _classes() -> list[int] | None:
 
 
 if __name__ == "__main__":
-    _WORKDIR = flags.DEFINE_string("workdir", None, "folder of a generator's run", required=True)
-    _TOKENIZER = flags.DEFINE_string("tokenizer", None, "folder of the run whose codes it learned", required=True)
+    _WORKDIR = flags.DEFINE_string("workdir", None, "folder of a generator's run, or nano", required=True)
+    _TOKENIZER = flags.DEFINE_string("tokenizer", None, "folder of the run whose codes it learned, or nano",
+                                     required=True)
     _NUM = flags.DEFINE_integer("num", None, "how many images", required=True)
     _OUT = flags.DEFINE_string("out", None, "FILE.png, FILE.npz or a folder", required=True)
     _CLASSES = flags.DEFINE_list("classes", None, "of the images, in turn; all of them if not given")
