@@ -85,14 +85,13 @@ def load_run(workdir: Path, mesh: Mesh, *, step: int | None = None, weights: Wei
     from vqrae_jax.data.codes import read_description  # with the data comes Grain, which defines flags
 
     workdir = folder(workdir)
-    config = config_lib.load(workdir / "config.json", GeneratorConfig)
-    is_packed = packed.is_packed(workdir)
-    step = step if is_packed else checkpoint.chosen_step(workdir, step)
-    config, codes = self_contained(workdir, config), read_description(workdir)
-    of_model = structure(workdir, config, codes)
-    if is_packed:
+    config = self_contained(workdir, config_lib.load(workdir / "config.json", GeneratorConfig))
+    codes = read_description(workdir)
+    of_model = build.structure(config, build.known_codes(config, codes))
+    if packed.is_packed(workdir):
         read = packed.read(workdir, of_model.params, step=step, weights=weights)
         return Loaded(config, codes, of_model, sharding.put(mesh, read, sharding.RULES))
+    step = checkpoint.chosen_step(workdir, step)
     abstract, frozen = train_state.abstract(config, of_model, mesh)
     params = checkpoint.load_model(workdir, step, train_state.items(abstract)["model"], weights)
     return Loaded(config, codes, of_model, params | checkpoint.load_frozen_item(workdir, "params", frozen.params))
