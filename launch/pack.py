@@ -13,6 +13,7 @@ from pathlib import Path
 from absl import flags
 
 from vqrae_jax import cli
+from vqrae_jax import config as config_lib
 from vqrae_jax.generator import runs as generator_runs
 from vqrae_jax.tokenizer import runs as tokenizer_runs
 from vqrae_jax.training import sharding
@@ -36,7 +37,7 @@ def pack(workdir: Path, out: Path) -> None:
     if (out / "model.safetensors").exists():
         raise ValueError(f"{out} holds a model already: choose another --out")
     mesh = sharding.one_device()
-    if (workdir / "codes.json").exists():
+    if config_lib.task_of(workdir / "config.json") == "generator":
         params, buffers = generator_runs.load_run(workdir, mesh).params, {}
     else:
         config, _, params = tokenizer_runs.load_run(workdir, mesh)
