@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import REPOSITORY
+from tests.docs_test import wrong_commands
 
 LAUNCH = REPOSITORY / "launch"
 SCRIPTS = sorted(LAUNCH.glob("*.sh"))
@@ -60,7 +61,7 @@ def test_no_launch_file_sets_hyperparameters():
     files = [*SCRIPTS, LAUNCH / "gke.yaml", LAUNCH / "Dockerfile", LAUNCH / "colab.ipynb"]
     lines = [line for file in files for line in file.read_text().splitlines() if not line.lstrip().startswith("#")]
     keys = {key for line in lines for key in re.findall(r"--config\.([\w.]+)", line.split("  # ")[0])}
-    assert keys <= {"data.source", "init_from", "key"}  # the last is in a usage line
+    assert keys <= {"data.source", "eval.source", "init_from", "key"}  # the last is in a usage line
 
 
 def test_launch_files_install_extras_that_exist():
@@ -92,6 +93,32 @@ def test_gpu_installs_once_and_hands_on_its_arguments(commands, tmp_path):
     shutil.copy("/bin/true", clone / ".venv/bin/pip")
     ran = commands.run("bash", script, *ARGUMENTS, cwd=tmp_path)
     assert (ran.returncode, ran.stderr[:36]) == (1, "error: JAX finds no NVIDIA GPU: see ")
+
+
+def test_ship_nano_packs_before_it_tokenizes_and_goes_on_where_it_ended(commands, tmp_path):
+    clone = tmp_path / "a clone"
+    (clone / "launch").mkdir(parents=True)
+    script = shutil.copy(LAUNCH / "ship_nano.sh", clone / "launch")
+    assert commands.run("bash", script, cwd=tmp_path).stderr == "error: give the folder where TFDS keeps CIFAR-10\n"
+    (clone / ".venv/bin").mkdir(parents=True)
+    made = 'case "$1" in launch/pack.py) out="${3#--out=}"; mkdir -p "$out"; touch "$out/model.safetensors";; esac'
+    shutil.copy(commands.add("python", f'echo "$TFDS_DATA_DIR"; {made}'), clone / ".venv/bin")
+    (tmp_path / "data").mkdir()
+    ran = commands.run("bash", script, "data", cwd=tmp_path)
+    assert ran.returncode == 0 and set(ran.stdout.splitlines()) == {str(tmp_path / "data")}, ran.stderr
+    _, *calls = commands.calls()
+    names = [call[1] if call[1] != "-m" else call[2].removeprefix("vqrae_jax.") for call in calls]
+    assert names == ["main", "main", "launch/pack.py", "evaluate", "tokenize", "tokenize", "main", "launch/pack.py",
+                     "generate"]
+    wrong = wrong_commands("\n".join(["", *(f"    {shlex.join(call)}" for call in calls if call[1] == "-m")]))
+    assert not wrong
+    # What is there is not made again.
+    for name in ("nano_shipped/metrics.json", "nano_samples.npz"):
+        (clone / "runs" / name).parent.mkdir(parents=True, exist_ok=True)
+        (clone / "runs" / name).touch()
+    commands.run("bash", script, "data", cwd=tmp_path)
+    again = [call[2] for call in commands.calls()[len(calls) + 2:]]
+    assert again == [f"vqrae_jax.{name}" for name in ("main", "main", "tokenize", "tokenize", "main")]
 
 
 GPU_CHECK = 'import jax; jax.devices("cuda")'

@@ -297,7 +297,7 @@ class Config(Run):
     """What training a tokenizer reads."""
 
     task: Literal["tokenizer"] = "tokenizer"
-    init_from: str = _key("", free=True)  # a run folder whose weights to start from, read once
+    init_from: str = _key("", free=True)  # a run folder, or nano, whose weights to start from, read once
     data: Data = Data()
     eval: Eval = Eval()
     model: Model = Model()

@@ -18,7 +18,7 @@ def main(_) -> None:
 
 
 if __name__ == "__main__":
-    _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the tokenizer's run", required=True)
+    _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the tokenizer's run, or nano", required=True)
     _CODES = flags.DEFINE_string("codes", None, "folder of codes, which tokenize made", required=True)
     _OUT = flags.DEFINE_string("out", None, "folder for the images", required=True)
     _BATCH_SIZE = flags.DEFINE_integer("batch_size", 0, "images that a device decodes at once; 0 is as many as it "

@@ -17,7 +17,7 @@ from absl import flags
 
 from vqrae_jax import cli
 from vqrae_jax import config as config_lib
-from vqrae_jax.tokenizer import evaluate, recipe
+from vqrae_jax.tokenizer import evaluate, recipe, runs
 from vqrae_jax.tokenizer.comparison import Comparison, Options
 from vqrae_jax.training import distributed, sharding
 
@@ -28,7 +28,7 @@ def main(_) -> None:
     workdirs = [folder for pattern in _WORKDIR.value for folder in _folders(pattern)]
     names = _labels(workdirs)
     out = Path(_OUT.value or workdirs[0] / "evaluation")
-    configs = [config_lib.load(workdir / "config.json") for workdir in workdirs]
+    configs = [config_lib.load(runs.folder(workdir) / "config.json") for workdir in workdirs]
     if len(sizes := {config.data.image_size for config in configs}) > 1:  # before the work
         raise ValueError(f"runs for images of different sizes, {sorted(sizes)}, cannot be compared: one at a time")
     options = Options(**{name: flag.value for name, flag in _OPTIONS.items()})
@@ -64,8 +64,8 @@ def _labels(workdirs: list[Path]) -> list[str]:
 
 
 if __name__ == "__main__":
-    _WORKDIR = flags.DEFINE_multi_string("workdir", None, "folder of a run, or a pattern; several are compared",
-                                         required=True)
+    _WORKDIR = flags.DEFINE_multi_string("workdir", None, "folder of a run, or nano, or a pattern; several are "
+                                         "compared", required=True)
     _OUT = flags.DEFINE_string("out", "", "folder for the results; empty is WORKDIR/evaluation")
     _OPTIONS = {
         "data": flags.DEFINE_string("data", "", "SPEC of the images; empty is what the first run was evaluated on"),

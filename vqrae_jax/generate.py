@@ -19,23 +19,25 @@ from vqrae_jax import cli
 from vqrae_jax import config as config_lib
 from vqrae_jax.generator import generate, runs, sampling
 from vqrae_jax.generator.inference import Generator
+from vqrae_jax.tokenizer import runs as tokenizer_runs
 from vqrae_jax.tokenizer import samples
 from vqrae_jax.tokenizer.evaluate import table
 from vqrae_jax.tokenizer.recipe import line
-from vqrae_jax.tokenizer.runs import digest
 from vqrae_jax.training import distributed, sharding
 
 
 def main(_) -> None:
     _JOIN_PROCESSES()
     mesh = sharding.make_mesh(config_lib.Mesh())
-    workdir, tokenizer, out = Path(_WORKDIR.value), Path(_TOKENIZER.value), Path(_OUT.value)
+    # Of what ships, too: two models of one name lie in two folders.
+    workdir, tokenizer = runs.folder(Path(_WORKDIR.value)), tokenizer_runs.folder(Path(_TOKENIZER.value))
+    out = Path(_OUT.value)
     options = sampling.Options(**{name: flag.value for name, flag in _OPTIONS.items()})
     run = runs.load_run(workdir, mesh, step=_STEP.value, weights=_WEIGHTS.value)
     decoder = samples.Decoder(tokenizer, run.codes, mesh)
     measured = samples.Options(**{name: flag.value for name, flag in _MEASURED.items()})
     measure = samples.Measurement(decoder, measured) if measured.reference else None
-    weights = {str(workdir): digest(run.params), str(tokenizer): run.codes.tokenizer}
+    weights = {str(workdir): tokenizer_runs.digest(run.params), str(tokenizer): run.codes.tokenizer}
     generator = Generator(run, mesh)
     work = generate.Samples(generator, _NUM.value, classes=_classes(), prompts=_PROMPT.value, options=options,
                             batch_size=_BATCH_SIZE.value, out=out, weights=weights)
@@ -60,8 +62,9 @@ def _classes() -> list[int] | None:
 
 
 if __name__ == "__main__":
-    _WORKDIR = flags.DEFINE_string("workdir", None, "folder of a generator's run", required=True)
-    _TOKENIZER = flags.DEFINE_string("tokenizer", None, "folder of the run whose codes it learned", required=True)
+    _WORKDIR = flags.DEFINE_string("workdir", None, "folder of a generator's run, or nano", required=True)
+    _TOKENIZER = flags.DEFINE_string("tokenizer", None, "folder of the run whose codes it learned, or nano",
+                                     required=True)
     _NUM = flags.DEFINE_integer("num", None, "how many images", required=True)
     _OUT = flags.DEFINE_string("out", None, "FILE.png, FILE.npz or a folder", required=True)
     _CLASSES = flags.DEFINE_list("classes", None, "of the images, in turn; all of them if not given")

@@ -32,7 +32,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    _WORKDIR = flags.DEFINE_string("workdir", None, "folder of a run", required=True)
+    _WORKDIR = flags.DEFINE_string("workdir", None, "folder of a run, or nano", required=True)
     _OUT = flags.DEFINE_string("out", None, "the picture to write", required=True)
     _WEIGHTS = cli.weights()
     cli.run(main, arguments=True)

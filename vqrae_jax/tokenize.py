@@ -35,7 +35,7 @@ def main(_) -> None:
 
 
 if __name__ == "__main__":
-    _WORKDIR = flags.DEFINE_string("workdir", None, "folder of a tokenizer's run", required=True)
+    _WORKDIR = flags.DEFINE_string("workdir", None, "folder of a tokenizer's run, or nano", required=True)
     _DATA = flags.DEFINE_string("data", None, "SPEC of the images; where it names no split, those to train on",
                                 required=True)
     _OUT = flags.DEFINE_string("out", None, "folder for the codes", required=True)

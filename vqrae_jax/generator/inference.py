@@ -159,12 +159,13 @@ def load_generator(workdir: str | os.PathLike, *, step: int | None = None, weigh
     """The model of a generator's run.
 
     Args:
-      workdir: the run's folder.
+      workdir: the run's folder, or that of a packed model, or `nano`, the one that ships with this package and makes
+        codes for `vqrae_jax.load("nano")`.
       step: which checkpoint; None is the last.
       weights: `ema` is the moving average of the weights, `raw` the weights as they were trained.
 
     Raises:
-      OSError: not the folder of a run, or no checkpoint in it, or not that one.
+      OSError: not the folder of a run, or no checkpoint in it, or not that one; or files are damaged.
       ValueError: the run of a tokenizer; other `weights`.
     """
     mesh = sharding.one_device()

@@ -15,9 +15,9 @@ from vqrae_jax.config import GeneratorConfig
 from vqrae_jax.generator import build, train_state
 from vqrae_jax.generator.build import Structure
 from vqrae_jax.models.flat import Arrays
-from vqrae_jax.training import checkpoint
+from vqrae_jax.training import checkpoint, sharding
 from vqrae_jax.training.checkpoint import Weights
-from vqrae_jax.weights import text
+from vqrae_jax.weights import packed, text
 
 if TYPE_CHECKING:
     from vqrae_jax.data.codes import Description
@@ -37,6 +37,11 @@ class Loaded(NamedTuple):
     codes: "Description"
     structure: Structure
     params: Arrays
+
+
+def folder(workdir: Path) -> Path:
+    """The folder itself, or that of the generator which ships with the package under this name; see `packed.find`."""
+    return packed.find(workdir, GeneratorConfig.task)
 
 
 def structure(workdir: Path, config: GeneratorConfig, codes: "Description") -> Structure:
@@ -67,7 +72,7 @@ def load_run(workdir: Path, mesh: Mesh, *, step: int | None = None, weights: Wei
     """A run as a model; what only training needs is not read.
 
     Args:
-      workdir: the run's folder.
+      workdir: the run's folder, that of a packed model, or `nano`, the one that ships with this package.
       mesh: where the parameters are to be; it need not be the mesh that the run was trained on.
       step: which checkpoint; None is the last.
       weights: `ema` for the moving average of what has one, `raw` for the parameters as they were trained. In a run
@@ -79,10 +84,14 @@ def load_run(workdir: Path, mesh: Mesh, *, step: int | None = None, weights: Wei
     """
     from vqrae_jax.data.codes import read_description  # with the data comes Grain, which defines flags
 
-    config = config_lib.load(workdir / "config.json", GeneratorConfig)
+    workdir = folder(workdir)
+    config = self_contained(workdir, config_lib.load(workdir / "config.json", GeneratorConfig))
+    codes = read_description(workdir)
+    of_model = build.structure(config, build.known_codes(config, codes))
+    if packed.is_packed(workdir):
+        read = packed.read(workdir, of_model.params, step=step, weights=weights)
+        return Loaded(config, codes, of_model, sharding.put(mesh, read, sharding.RULES))
     step = checkpoint.chosen_step(workdir, step)
-    config, codes = self_contained(workdir, config), read_description(workdir)
-    of_model = structure(workdir, config, codes)
     abstract, frozen = train_state.abstract(config, of_model, mesh)
     params = checkpoint.load_model(workdir, step, train_state.items(abstract)["model"], weights)
     return Loaded(config, codes, of_model, params | checkpoint.load_frozen_item(workdir, "params", frozen.params))

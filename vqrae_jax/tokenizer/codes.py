@@ -54,7 +54,7 @@ def tokenize(workdir: str | os.PathLike, data: str, out: str | os.PathLike, *, v
     devices and processes of one kind. Of several processes each makes other shards, on its own devices.
 
     Args:
-      workdir: the tokenizer's run.
+      workdir: the tokenizer's run, as `runs.load_run` takes it.
       data: SPEC of the images; where it names no split, those to train on.
       out: the folder.
       views: of each image, one of `data.VIEWS`: 1 is the centre, 2 are it and its mirror image, 10 are
@@ -85,7 +85,7 @@ def tokenize(workdir: str | os.PathLike, data: str, out: str | os.PathLike, *, v
     made = recipe.recipe(
         config, data=data, part="all", images=len(source), reference="none", weights={str(workdir): digest},
         options={"views": views, "batch_size": batch_size}, run_weights=weights,
-        configs={str(workdir): tensors.sha256(workdir / "config.json")})
+        configs={str(workdir): tensors.sha256(runs.folder(workdir) / "config.json")})
     made |= {"pixels": "8 bits", "crop": VIEWS[views].crop}
     planned = Description(
         data=data, source=fingerprint(source), num_classes=source.num_classes, tokenizer=digest, weights=weights,

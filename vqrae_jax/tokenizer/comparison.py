@@ -226,7 +226,7 @@ class Comparison:
         uses = counts(evaluation.sums["codes"]).sum(axis=0)
         worst, best = self._extremes(config, evaluator, arrays, evaluation)
         return Result(
-            workdir, config, evaluation.metrics,
+            runs.folder(workdir), config, evaluation.metrics,
             {name: bootstrap(values) for name, values in evaluation.per_image.items() if np.isfinite(values).all()},
             failed, perturbed or [], uses if len(uses) > 1 else uses[:0], evaluation.originals,
             evaluation.reconstructions, worst, best,

@@ -196,15 +196,16 @@ def load(workdir: str | os.PathLike, *, step: int | None = None, weights: Weight
     """The model of a run's folder.
 
     Args:
-      workdir: the folder.
+      workdir: the folder, or that of a packed model, or `nano`, the one that ships with this package and was trained on
+        CIFAR-10.
       step: which checkpoint; None is the last.
       weights: `ema` is the moving average of the weights, `raw` the weights as they were trained. In a run without
         averages (`optim.ema_decay` 0) both are the same.
       quantizer: of a run that was trained with one given as an object: that object, or one like it.
 
     Raises:
-      OSError: not the folder of a run, or no checkpoint in it, or not that one.
-      ValueError: other `weights`; the run needs `quantizer`, or takes none.
+      OSError: not the folder of a run, or no checkpoint in it, or not that one; or files are damaged.
+      ValueError: other `weights`; the run needs `quantizer`, or takes none; it is that of a generator.
     """
     return Tokenizer(*runs.load_run(Path(workdir), sharding.one_device(), step=step, weights=weights,
                                     quantizer=quantizer))

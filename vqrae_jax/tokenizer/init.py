@@ -182,10 +182,11 @@ def _restored_arrays(config: Config, structure: Structure, mesh: Mesh, quantizer
     Raises:
       ValueError: a part that both have differs; the message names the first array.
     """
+    workdir = runs.folder(Path(config.init_from))
     with config_lib.says_where("init_from"):
-        other = config_lib.load(Path(config.init_from) / "config.json")
+        other = config_lib.load(workdir / "config.json")
         theirs_is_own = other.model.quantizer.kind == "own"
-        _, _, arrays = runs.load_run(Path(config.init_from), mesh, quantizer=quantizer if theirs_is_own else None)
+        _, _, arrays = runs.load_run(workdir, mesh, quantizer=quantizer if theirs_is_own else None)
     shapes = {**structure.params, **structure.buffers}
     theirs, ours = set(flat.parts(arrays)), set(flat.parts(shapes))
     for path in sorted(path for path in arrays.keys() | shapes.keys() if flat.part(path) in theirs & ours):
@@ -196,7 +197,7 @@ def _restored_arrays(config: Config, structure: Structure, mesh: Mesh, quantizer
         if arrays[path].shape != shapes[path].shape:
             raise ValueError(f"init_from: {config.init_from} has {path} of shape {arrays[path].shape}, "
                              f"this config's model {shapes[path].shape}")
-    other_encoder = huggingface.read_encoder_spec(Path(config.init_from) / "encoder")
+    other_encoder = huggingface.read_encoder_spec(workdir / "encoder")
     meanings = _meaning(other, other_encoder), _meaning(config, structure.encoder)
     for part in sorted(theirs & ours & meanings[0].keys(), key=list(meanings[0]).index):
         for key, value in meanings[0][part].items():

@@ -19,7 +19,12 @@ from vqrae_jax.models.quantizers import Quantizer
 from vqrae_jax.tokenizer import build, train_state
 from vqrae_jax.training import checkpoint, distributed, sharding
 from vqrae_jax.training.checkpoint import Weights
-from vqrae_jax.weights import huggingface
+from vqrae_jax.weights import huggingface, packed
+
+
+def folder(workdir: Path) -> Path:
+    """The folder itself, or that of the tokenizer which ships with the package under this name; see `packed.find`."""
+    return packed.find(workdir, Config.task)
 
 
 def structure(workdir: Path, config: Config, quantizer: Quantizer | None = None) -> build.Structure:
@@ -46,7 +51,7 @@ def load_run(workdir: Path, mesh: Mesh, *, step: int | None = None, weights: Wei
     """A run's config, its model's structure, and all parameters and buffers; nothing else is read.
 
     Args:
-      workdir: the run's folder.
+      workdir: the run's folder, that of a packed model, or `nano`, the one that ships with this package.
       mesh: where the arrays are to be; it need not be the mesh that the run was trained on.
       step: which checkpoint; None is the last.
       weights: `ema` for the moving average of what has one, `raw` for the arrays as they were trained. In a run
@@ -57,7 +62,13 @@ def load_run(workdir: Path, mesh: Mesh, *, step: int | None = None, weights: Wei
       OSError: not the folder of a run, or it has no checkpoint, or not that one.
       ValueError: other `weights`; the run needs `quantizer`, or takes none.
     """
+    workdir = folder(workdir)
     config = config_lib.load(workdir / "config.json")
+    if packed.is_packed(workdir):
+        model_structure = build.structure(self_contained(workdir, config), quantizer)
+        shapes = {**model_structure.params, **model_structure.buffers}
+        read = packed.read(workdir, shapes, step=step, weights=weights)
+        return config, model_structure.graphdef, sharding.put(mesh, read, train_state.rules(config))
     step = checkpoint.chosen_step(workdir, step)
     model_structure = structure(workdir, config, quantizer)
     abstract, frozen = train_state.abstract(config, model_structure, mesh)
@@ -82,7 +93,8 @@ def pretrained_encoder(workdir: Path, config: Config, arrays: Arrays, mesh: Mesh
     """
     if not build.encoder_learns(config, arrays):
         return flat.under("encoder/", arrays)
-    if build.has_teacher(config, arrays):
+    workdir = folder(workdir)
+    if build.has_teacher(config, arrays) and not packed.is_packed(workdir):
         _, frozen = train_state.abstract(config, structure(workdir, config), mesh)
         return flat.under("encoder/", checkpoint.load_frozen_item(workdir, "teacher", frozen.teacher))
     if config.model.encoder.random_weights:
