@@ -70,7 +70,8 @@ def test_main_fails_in_one_line_and_leaves_nothing(arguments, says, tmp_path):
     ("main", ["--config.prefix.dorp=0.2"], "unknown config key prefix.dorp: did you mean prefix.drop?"),
     ("main", ["--config.gan.lr=1.0"], "error: unknown config key gan.lr: did you mean optim.lr?"),
     ("main", ["--config.data.source=codes:{tmp}", "--workdir={tmp}/run"], "; --config.data.source=... says where"),
-    ("bench", ["--case=encode"], "error: config key task is 'generator', but this is for a tokenizer"),
+    ("bench", ["--case=encode"], "error: --case=encode cannot be measured with the config of a generator, only gen"),
+    ("bench", ["--config.data.grid=0"], "error: config key data.grid is 0, whatever the codes have"),
     ("plan", ["--topology=v5e:2x2"], "error: config key data.classes is 0, whatever the codes have"),
 ])
 def test_the_config_of_a_generator_has_other_keys(verb, arguments, says, tmp_path):

@@ -181,17 +181,17 @@ def end(folder: Path, begun: Description) -> Description:
     """Completes the description when all shards are there.
 
     Raises:
-      ValueError: a report is damaged.
-      OSError: one is missing; or the description cannot be written.
+      ValueError: a shard's report is missing or damaged.
+      OSError: the description cannot be written.
     """
     counts = dict.fromkeys(_AT_THE_END, 0)
     for shard in begun.shards(folder):
         try:
             last = json.loads(report_path(shard).read_text().splitlines()[-1])
             counts = {name: count + last[name] for name, count in counts.items()}
-        except (IndexError, KeyError, ValueError) as error:
-            raise ValueError(f"{report_path(shard)} is damaged: remove it and {shard.name}, and give the same command "
-                             "again") from error
+        except (FileNotFoundError, IndexError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{report_path(shard)} is missing or damaged: remove it and {shard.name}, and give the "
+                             "same command again") from error
     complete = dataclasses.replace(begun, **counts)
     write_description(folder, complete)
     return complete
@@ -218,9 +218,10 @@ class CodesSource(RecordFiles):
         shards = self.description.shards(Path(folder))
         missing = [shard.name for shard in shards if not shard.exists()]
         if missing or self.description.records is None:
-            raise FileNotFoundError(f"{folder} lacks {len(missing)} of {len(shards)} files of codes"
-                                    f"{f', for example {missing[0]}' if missing else ''}: give the command tokenize "
-                                    "that made it once more, and it makes them")
+            lacks = (f"{len(missing)} of {len(shards)} files of codes, for example {missing[0]}" if missing
+                     else f"the end of its {DESCRIPTION}")
+            raise FileNotFoundError(f"{folder} lacks {lacks}: give the command tokenize that made it once more, and it "
+                                    "makes what is missing")
         super().__init__(list(map(str, shards)))
         if len(self) != self.description.records:
             raise ValueError(f"{folder} holds {len(self)} records, not the {self.description.records} that its "
