@@ -12,20 +12,10 @@ import pytest
 from PIL import Image
 
 from tests.conftest import REFERENCE, REPOSITORY, tiny
-from tests.verbs import command
+from tests.verbs import assert_one_line_error, command
 from vqrae_jax import config as config_lib
 from vqrae_jax.tokenizer import task
 from vqrae_jax.training import checkpoint, lock
-
-
-def assert_one_line_error(result: subprocess.CompletedProcess, says: str):
-    assert result.returncode != 0
-    assert "Traceback" not in result.stderr, result.stderr
-    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1, result.stderr
-    assert errors[0] == result.stderr.splitlines()[-1]
-    assert says in errors[0]
-
 
 NANO = ("vqrae_jax.main", "--config=configs/nano_stage1.py",
         f"--config.model.encoder.path={REFERENCE / 'siglip_vision'}")

@@ -26,6 +26,7 @@ from vqrae_jax.data.records import (
 )
 
 DESCRIPTION = "codes.json"
+_ANEW = "remove that file and give the command tokenize that made it once more, and it makes it anew"
 _AT_THE_END = ("records", "labels", "captions", "bad_images")
 
 
@@ -222,7 +223,10 @@ class CodesSource(RecordFiles):
                      else f"the end of its {DESCRIPTION}")
             raise FileNotFoundError(f"{folder} lacks {lacks}: give the command tokenize that made it once more, and it "
                                     "makes what is missing")
-        super().__init__(list(map(str, shards)))
+        try:
+            super().__init__(list(map(str, shards)))
+        except ValueError as error:
+            raise ValueError(f"{error}: {_ANEW}") from error
         if len(self) != self.description.records:
             raise ValueError(f"{folder} holds {len(self)} records, not the {self.description.records} that its "
                              f"{DESCRIPTION} names: it is damaged, make it anew")
@@ -238,5 +242,4 @@ class CodesSource(RecordFiles):
             label = int(features["label"][0]) if "label" in features else -1
             return CodesRecord(codes, label, os.fsdecode(features["name"][0]), caption_of(features))
         except (KeyError, IndexError, TypeError, ValueError) as error:
-            raise ValueError(f"{self.name(index)} is damaged ({error}): remove that file and give the command tokenize "
-                             "that made it once more, and it makes it anew") from error
+            raise ValueError(f"{self.name(index)} is damaged ({error}): {_ANEW}") from error
