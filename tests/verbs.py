@@ -37,7 +37,7 @@ def command(module: str, *arguments: object, timeout: float = 300, cwd: Path = R
 
 def assert_one_line_error(result: subprocess.CompletedProcess, says: str) -> None:
     """A verb failed, and its last line says why, its only error."""
-    assert result.returncode != 0
+    assert result.returncode == 1
     assert "Traceback" not in result.stderr, result.stderr
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1, result.stderr
