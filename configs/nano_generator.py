@@ -1,10 +1,10 @@
 """Nano's generator: the classes and codes of a nano tokenizer, 64 tokens of 2048 codes. For two CPU cores.
 
-    python -m vqrae_jax.tokenize --workdir=runs/nano_stage2 --data=embedded --out=codes/nano --views=10
+    python -m vqrae_jax.tokenize --workdir=nano --data=embedded --out=codes/nano --views=10
     python -m vqrae_jax.main --config=configs/nano_generator.py --workdir=runs/nano_generator
 
-CIFAR-10's codes are learned by `--config.data.source=codes:codes/cifar10`, made with `--data=tfds:cifar10:train`, and
-are evaluated on others with `--config.eval.source=codes:codes/cifar10_test`.
+The one that ships with the package learned CIFAR-10, see `launch/ship_nano.sh`: `--data=tfds:cifar10:train` and
+`--data=tfds:cifar10:test` become two folders, for `--config.data.source=codes:DIR` and `--config.eval.source=codes:DIR`.
 """
 
 from ml_collections import ConfigDict
@@ -17,6 +17,6 @@ def get_config() -> ConfigDict:
     config.train.update(steps=3000, batch_size=64, log_every=50, checkpoint_every=500, eval_every=500)
     config.data.update(source="codes:codes/nano", grid=8, size=2048, holdout=0.1)
     config.eval.update(batch_size=64, limit=512)
-    config.model.update(width=256, depth=6, heads=4, kv_heads=4, head_dim=64, mlp_dim=704, dropout=0.1)
-    config.optim.update(lr=1e-3, end_lr=1e-5, warmup_steps=100, b2=0.95, weight_decay=0.05, ema_decay=0.99)
+    config.model.update(width=192, depth=5, heads=3, kv_heads=3, head_dim=64, mlp_dim=512, dropout=0.1)
+    config.optim.update(lr=2e-3, end_lr=2e-5, warmup_steps=100, b2=0.95, weight_decay=0.05, ema_decay=0.99)
     return config

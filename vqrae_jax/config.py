@@ -473,20 +473,35 @@ def load(file: Path, config_type: type[ConfigType] = Config) -> ConfigType:
     Raises:
       OSError, ValueError: the file, or the key, that cannot be read; the run is of another task.
     """
-    try:
-        values = json.loads(file.read_text())
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{file} does not exist: {file.parent} is not the folder of a run") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is damaged: {error}") from None
-    # What knows of no task is of a version that had but one.
-    task = values["task"] if isinstance(values, dict) and "task" in values else Config.task
+    values = _read(file)
+    task = values["task"] if "task" in values else Config.task  # without one of a version that had but one
     if task in CONFIGS and task != config_type.task:
         raise ValueError(f"{file.parent} is the run of a {task}, where that of a {config_type.task} is needed")
     try:
         return parse(_with_defaults(_earlier(config_type), values), config_type)
     except ValueError as error:
         raise ValueError(f"{file} is not the config of a run of this version: {error}") from None
+
+
+def task_of(file: Path) -> str:
+    """Of which task a run is, by its config.json; raises as `load` does."""
+    values = _read(file)
+    try:
+        return type_of(values).task
+    except ValueError as error:
+        raise ValueError(f"{file} is not the config of a run of this version: {error}") from None
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(file.read_text())
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{file} does not exist: {file.parent} is not the folder of a run") from None
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{file} is damaged: it holds no JSON object")
+    return values
 
 
 def _earlier(section: type) -> dict[str, Any]:

@@ -7,10 +7,15 @@ makes a run's folder of a checkpoint of the PyTorch code base hugoycj/RAE: of a 
 alone. FILE is .safetensors, or a PyTorch file (which needs PyTorch, and is read without running anything in it). OUT
 can be evaluated and used like any run, and started from (`init_from`).
 
-    python -m vqrae_jax.convert to-hf --workdir=RUN --out=HF_DIR [--weights=ema|raw]
+    python -m vqrae_jax.convert to-hf --workdir=RUN --out=HF_DIR [--step=N] [--weights=ema|raw]
 
-writes a run's encoder as a Hugging Face folder, at the run's input size: `transformers` and
-`vqrae_jax.load_encoder` give the same tokens as the run's features.
+writes a tokenizer's encoder as a Hugging Face folder, at the run's input size: `transformers` and
+`vqrae_jax.load_encoder` give the same tokens as the run's features. Of a generator it writes the whole language model,
+a Qwen3ForCausalLM, with a tokenizer in which codes, classes and what begins an image are tokens.
+
+    python -m vqrae_jax.convert from-hf --checkpoint=HF_DIR --workdir=OUT
+
+makes a run's folder again of what to-hf wrote of a generator: with the same weights, or with what became of them there.
 
     python -m vqrae_jax.convert from-webdataset --tars='GLOB' --out=DIR [--threads=N]
 
@@ -30,8 +35,11 @@ from pathlib import Path
 from absl import flags
 
 from vqrae_jax import cli
+from vqrae_jax import config as config_lib
 from vqrae_jax.data import webdataset
+from vqrae_jax.generator import convert as generator_convert
 from vqrae_jax.tokenizer import convert
+from vqrae_jax.training.checkpoint import Weights
 from vqrae_jax.training.files import disk_errors
 
 log = logging.getLogger("vqrae_jax.convert")
@@ -65,6 +73,12 @@ def from_webdataset(pattern: str, out: Path, *, threads: int) -> None:
              len(tars), f"{bad:,}", damaged, out, shlex.quote(spec))
 
 
+def to_hf(workdir: Path, out: Path, *, step: int | None, weights: Weights) -> None:
+    """Writes what there is of a run of either task as a Hugging Face folder; `to_hf` of the task says what."""
+    of_task = {"tokenizer": convert.to_hf, "generator": generator_convert.to_hf}
+    of_task[config_lib.task_of(workdir / "config.json")](workdir, out, step=step, weights=weights)
+
+
 def main(argv: Sequence[str]) -> None:
     verb = " ".join(argv[1:])
     if verb not in _VERBS:
@@ -79,7 +93,8 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    _CHECKPOINT = flags.DEFINE_string("checkpoint", "", "from-torch: the .safetensors or PyTorch file")
+    _CHECKPOINT = flags.DEFINE_string("checkpoint", "", "from-torch: the .safetensors or PyTorch file; from-hf: "
+                                      "the folder that to-hf wrote")
     _ENCODER = flags.DEFINE_string("encoder", "", "from-torch: Hugging Face folder or hub id of the encoder it was "
                                    "trained with; its weights count only if FILE has none")
     _HEADS = flags.DEFINE_integer("decoder-heads", 0, "from-torch: attention heads of the decoder (RAE's ViT-B has "
@@ -89,22 +104,26 @@ if __name__ == "__main__":
     _STATS = flags.DEFINE_string("latent-stats", "", "from-torch: PyTorch file with the latents' mean and var")
     _L2 = flags.DEFINE_bool("simvq-l2-norm", None, "from-torch: whether a SimVQ divides codes and tokens by their "
                             "lengths; by default yes, unless it has no l2_norm_scale")
-    _WORKDIR = flags.DEFINE_string("workdir", "", "folder of the run: from-torch creates it, to-hf reads it")
+    _WORKDIR = flags.DEFINE_string("workdir", "", "folder of the run: from-torch and from-hf create it, to-hf "
+                                   "reads it")
     _OUT = flags.DEFINE_string("out", "", "to-hf: the Hugging Face folder to write; from-webdataset: the folder of "
                                "ArrayRecord files to write")
     _TARS = flags.DEFINE_string("tars", "", "from-webdataset: the tar files, with *, ? and ** for anything")
     _THREADS = flags.DEFINE_integer("threads", 0, "from-webdataset: tars that are read at once; 0 is one a core",
                                     lower_bound=0)
+    _STEP = flags.DEFINE_integer("step", None, "to-hf: which checkpoint; the last if not given")
     _WEIGHTS = cli.weights()
-    _FLAGS = (_CHECKPOINT, _ENCODER, _HEADS, _NORM, _STATS, _L2, _WORKDIR, _OUT, _WEIGHTS, _TARS, _THREADS)
+    _FLAGS = (_CHECKPOINT, _ENCODER, _HEADS, _NORM, _STATS, _L2, _WORKDIR, _OUT, _STEP, _WEIGHTS, _TARS, _THREADS)
     _VERBS: dict[str, tuple[Callable[[], None], tuple[str, ...], tuple[str, ...]]] = {
         "from-torch": (lambda: convert.from_torch(
             Path(_CHECKPOINT.value), Path(_WORKDIR.value), encoder=_ENCODER.value, decoder_heads=_HEADS.value,
             encoder_norm=_NORM.value, latent_statistics=Path(_STATS.value) if _STATS.value else None,
             simvq_l2_norm=_L2.value),
             ("checkpoint", "encoder", "decoder-heads", "workdir"), ("encoder-norm", "latent-stats", "simvq-l2-norm")),
-        "to-hf": (lambda: convert.to_hf(Path(_WORKDIR.value), Path(_OUT.value), weights=_WEIGHTS.value),
-                  ("workdir", "out"), ("weights",)),
+        "to-hf": (lambda: to_hf(Path(_WORKDIR.value), Path(_OUT.value), step=_STEP.value, weights=_WEIGHTS.value),
+                  ("workdir", "out"), ("step", "weights")),
+        "from-hf": (lambda: generator_convert.from_hf(Path(_CHECKPOINT.value), Path(_WORKDIR.value)),
+                    ("checkpoint", "workdir"), ()),
         "from-webdataset": (lambda: from_webdataset(
             _TARS.value, Path(_OUT.value), threads=_THREADS.value or os.cpu_count() or 1), ("tars", "out"),
             ("threads",)),

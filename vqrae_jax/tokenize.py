@@ -39,7 +39,8 @@ if __name__ == "__main__":
     _DATA = flags.DEFINE_string("data", None, "SPEC of the images; where it names no split, those to train on",
                                 required=True)
     _OUT = flags.DEFINE_string("out", None, "folder for the codes", required=True)
-    _VIEWS = flags.DEFINE_enum("views", "1", ["1", "10"], "of each image: the centre, or ten crops and mirror images")
+    _VIEWS = flags.DEFINE_enum("views", "1", ["1", "2", "10"], "of each image: the centre, it and its mirror "
+                                "image, or ten crops and mirror images")
     _WEIGHTS = cli.weights()
     _BATCH_SIZE = flags.DEFINE_integer("batch_size", 0, "views that a device encodes at once; 0 is the run's "
                                        "eval.batch_size", lower_bound=0)

@@ -1,6 +1,6 @@
 """The run's own encoder as a perceptual network: what its distance buys, and what it costs in pixels.
 
-    python -m vqrae_jax.study --study=configs/studies/encoder_loss.py --out=runs/encoder_loss --data=tfds:cifar10@DATA_DIR
+    python -m vqrae_jax.study --study=configs/studies/encoder_loss.py --out=runs/encoder --data=tfds:cifar10@DATA_DIR
 
 Each run is one distilled stage of 300 steps of 32; the weight is that of the loss beside 20 of the pixels'.
 """
@@ -20,6 +20,6 @@ def _row(weight: float) -> Row:
 
 def get_study() -> Study:
     rows = {f"weight_{weight:g}": _row(weight) for weight in (2.0, 0.5, 0.0)}
-    return Study(title="The encoder as a perceptual network of the nano tokenizer, 300 steps of 32 on CIFAR-10", rows=rows,
-                 data="tfds:cifar10", metrics=METRICS, probe=True,
+    return Study(title="The encoder as a perceptual network of the nano tokenizer, 300 steps of 32 on CIFAR-10",
+                 rows=rows, data="tfds:cifar10", metrics=METRICS, probe=True,
                  options=Options(limit=2000, probe_limit=5000, robustness=False))

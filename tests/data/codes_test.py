@@ -13,7 +13,9 @@ from vqrae_jax.data import (
     fingerprint,
     open_parts,
     open_source,
+    resize_and_center_crop,
     ten_crops,
+    transforms,
 )
 
 RECORDS, VIEWS = 30, 3
@@ -117,6 +119,13 @@ def test_a_damaged_record_costs_only_itself(folder, monkeypatch):
     assert 5 not in joined(batches)[:, 0, 0] // 4000
     [(name, reason)] = bad_images.names().items()
     assert name.endswith("codes-00000-of-00002.array_record/5") and f"{name} is damaged" in reason
+
+
+def test_two_views_are_the_centre_and_its_mirror_image():
+    image = np.random.default_rng(0).integers(0, 256, (24, 22, 3), dtype=np.uint8)
+    centre, mirrored = transforms.VIEWS[2].make(image, size=20)
+    np.testing.assert_array_equal(centre, resize_and_center_crop(image, size=20))
+    np.testing.assert_array_equal(mirrored, centre[:, ::-1])
 
 
 def test_ten_crops_are_the_centre_the_corners_and_their_mirror_images():

@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import json
-from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +23,7 @@ from vqrae_jax.generator.sampling import Options
 from vqrae_jax.tokenizer import build as tokenizer_build
 from vqrae_jax.tokenizer import runs as tokenizer_runs
 from vqrae_jax.tokenizer import samples
-from vqrae_jax.training import checkpoint, lock, sharding
-from vqrae_jax.training.checkpoint import Checkpoints
+from vqrae_jax.training import checkpoint, sharding
 from vqrae_jax.training.reporting import to_8_bits
 
 CLASSES, IMAGES, CODES = 2, 24, 32
@@ -65,12 +63,8 @@ def write_generator(workdir: Path, description: Description, codes: Path, **opti
     config = parsed(values)
     structure = build.structure(config, build.known_codes(config, description))
     state, frozen = train_state.init(config, random_arrays(structure.params))
-    items = train_state.items(state)
-    with lock.held(workdir):
-        checkpoint.open_run(workdir, config, lambda folder: runs.write_files(folder, config, description))
-        checkpoint.save_frozen(workdir, frozen)
-        with closing(Checkpoints(workdir, items)) as checkpoints:
-            checkpoints.save(0, items, {"next_batch": 0})
+    checkpoint.write_run(workdir, config, lambda folder: runs.write_files(folder, config, description),
+                         train_state.items(state), frozen)
 
 
 @pytest.fixture(scope="module")

@@ -36,6 +36,11 @@ def captioned(tmp_path_factory):
     return generator(parsed(tiny(captions=text_model(tmp_path_factory.mktemp("text")))))
 
 
+@pytest.fixture(autouse=True)
+def growing_cache(monkeypatch):
+    monkeypatch.setattr(sampling, "_LEAST_PLACES", 1)
+
+
 def without_cache(tested: Generator, num: int, options: Options, prompts=None) -> np.ndarray:
     """Codes from whole sequences, a row and a token at a time, with the arithmetic of NumPy."""
     model, vocabulary = flat.merge(tested.structure.graphdef, tested._params), tested.structure.vocabulary

@@ -28,6 +28,7 @@ from vqrae_jax.data.sources import (
     part,
 )
 from vqrae_jax.data.transforms import (
+    VIEWS,
     decode_image,
     random_flip,
     random_resized_crop,
@@ -37,6 +38,7 @@ from vqrae_jax.data.transforms import (
 
 __all__ = [
     "SOURCES",
+    "VIEWS",
     "ArrayRecordSource",
     "ArraySource",
     "BadImages",

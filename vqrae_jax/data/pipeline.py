@@ -22,7 +22,7 @@ from absl import flags
 from vqrae_jax.data import faults
 from vqrae_jax.data.codes import CodesRecord
 from vqrae_jax.data.sources import Record, Source
-from vqrae_jax.data.transforms import random_flip, random_resized_crop, resize_and_center_crop, ten_crops
+from vqrae_jax.data.transforms import VIEWS, random_flip, random_resized_crop, resize_and_center_crop
 
 Example = dict[str, Any]  # arrays of one image, which batches stack
 ReadCaption = Callable[[str], Example]
@@ -499,9 +499,8 @@ def _evaluation(source: Source, make: Callable[[Any], Example], missing: Example
 
 
 def _views(record: Record, *, image_size: int, views: int) -> Example:
-    image = (ten_crops(record.image, size=image_size) if views == 10
-             else resize_and_center_crop(record.image, size=image_size)[None])
-    return {"image": image, "label": np.int32(record.label), "caption": np.array(record.caption, object)}
+    return {"image": VIEWS[views].make(record.image, size=image_size), "label": np.int32(record.label),
+            "caption": np.array(record.caption, object)}
 
 
 def views_batches(source: Source, indices: np.ndarray, *, image_size: int, views: int, batch_size: int,
@@ -512,7 +511,7 @@ def views_batches(source: Source, indices: np.ndarray, *, image_size: int, views
       source: where the images come from.
       indices: which of them, ascending.
       image_size: side of the images.
-      views: of each image: 1 is `resize_and_center_crop`, 10 are `ten_crops`.
+      views: of each image, one of `VIEWS`.
       batch_size, bad_images, max_bad, threads: as for `eval_batches`.
 
     Returns:

@@ -3,7 +3,8 @@
 import contextlib
 import io
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
@@ -208,6 +209,30 @@ def ten_crops(image: bytes | np.ndarray, *, size: int) -> np.ndarray:
     corners = ((middle, middle), (0, 0), (0, end), (end, 0), (end, end))
     crops = np.stack([large[top:top + size, left:left + size] for top, left in corners])
     return np.concatenate([crops, crops[:, :, ::-1]])
+
+
+class Views(NamedTuple):
+    """What is made of an image for a generator.
+
+    Attributes:
+      crop: how, for a recipe.
+      make: `make(image, size=S)` gives uint8 `[views, S, S, 3]`; the first view is the one that evaluation sees.
+    """
+
+    crop: str
+    make: Callable[..., np.ndarray]
+
+
+def _mirrored(image: bytes | np.ndarray, *, size: int) -> np.ndarray:
+    centre = resize_and_center_crop(image, size=size)
+    return np.stack([centre, centre[:, ::-1]])
+
+
+VIEWS = {  # by their number
+    1: Views("centre", lambda image, *, size: resize_and_center_crop(image, size=size)[None]),
+    2: Views("centre, and its mirror image", _mirrored),
+    10: Views("centre and corners of a square of 1.1 times the size, and their mirror images", ten_crops),
+}
 
 
 def random_flip(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:

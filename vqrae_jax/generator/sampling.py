@@ -22,6 +22,8 @@ from vqrae_jax.models.placement import split_batch
 Batch = dict[str, jax.Array]
 Schedule = Literal["constant", "linear", "power_cosine"]
 _COLDEST = 1e-6  # what a probability is taken at where the temperature is lower
+# A token reads the whole cache, so it begins small. Each size of it is a program of its own, which limits how many.
+_LEAST_PLACES, _SIZES = 64, 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -149,11 +151,14 @@ def sample(structure: Structure, params: Arrays, batch: Batch, draw: Draw, *, to
         code = choose(logits, at_position, temperature=draw.temperature, top_k=top_k, top_p=draw.top_p)
         return (vocabulary.text + (jnp.repeat(code, 2) if guided else code), cache), code
 
-    cache = model.init_cache(len(begin), caption.shape[1] + tokens, pads)
+    cache, codes = model.init_cache(len(begin), caption.shape[1], pads), []
     if caption.shape[1]:
         _, cache = model.step(caption, cache, blocks)
-    _, codes = jax.lax.scan(step, (begin, cache), jnp.arange(tokens))
-    return codes.T
+    places = max(_LEAST_PLACES, -(-tokens // _SIZES))
+    for positions in np.split(np.arange(tokens), range(places, tokens, places)):
+        (begin, cache), drawn = jax.lax.scan(step, (begin, cache.enlarged(len(positions))), positions)
+        codes.append(drawn)
+    return jnp.concatenate(codes).T
 
 
 def without(batch: Batch) -> Batch:

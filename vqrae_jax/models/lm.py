@@ -82,6 +82,12 @@ class Cache(NamedTuple):
     length: jax.Array
     pads: jax.Array
 
+    def enlarged(self, places: int) -> "Cache":
+        """The same with so many more places."""
+        more = lambda arrays, axis: tuple(
+            jnp.pad(x, [(0, places if i == axis else 0) for i in range(x.ndim)]) for x in arrays)
+        return self._replace(keys=more(self.keys, 3), values=more(self.values, 2))
+
 
 class Attention(nnx.Module):
     """Grouped-query attention but for attention itself, of which there are two kinds: whole and cached."""
@@ -201,7 +207,8 @@ class LanguageModel(nnx.Module):
 
         Args:
           batch: number B of sequences.
-          size: places for tokens, padding included. Every token costs as much as if all were taken.
+          size: places for tokens, padding included. Every token costs as much as if all were taken, so a long sequence
+            begins with few and gets more by `enlarged`.
           pads: `[B]` int32, how many places on the left of each row are padding; None where there is none.
 
         Raises:

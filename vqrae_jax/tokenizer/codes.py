@@ -18,7 +18,17 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from vqrae_jax import config as config_lib
-from vqrae_jax.data import BadImages, CodesRecord, CodesSource, Source, codes, fingerprint, open_source, views_batches
+from vqrae_jax.data import (
+    VIEWS,
+    BadImages,
+    CodesRecord,
+    CodesSource,
+    Source,
+    codes,
+    fingerprint,
+    open_source,
+    views_batches,
+)
 from vqrae_jax.data.codes import Description
 from vqrae_jax.data.records import load_examples, write_errors
 from vqrae_jax.models import flat
@@ -47,7 +57,8 @@ def tokenize(workdir: str | os.PathLike, data: str, out: str | os.PathLike, *, v
       workdir: the tokenizer's run.
       data: SPEC of the images; where it names no split, those to train on.
       out: the folder.
-      views: of each image: 1 for the centre, 10 for `data.ten_crops`.
+      views: of each image, one of `data.VIEWS`: 1 is the centre, 2 are it and its mirror image, 10 are
+        `data.ten_crops`.
       weights: as for `runs.load_run`.
       batch_size: views that a device encodes at once, rounded down to whole images, but one at least; 0 is the run's
         `eval.batch_size`.
@@ -58,8 +69,8 @@ def tokenize(workdir: str | os.PathLike, data: str, out: str | os.PathLike, *, v
       ValueError: other `views`; the model has no codes, too many images or all are bad, or the folder has other codes.
       OSError: a run, data, or the folder cannot be read or written.
     """
-    if views not in (1, 10):
-        raise ValueError(f"views must be 1 or 10, not {views}")
+    if views not in VIEWS:
+        raise ValueError(f"views must be {' or '.join(map(str, VIEWS))}, not {views}")
     workdir, out = Path(workdir), Path(out)
     mesh = sharding.make_mesh(config_lib.Mesh(), jax.local_devices())
     config, graphdef, arrays = runs.load_run(workdir, mesh, weights=weights)
@@ -74,8 +85,7 @@ def tokenize(workdir: str | os.PathLike, data: str, out: str | os.PathLike, *, v
         config, data=data, part="all", images=len(source), reference="none", weights={str(workdir): digest},
         options={"views": views, "batch_size": batch_size}, run_weights=weights,
         configs={str(workdir): tensors.sha256(workdir / "config.json")})
-    made |= {"pixels": "8 bits", "crop": "centre" if views == 1 else "centre and corners of a square of 1.1 times the "
-             "size, and their mirror images"}
+    made |= {"pixels": "8 bits", "crop": VIEWS[views].crop}
     planned = Description(
         data=data, source=fingerprint(source), num_classes=source.num_classes, tokenizer=digest, weights=weights,
         codebook_size=model.quantizer.num_codes, grid=(model.encoder.grid,) * 2, image_size=config.data.image_size,

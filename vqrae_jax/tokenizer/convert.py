@@ -26,8 +26,7 @@ _SHAPE = ("width", "depth", "heads", "mlp_dim")
 
 def from_torch(file: Path, workdir: Path, *, encoder: str, **options: Any) -> None:
     """Makes a run's folder of a PyTorch checkpoint; arguments and errors are those of `pytorch.read_model`."""
-    if checkpoint.has_checkpoint(workdir):
-        raise ValueError(f"{workdir} holds a run already: choose another --workdir")
+    checkpoint.check_new(workdir)
     model = pytorch.read_model(file, encoder=encoder, **options)
     config = config_of(model, encoder=encoder)
     structure = build.structure(config)
@@ -82,13 +81,13 @@ def _check_fits(arrays: pytorch.Params, shapes, file: Path) -> None:
             raise ValueError(f"{file}: parameter {path} would have the shape {theirs}, but the model needs {ours}")
 
 
-def to_hf(workdir: Path, out: Path, *, weights: Weights = "ema") -> None:
+def to_hf(workdir: Path, out: Path, *, step: int | None = None, weights: Weights = "ema") -> None:
     """Writes a run's encoder as a Hugging Face folder.
 
     Args:
       workdir: the run's folder.
       out: the folder to write.
-      weights: see `runs.load_run`.
+      step, weights: see `runs.load_run`.
 
     Raises:
       OSError: not the folder of a run, or `out` cannot be written.
@@ -96,7 +95,7 @@ def to_hf(workdir: Path, out: Path, *, weights: Weights = "ema") -> None:
     """
     if (out / "model.safetensors").exists():
         raise ValueError(f"{out} holds a model already: choose another --out")
-    config, _, arrays = runs.load_run(workdir, sharding.one_device(), weights=weights)
+    config, _, arrays = runs.load_run(workdir, sharding.one_device(), step=step, weights=weights)
     spec = dataclasses.replace(huggingface.read_encoder_spec(workdir / "encoder"),
                                image_size=build.encoder_input_size(config))
     params = {path.removeprefix("encoder/"): np.asarray(value) for path, value in arrays.items()

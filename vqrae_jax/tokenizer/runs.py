@@ -5,7 +5,6 @@ Besides that it holds `encoder/`, the encoder's Hugging Face config, which says 
 
 import dataclasses
 import hashlib
-from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +17,8 @@ from vqrae_jax.models import flat
 from vqrae_jax.models.flat import Arrays
 from vqrae_jax.models.quantizers import Quantizer
 from vqrae_jax.tokenizer import build, train_state
-from vqrae_jax.training import checkpoint, distributed, lock, sharding
-from vqrae_jax.training.checkpoint import Checkpoints, Weights
+from vqrae_jax.training import checkpoint, distributed, sharding
+from vqrae_jax.training.checkpoint import Weights
 from vqrae_jax.weights import huggingface
 
 
@@ -111,12 +110,6 @@ def write_run(workdir: Path, config: Config, params: Arrays, buffers: Arrays) ->
       ValueError: the folder holds a run already.
       OSError: it cannot be written.
     """
-    if checkpoint.has_checkpoint(workdir):
-        raise ValueError(f"{workdir} holds a run already: choose another --workdir")
     started, frozen = train_state.init(config, build.structure(config), params, buffers, {}, {})
-    items = train_state.items(started)
-    with lock.held(workdir):
-        checkpoint.open_run(workdir, config, lambda folder: write_files(folder, config))
-        checkpoint.save_frozen(workdir, frozen)
-        with closing(Checkpoints(workdir, items)) as checkpoints:
-            checkpoints.save(0, items, {"next_batch": 0})
+    checkpoint.write_run(workdir, config, lambda folder: write_files(folder, config), train_state.items(started),
+                         frozen)

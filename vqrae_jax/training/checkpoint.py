@@ -9,6 +9,7 @@
 import logging
 import shutil
 from collections.abc import Callable, Iterable
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -16,7 +17,7 @@ import orbax.checkpoint as ocp
 
 from vqrae_jax import config as config_lib
 from vqrae_jax.models.flat import Arrays
-from vqrae_jax.training import distributed
+from vqrae_jax.training import distributed, lock
 from vqrae_jax.training.files import disk_errors
 
 log = logging.getLogger(__name__)
@@ -60,6 +61,35 @@ def open_run(workdir: Path, config: config_lib.Run, write_files: Callable[[Path]
         raise OSError(f"{workdir} is not the same folder for all processes of the run: put it on a file system that "
                       "they share")
     return changed
+
+
+def write_run(workdir: Path, config: config_lib.Run, write_files: Callable[[Path], None], items: dict[str, Any],
+              frozen: Any) -> None:
+    """Makes a run's folder of a state from elsewhere: one checkpoint, at step 0, that can be loaded and trained on.
+
+    Args:
+      workdir: the folder.
+      config: of the run.
+      write_files: see `open_run`.
+      items: of the state, see `Task.items`.
+      frozen: a NamedTuple of arrays that do not change.
+
+    Raises:
+      ValueError: the folder holds a run already.
+      OSError: it cannot be written.
+    """
+    check_new(workdir)
+    with lock.held(workdir):
+        open_run(workdir, config, write_files)
+        save_frozen(workdir, frozen)
+        with closing(Checkpoints(workdir, items)) as checkpoints:
+            checkpoints.save(0, items, {"next_batch": 0})
+
+
+def check_new(workdir: Path) -> None:
+    """Raises ValueError where a folder holds a run already."""
+    if has_checkpoint(workdir):
+        raise ValueError(f"{workdir} holds a run already: choose another --workdir")
 
 
 def has_checkpoint(workdir: Path) -> bool:

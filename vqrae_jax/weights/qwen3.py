@@ -8,6 +8,8 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 from flax import nnx
+from huggingface_hub import split_state_dict_into_shards_factory
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from vqrae_jax.models import flat
@@ -18,6 +20,7 @@ from vqrae_jax.weights.options import Options
 from vqrae_jax.weights.tensors import local_folder
 
 Init = Literal["mean", "normal"]
+SHARD_BYTES = 5 * 10**9  # of the largest file of weights, as huggingface_hub has it
 
 _ARCHITECTURE = "Qwen3ForCausalLM"
 # What `transformers` assumes where config.json says nothing; of rope_theta and rope_scaling, which are the older form
@@ -114,10 +117,10 @@ def load_lm_params(path_or_id: str | Path, spec: LMSpec) -> Params:
 
 
 def save_lm(folder: str | Path, spec: LMSpec, params: Mapping[str, Any], dtype: Any) -> None:
-    """Writes a folder that `transformers` and this module read: config.json and model.safetensors.
+    """Writes a folder that `transformers` and this module read: config.json and model.safetensors, or shards of that.
 
     Args:
-      folder: created where absent; files of the same name are replaced.
+      folder: created where absent; files of the same name are replaced, and it should hold no other weights.
       spec: the shape.
       params: arrays with the paths and shapes of those that `load_lm_params` returns.
       dtype: of the tensors in the file, a type that NumPy or ml_dtypes has.
@@ -139,11 +142,35 @@ def save_lm(folder: str | Path, spec: LMSpec, params: Mapping[str, Any], dtype: 
               "num_attention_heads": spec.heads, "num_key_value_heads": spec.kv_heads, "head_dim": spec.head_dim,
               "intermediate_size": spec.mlp_dim, "rope_theta": spec.rope_theta, "rms_norm_eps": spec.norm_eps,
               "tie_word_embeddings": spec.tied, "max_position_embeddings": spec.max_positions, **_REQUIRED}
-    tensors = {key: np.ascontiguousarray(view, dtype) for key, view in huggingface.foreign_views(
-        _KEYS, {path: np.asarray(value) for path, value in params.items()}).items()}
+    views = huggingface.foreign_views(_KEYS, {path: np.asarray(value) for path, value in params.items()})
+    split = split_state_dict_into_shards_factory(
+        views, get_storage_size=lambda view: view.size * np.dtype(dtype).itemsize,
+        filename_pattern="model{suffix}.safetensors", max_shard_size=SHARD_BYTES)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    for name, keys in split.filename_to_tensors.items():
+        tensors = {key: np.ascontiguousarray(views[key], dtype) for key in keys}
+        try:
+            save_file(tensors, folder / name, metadata={"format": "pt"})
+        except SafetensorError as error:  # so it says that a disk is full
+            raise OSError(f"{folder / name} cannot be written: {error}") from error
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def save_generation(folder: Path, *, among: range, vocabulary: int, length: int) -> None:
+    """Writes generation_config.json, by which `generate` of `transformers` draws from some tokens only, so many times.
+
+    Args:
+      folder: of the model.
+      among: tokens that may be drawn.
+      vocabulary: number of all tokens.
+      length: tokens that are drawn, always as many: none of them is an end.
+    """
+    config = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "max_new_tokens": length,
+              "suppress_tokens": [token for token in range(vocabulary) if token not in among]}
+    (folder / "generation_config.json").write_text(json.dumps(config) + "\n")
 
 
 def extend_vocabulary(params: Params, spec: LMSpec, extra: int, *, init: Init, seed: int) -> tuple[Params, LMSpec]:
