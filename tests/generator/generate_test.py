@@ -228,7 +228,8 @@ def others(folder) -> Path:
     write_generator(folder / "guided_never", description, codes, drop=0.0)
     config = config_lib.parse(conftest.tiny())
     structure = tokenizer_build.structure(config)
-    tokenizer_runs.write_run(folder / "another", config, random_arrays(structure.params | structure.buffers), {})
+    params = {path: 2 * value for path, value in random_arrays(structure.params).items()}
+    tokenizer_runs.write_run(folder / "another", config, params, random_arrays(structure.buffers))
     return folder
 
 
