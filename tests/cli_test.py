@@ -12,20 +12,10 @@ import pytest
 from PIL import Image
 
 from tests.conftest import REFERENCE, REPOSITORY, tiny
-from tests.verbs import command
+from tests.verbs import assert_one_line_error, command
 from vqrae_jax import config as config_lib
 from vqrae_jax.tokenizer import task
 from vqrae_jax.training import checkpoint, lock
-
-
-def assert_one_line_error(result: subprocess.CompletedProcess, says: str):
-    assert result.returncode != 0
-    assert "Traceback" not in result.stderr, result.stderr
-    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1, result.stderr
-    assert errors[0] == result.stderr.splitlines()[-1]
-    assert says in errors[0]
-
 
 NANO = ("vqrae_jax.main", "--config=configs/nano_stage1.py",
         f"--config.model.encoder.path={REFERENCE / 'siglip_vision'}")
@@ -70,7 +60,8 @@ def test_main_fails_in_one_line_and_leaves_nothing(arguments, says, tmp_path):
     ("main", ["--config.prefix.dorp=0.2"], "unknown config key prefix.dorp: did you mean prefix.drop?"),
     ("main", ["--config.gan.lr=1.0"], "error: unknown config key gan.lr: did you mean optim.lr?"),
     ("main", ["--config.data.source=codes:{tmp}", "--workdir={tmp}/run"], "; --config.data.source=... says where"),
-    ("bench", ["--case=encode"], "error: config key task is 'generator', but this is for a tokenizer"),
+    ("bench", ["--case=encode"], "error: --case=encode cannot be measured with the config of a generator, only gen"),
+    ("bench", ["--config.data.grid=0"], "error: config key data.grid is 0, whatever the codes have"),
     ("plan", ["--topology=v5e:2x2"], "error: config key data.classes is 0, whatever the codes have"),
 ])
 def test_the_config_of_a_generator_has_other_keys(verb, arguments, says, tmp_path):

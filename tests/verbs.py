@@ -35,6 +35,16 @@ def command(module: str, *arguments: object, timeout: float = 300, cwd: Path = R
                                            err.read_text())
 
 
+def assert_one_line_error(result: subprocess.CompletedProcess, says: str) -> None:
+    """A verb failed, and its last line says why, its only error."""
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr, result.stderr
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, result.stderr
+    assert errors[0] == result.stderr.splitlines()[-1]
+    assert says in errors[0]
+
+
 def _run(module: str, arguments: list[str], cwd: Path, environment: dict[str, str], out: Path, err: Path) -> None:
     os.environ.update(environment)
     os.chdir(cwd)

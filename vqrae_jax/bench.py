@@ -1,11 +1,12 @@
-"""Speed and memory of encode, decode, train steps and the input pipeline, with random weights.
+"""Speed and memory of encode, decode, train steps, input pipeline, tokenize and generate, with random weights.
 
     python -m vqrae_jax.bench --config=configs/bench_medium.py [--batch=N] [--against=torch] [--json=FILE]
 
 Every case runs in a process of its own, so that its peak memory is its own: of the device, where JAX knows it, else of
 the whole process. Times are medians of `--repeats` runs after two that do not count. With --against=torch the same
 model in plain PyTorch takes turns with it, run by run, on the same number of threads; the ratio is PyTorch's time over
-ours. It needs a SimVQ model in float32 and PyTorch installed.
+ours. It needs a SimVQ model in float32 and PyTorch installed; the config of a generator, which has the cases generate
+and generate_one, needs `transformers` as well.
 """
 
 import json
@@ -21,16 +22,25 @@ from vqrae_jax.cost import bench
 
 def main(_) -> None:
     values = _CONFIG.value
-    config_lib.parse(values, config_lib.Config)  # another task has not the keys that are set here
-    values.model.encoder.random_weights = values.loss.perceptual.random_weights = True
+    task = config_lib.parse(values).task
+    cases = _CASES.value or bench.CASES[task]
+    for case in cases:
+        if case not in bench.CASES[task]:
+            raise ValueError(f"--case={case} cannot be measured with the config of a {task}, only "
+                             f"{', '.join(bench.CASES[task])}")
+    if task == "generator":
+        values.model.random_weights = True
+        values.data.classes = values.data.classes or 1  # their number makes no difference
+    else:
+        values.model.encoder.random_weights = values.loss.perceptual.random_weights = True
     values.train.batch_size = _BATCH.value or values.train.batch_size
     values.data.source = _DATA.value or values.data.source
-    config = config_lib.parse(values, config_lib.Config)
+    config = config_lib.parse(values)
     if _CHILD.value:
         return bench.serve(config, _CHILD.value)
     results, file = {}, Path(_JSON.value) if _JSON.value else None
     command = [sys.executable, "-m", "vqrae_jax.bench", *sys.argv[1:]]
-    for case in _CASES.value:
+    for case in cases:
         if file:  # before the work, and again after each case: what is measured is not lost
             file.write_text(json.dumps(results, indent=2) + "\n")
         results[case] = bench.measure(config, case, [*command, f"--child={case}"], repeats=_REPEATS.value,
@@ -46,7 +56,8 @@ if __name__ == "__main__":
     _AGAINST = flags.DEFINE_enum("against", None, ["torch"], "also run the same model in PyTorch")
     _JSON = flags.DEFINE_string("json", "", "file for the results")
     _REPEATS = flags.DEFINE_integer("repeats", 5, "runs that count", lower_bound=1)
-    _DATA = flags.DEFINE_string("data", "", "SPEC of the input pipeline's images; empty is data.source")
-    _CASES = flags.DEFINE_multi_enum("case", list(bench.CASES), list(bench.CASES), "only this case; may be repeated")
-    _CHILD = flags.DEFINE_enum("child", None, list(bench.CASES), "internal: serve one case")
+    _DATA = flags.DEFINE_string("data", "", "SPEC of the images of input and tokenize; empty is data.source")
+    _ALL = [case for of_task in bench.CASES.values() for case in of_task]
+    _CASES = flags.DEFINE_multi_enum("case", None, _ALL, "only this case of the config's task; may be repeated")
+    _CHILD = flags.DEFINE_enum("child", None, _ALL, "internal: serve one case")
     cli.run(main)

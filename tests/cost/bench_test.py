@@ -1,4 +1,4 @@
-"""The `bench` verb: its cases, and PyTorch beside them."""
+"""The `bench` verb: its cases, and PyTorch and transformers beside them."""
 
 import importlib
 import json
@@ -9,12 +9,16 @@ import numpy as np
 import pytest
 
 from tests.conftest import REFERENCE
+from tests.generator.tiny import tiny as tiny_generator
 from tests.verbs import command
 from vqrae_jax import config as config_lib
 from vqrae_jax.cost import bench
 
 TINY = [f"--config.model.encoder.path={REFERENCE / 'siglip_vision'}", "--config.model.quantizer.size=32",
         "--config.model.quantizer.dim=32", "--config.data.image_size=32", "--batch=4", "--repeats=1"]
+GENERATOR = ("vqrae_jax.bench", "--config=configs/nano_generator.py", "--batch=3", "--repeats=1",
+             *(f"--config.{key}" for key in ("data.grid=4", "data.size=24", "model.width=32", "model.depth=1",
+                                             "model.heads=2", "model.kv_heads=2", "model.mlp_dim=48")))
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
@@ -23,23 +27,46 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
 
 def test_it_measures_every_kind_of_case_and_writes_json(tmp_path):
     file = tmp_path / "out.json"
-    done = run("--case=encode", "--case=train_stage1", "--case=input", "--config.data.workers=1", f"--json={file}")
+    done = run("--case=tokenize", "--case=train_stage1", "--case=input", "--config.data.workers=1", f"--json={file}")
     assert done.returncode == 0, done.stderr
     results = json.loads(file.read_text())
     printed = [line.split()[0] for line in done.stdout.splitlines()]
-    assert list(results) == printed == ["encode", "train_stage1", "input"]
+    assert list(results) == printed == ["tokenize", "train_stage1", "input"]
     for case, result in results.items():
-        images = 4 * (bench.INPUT_BATCHES if case == "input" else 1)
+        images = 4 * {"input": bench.INPUT_BATCHES, "tokenize": bench.TOKENIZE_BATCHES}.get(case, 1)
         assert result["images_per_second"] == pytest.approx(images / result["seconds"])
         assert result["peak_bytes"] > 2**20
-        assert ("flops_per_second" in result) == (case != "input")
+        assert ("flops_per_second" in result) == (case == "train_stage1")
+
+
+def test_a_generator_samples_a_batch_or_one_image(tmp_path):
+    file = tmp_path / "out.json"
+    done = command(*GENERATOR, "--case=generate", f"--json={file}")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(file.read_text())["generate"]
+    assert result["images_per_second"] * result["seconds"] == pytest.approx(3)
+    assert result["flops_per_second"] > 0
+    config = tiny_generator()
+    config.data.update(grid=4, size=24, classes=3)
+    batch, one = (bench.model_flops(config_lib.parse(config), case) for case in ("generate", "generate_one"))
+    assert batch == 8 * one
+
+
+@pytest.mark.slow
+def test_transformers_takes_turns(tmp_path):
+    pytest.importorskip("torch", reason="PyTorch is not installed")
+    file = tmp_path / "out.json"
+    done = command(*GENERATOR, "--case=generate", "--against=torch", f"--json={file}")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(file.read_text())["generate"]
+    assert result["ratio"] == pytest.approx(result["torch_seconds"] / result["seconds"])
 
 
 def test_what_is_measured_is_not_lost_when_a_later_case_fails(tmp_path):
     file = tmp_path / "out.json"
-    done = run("--case=decode", "--case=input", "--data=folder:/nowhere", f"--json={file}")
+    done = run("--case=encode", "--case=input", "--data=folder:/nowhere", f"--json={file}")
     assert done.returncode == 1
-    assert list(json.loads(file.read_text())) == ["decode"]
+    assert list(json.loads(file.read_text())) == ["encode"]
     done = run("--case=decode", f"--json={tmp_path}/nowhere/out.json")
     assert (done.returncode, done.stdout) == (1, "")
     assert "nowhere/out.json" in done.stderr.splitlines()[-1]

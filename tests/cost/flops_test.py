@@ -9,7 +9,7 @@ import pytest
 from tests.generator.tiny import CODES
 from tests.generator.tiny import tiny as tiny_generator
 from vqrae_jax import config as config_lib
-from vqrae_jax.cost.flops import flops, generator_flops
+from vqrae_jax.cost.flops import flops, generator_work
 from vqrae_jax.generator import build as generator_build
 from vqrae_jax.generator import loss as generator_loss
 from vqrae_jax.generator import task as generator_task
@@ -92,7 +92,7 @@ def test_the_formula_is_what_a_generators_step_does():
     matmul = 2 * tokens**2 * spec.depth * spec.heads * spec.head_dim  # queries with keys, or weights with values
     seen = (tokens + 1) / (2 * tokens)
     # Two of them forward, and backward five, of which one makes the weights once more.
-    formula = generator_flops(config, structure) + 7 * matmul - 6 * seen * matmul
+    formula = generator_work(config, structure).backward() + 7 * matmul - 6 * seen * matmul
     assert traced(step.jaxpr) == config.train.batch_size * formula
 
 

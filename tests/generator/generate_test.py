@@ -11,9 +11,9 @@ from PIL import Image
 
 import vqrae_jax
 from tests import conftest
-from tests.generator.tiny import parsed, random_arrays
+from tests.generator.tiny import WORDS, parsed, random_arrays, text_model
 from tests.generator.tiny import tiny as tiny_generator
-from tests.verbs import command
+from tests.verbs import assert_one_line_error, command
 from vqrae_jax import config as config_lib
 from vqrae_jax.data import codes as codes_data
 from vqrae_jax.data.codes import CodesRecord, Description
@@ -57,8 +57,8 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-def write_generator(workdir: Path, description: Description, codes: Path) -> None:
-    values = tiny_generator()
+def write_generator(workdir: Path, description: Description, codes: Path, **options) -> None:
+    values = tiny_generator(**options)
     values.data.update(source=f"codes:{codes}", holdout=0.2)
     config = parsed(values)
     structure = build.structure(config, build.known_codes(config, description))
@@ -216,3 +216,33 @@ def test_another_tokenizer_is_refused(folder, generator):
     others = dataclasses.replace(generator.codes, tokenizer="0123456789abcdef" * 4)
     with pytest.raises(ValueError, match=r"codes of another tokenizer than that of .*sha256 is 0123456789abcdef\.\.\."):
         samples.Decoder(folder / "tokenizer", others, sharding.one_device())
+
+
+@pytest.fixture(scope="module")
+def others(folder) -> Path:
+    """Generators of captions, and of classes without empty prefixes; and a tokenizer of other weights."""
+    pytest.importorskip("tokenizers", reason="captions need tokenizers")
+    description, codes = codes_data.read_description(folder / "codes"), folder / "codes"
+    write_generator(folder / "captions", dataclasses.replace(description, captions=IMAGES), codes,
+                    captions=text_model(folder / "text"))
+    write_generator(folder / "guided_never", description, codes, drop=0.0)
+    config = config_lib.parse(conftest.tiny())
+    structure = tokenizer_build.structure(config)
+    params = {path: 2 * value for path, value in random_arrays(structure.params).items()}
+    tokenizer_runs.write_run(folder / "another", config, params, random_arrays(structure.buffers))
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("run", "flags", "says"), [
+    ("generator", ["--num=0"], "error: num must be at least 1, not 0"),
+    ("generator", ["--classes=0,2"], "error: class 2 does not exist: this generator has the classes 0 to 1"),
+    ("generator", ["--tokenizer={folder}/another"], "error: the generator learned codes of another tokenizer than"),
+    ("guided_never", ["--cfg=2"], "error: cfg is 2, but guidance needs a generator that has learned the empty prefix"),
+    ("captions", [f"--prompt={' '.join(WORDS[:6])}"], "error: a prompt has 6 tokens, but this generator takes 5: "),
+])
+def test_what_cannot_be_had_is_refused_in_one_line(run, flags, says, others, tmp_path):
+    result = command("vqrae_jax.generate", f"--workdir={others / run}", f"--tokenizer={others / 'tokenizer'}",
+                     f"--out={tmp_path / 'out.png'}", "--num=2", *(flag.format(folder=others) for flag in flags))
+    assert_one_line_error(result, says)
+    assert not list(tmp_path.iterdir())

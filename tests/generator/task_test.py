@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from PIL import Image
 
 from tests.conftest import killed_in_step
 from tests.generator.tiny import CODES, TEXT, WORDS, batch, parsed, text_model, tiny
+from tests.verbs import assert_one_line_error, command
 from vqrae_jax import config as config_lib
 from vqrae_jax.data import codes as codes_data
 from vqrae_jax.data.codes import CodesRecord, Description
@@ -202,6 +204,41 @@ def test_what_is_wrong_is_one_line_before_anything_is_written(keys, says, folder
         task.train(parsed(config), tmp_path / "run")
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()
+
+
+def damaged(file: Path, how: str) -> None:
+    if how == "gone":
+        file.unlink()
+    elif how == "cut":
+        file.write_bytes(file.read_bytes()[:1000])
+    elif how == "flipped":  # in a third of the records, by their names
+        file.write_bytes(re.sub(rb"image(?=[1-3][0-9])", b"imagf", file.read_bytes()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("damage", "flags", "says"), [
+    ("gone", [], "lacks 1 of 1 files of codes, for example codes-00000-of-00001.array_record: give the"),
+    ("cut", [], "as ArrayRecord: corrupt record: "),
+    ("flipped", [], "remove that file and give the command tokenize that made it once more, and it makes it anew; "),
+    ("none", ["--config.prefix.longest=49"], "prefix.longest 49 and an image of 16 codes are more than the 64 "),
+])
+def test_training_fails_in_one_line(damage, flags, says, tmp_path):
+    pytest.importorskip("tokenizers", reason="captions need tokenizers")
+    codes, text = write_codes(tmp_path / "codes", captions=True), text_model(tmp_path / "text")
+    damaged(codes / "codes-00000-of-00001.array_record", damage)
+    (tmp_path / "mine.py").write_text(f"""
+from pathlib import Path
+from tests.generator import tiny
+
+def get_config():
+    config = tiny.tiny(captions=Path({str(text)!r}))
+    config.data.source = {f"codes:{codes}"!r}
+    return config
+""")
+    result = command("vqrae_jax.main", f"--config={tmp_path / 'mine.py'}", f"--workdir={tmp_path / 'run'}", *flags)
+    assert_one_line_error(result, says)
+    if damage != "none":
+        assert "give the command tokenize that made it once more" in result.stderr
 
 
 def test_a_caption_and_an_image_must_fit_the_text_model(tmp_path):

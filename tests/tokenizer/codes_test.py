@@ -4,10 +4,7 @@ import io
 import json
 import shutil
 import signal
-import subprocess
-import sys
 import tarfile
-import time
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +12,10 @@ import pytest
 from PIL import Image
 
 import vqrae_jax
-from tests.conftest import REPOSITORY, tiny
+from tests.conftest import tiny
 from tests.tiny import Run
 from tests.training.distributed_test import finish, run_together
+from tests.verbs import assert_one_line_error, command
 from vqrae_jax import config as config_lib
 from vqrae_jax.data import CodesSource, ten_crops, webdataset
 from vqrae_jax.data import codes as data_codes
@@ -210,10 +208,14 @@ def test_a_damaged_shard_is_named(damage, folder, whole, tmp_path):
     with pytest.raises((ValueError, OSError), match="damaged|cannot read|lacks 1 of 3 files") as error:
         codes.detokenize(folder / "run0", copy, tmp_path / "images", batch_size=0)
     assert "codes" in one_line(error)
+    assert ("give the command tokenize that made it once more" in str(error.value)) == (damage != "another's")
     if damage == "flipped":
         shard.unlink()
         tokenize(folder, copy)
         assert contents(copy) == contents(whole)
+        shard.with_suffix(".jsonl").unlink()
+        with pytest.raises(ValueError, match="codes-00001-of-00003.jsonl is missing or damaged: remove it and codes-"):
+            tokenize(folder, copy)
 
 
 def flags(folder: Path, out: Path) -> list[str]:
@@ -221,7 +223,7 @@ def flags(folder: Path, out: Path) -> list[str]:
             f"--batch_size={BATCH}", "--shard_size=7"]
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_two_processes_of_two_devices_equal_one_of_one(folder, whole, tmp_path, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
     first, second = finish(run_together("vqrae_jax.tokenize", 2, *flags(folder, tmp_path)))
@@ -229,16 +231,50 @@ def test_two_processes_of_two_devices_equal_one_of_one(folder, whole, tmp_path, 
     assert contents(tmp_path) == contents(whole)
 
 
-@pytest.mark.long
-def test_kill_9_and_the_same_command_again(folder, whole, tmp_path):
-    command = [sys.executable, "-m", "vqrae_jax.tokenize", *flags(folder, tmp_path)]
-    for shards in range(1, 4):
-        process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        while len(list(tmp_path.glob("*.array_record"))) < shards and process.poll() is None:
-            time.sleep(0.001)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-    again = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+DIES = """
+import itertools, os, runpy, signal
+from vqrae_jax.data import codes
+
+serialize, records = codes.serialize_example, itertools.count(1)
+
+def dies(features):
+    if next(records) == int(os.environ["DIES_AT"]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return serialize(features)
+
+codes.serialize_example = dies
+runpy.run_module("vqrae_jax.tokenize", run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.slow
+def test_kill_9_at_three_random_records_leaves_no_trace(folder, whole, tmp_path):
+    (tmp_path / "dies.py").write_text(DIES)
+    out, rng = tmp_path / "out", np.random.default_rng()
+    # Shards have 7, 8 and 3 good images, and those that are there are not made again.
+    for shards, (first, last) in enumerate(((1, 7), (8, 15), (9, 11))):
+        record = rng.integers(first, last, endpoint=True)
+        killed = command("dies", *flags(folder, out), PYTHONPATH=str(tmp_path), DIES_AT=str(record))
+        assert killed.returncode == -signal.SIGKILL, (record, killed.stderr)
+        assert len(list(out.glob("*.array_record"))) == shards and list(out.glob("*.part"))
+    again = command("vqrae_jax.tokenize", *flags(folder, out))
     assert again.returncode == 0, again.stderr
     assert "left out: 1 images that cannot be read" in again.stdout
-    assert contents(tmp_path) == contents(whole)
+    assert contents(out) == contents(whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("run", "damage", "says"), [
+    ("run1", "none", "are of another tokenizer than that of "),
+    ("run0", "gone", "lacks 1 of 3 files of codes, for example codes-00001-of-00003.array_record: give the command "),
+    ("run0", "flipped", "remove that file and give the command tokenize that made it once more"),
+])
+def test_detokenize_fails_in_one_line(run, damage, says, folder, whole, tmp_path):
+    shard = Path(shutil.copytree(whole, tmp_path / "codes")) / "codes-00001-of-00003.array_record"
+    if damage == "gone":
+        shard.unlink()
+    if damage == "flipped":
+        shard.write_bytes(shard.read_bytes().replace(b"images/b", b"images/c", 1))
+    result = command("vqrae_jax.detokenize", f"--workdir={folder / run}", f"--codes={shard.parent}",
+                     f"--out={tmp_path / 'images'}")
+    assert_one_line_error(result, says)

@@ -1,12 +1,14 @@
-"""Measures speed and memory of encode, decode, train steps and the input pipeline, with random weights."""
+"""Measures speed and memory of encode, decode, train steps, input pipeline, tokenize and generate; random weights."""
 
 import dataclasses
+import functools
 import json
 import os
 import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,12 +20,17 @@ import numpy as np
 from flax import nnx
 
 from vqrae_jax import config as config_lib
-from vqrae_jax.config import Config
+from vqrae_jax.config import Config, GeneratorConfig, TaskConfig
 from vqrae_jax.cost import flops
 from vqrae_jax.data import BadImages, open_source
+from vqrae_jax.data.codes import Description
+from vqrae_jax.generator import build as generator_build
+from vqrae_jax.generator import init as generator_init
+from vqrae_jax.generator import sampling
 from vqrae_jax.models import flat
 from vqrae_jax.models.quantizers import EMAVQ
-from vqrae_jax.tokenizer import build, init, train_state
+from vqrae_jax.models.vit import DTYPES
+from vqrae_jax.tokenizer import build, codes, init, train_state
 from vqrae_jax.tokenizer.inference import Tokenizer
 from vqrae_jax.tokenizer.loss import make_train_step, phase_of
 from vqrae_jax.tokenizer.task import open_train_batches
@@ -31,8 +38,12 @@ from vqrae_jax.training import sharding
 
 SEARCH_DIM = 1536  # of the code search alone: the width of so400m's codes
 INPUT_BATCHES = 50  # a run of the input pipeline, or it would show what was read ahead
-CASES = ("encode", "decode", "search", "train_stage1", "train_stage2", "train_stage2_gan", "input")
-AGAINST = ("encode", "decode", "search", "train_stage1")  # what pytorch.py has
+TOKENIZE_BATCHES = 16  # a run of tokenize at most: more than are read ahead
+CASES = {  # by task
+    "tokenizer": ("encode", "decode", "search", "train_stage1", "train_stage2", "train_stage2_gan", "input",
+                  "tokenize"),
+    "generator": ("generate_one", "generate")}
+AGAINST = ("encode", "decode", "search", "train_stage1", *CASES["generator"])  # what pytorch.py has
 
 
 def stage(config: Config, case: str) -> Config:
@@ -49,8 +60,11 @@ def stage(config: Config, case: str) -> Config:
         loss=dataclasses.replace(config.loss, distill_weight=0.0 if frozen else 1.0))
 
 
-def model_flops(config: Config, case: str) -> int | None:
-    """Model FLOPs of one run of a case; None for the input pipeline."""
+def model_flops(config: TaskConfig, case: str) -> int | None:
+    """Model FLOPs of one run of a case; None where most of its time may go to something else: input, tokenize."""
+    if isinstance(config, GeneratorConfig):
+        structure = generator_build.structure(config, generator_build.planned_codes(config))
+        return _drawn(config, case) * flops.generator_work(config, structure).forward
     staged, batch = stage(config, case), config.train.batch_size
     structure = build.structure(staged)
     work = flops.flops(staged, structure, phase_of(staged, staged.train.steps))
@@ -61,26 +75,68 @@ def model_flops(config: Config, case: str) -> int | None:
     return {"encode": batch * work.encode + work.codes, "decode": batch * work.decode}.get(case)
 
 
-def prepare(config: Config, case: str) -> Callable[[], Any]:
-    """A function that does the work of a case once, to the end."""
+def prepare(config: TaskConfig, case: str) -> tuple[int, Callable[[], Any]]:
+    """A function that does the work of a case once, to the end; and with how many images it does that."""
+    if isinstance(config, GeneratorConfig):
+        return _generate(config, _drawn(config, case))
     batch, size, rng = config.train.batch_size, config.data.image_size, np.random.default_rng(0)
     if case == "input":
         # A file, for there may be workers.
         batches = open_train_batches(config, open_source(config.data.source, training=True), BadImages(os.devnull))
-        return lambda: [next(batches) for _ in range(INPUT_BATCHES)]
+        return INPUT_BATCHES * batch, lambda: [next(batches) for _ in range(INPUT_BATCHES)]
     images = rng.integers(0, 256, (batch, size, size, 3), np.uint8)
     if case.startswith("train"):
-        return _train(stage(config, case), images)
+        return batch, _train(stage(config, case), images)
     structure = build.structure(config)
     if case == "search":
-        return _search(batch * structure.tokens, config.model.quantizer.size)
+        return batch, _search(batch * structure.tokens, config.model.quantizer.size)
     params, buffers = init.model_arrays(config, structure, sharding.one_device())
+    if case == "tokenize":
+        return _tokenize(config, structure, params | buffers)
     tokenizer = Tokenizer(config, structure.graphdef, params | buffers)
     if case == "encode":
         images = jnp.asarray(images)
-        return lambda: jax.block_until_ready(tokenizer.encode_to_indices(images))
-    codes = rng.integers(0, tokenizer.num_codes, (batch, structure.tokens))
-    return lambda: jax.block_until_ready(tokenizer.decode_from_indices(codes))
+        return batch, lambda: jax.block_until_ready(tokenizer.encode_to_indices(images))
+    indices = rng.integers(0, tokenizer.num_codes, (batch, structure.tokens))
+    return batch, lambda: jax.block_until_ready(tokenizer.decode_from_indices(indices))
+
+
+def _tokenize(config: Config, structure: build.Structure, arrays: flat.Arrays) -> tuple[int, Callable[[], Any]]:
+    """What the command does to the images of a shard, from the data source to the file, which is then removed."""
+    batch, source = config.train.batch_size, open_source(config.data.source, training=True)
+    images = min(TOKENIZE_BATCHES * batch, len(source))
+    mesh, model = sharding.one_device(), flat.merge(structure.graphdef, arrays)
+    shard = Description(
+        data=config.data.source, source={"images": images}, num_classes=source.num_classes, tokenizer="", weights="raw",
+        codebook_size=model.quantizer.num_codes, grid=(model.encoder.grid,) * 2, image_size=config.data.image_size,
+        views=1, batch_size=batch, shard_size=images, recipe={})
+    encode = codes.encoder(mesh, structure.graphdef, arrays)
+
+    def run() -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            codes.write_shards(encode, source, shard, Path(folder), [0], batch_size=batch,
+                               max_bad=config.data.max_bad, threads=config.data.threads)
+
+    return images, run
+
+
+def _drawn(config: GeneratorConfig, case: str) -> int:
+    """Images that are sampled at once."""
+    return 1 if case == "generate_one" else config.train.batch_size
+
+
+def _generate(config: GeneratorConfig, images: int) -> tuple[int, Callable[[], Any]]:
+    """Sampling without guidance, behind the first class or the longest caption."""
+    structure, mesh = generator_build.structure(config, generator_build.planned_codes(config)), sharding.one_device()
+    cast = jax.jit(functools.partial(sampling.cast, dtype=DTYPES[config.model.dtype]))
+    params = cast(generator_init.params(config, structure, mesh))
+    batch = {"label": np.zeros(images, np.int32), "number": np.arange(images, dtype=np.int32)}
+    if longest := generator_build.longest_caption(config):
+        batch |= {"caption": np.zeros((images, longest), np.int32), "pads": np.zeros(images, np.int32)}
+    draw = sampling.draw_of(sampling.Options(), structure.codes.grid**2)
+    sample = jax.jit(sharding.on(mesh, functools.partial(sampling.sample, structure, top_k=0)))
+    batch = sharding.put_batch(mesh, batch)
+    return images, lambda: jax.block_until_ready(sample(params, batch, draw))
 
 
 def _search(tokens: int, size: int) -> Callable[[], Any]:
@@ -116,11 +172,11 @@ def _repeat(function: Callable[..., tuple], state: Any, *arguments: Any) -> Call
     return run
 
 
-def serve(config: Config, case: str) -> None:
-    """The child: a line in, one run and its seconds out; at the end of input peak memory and the device."""
-    run = prepare(config, case)
+def serve(config: TaskConfig, case: str) -> None:
+    """The child: a run's images; a line in, one run and its seconds out; at the end of input peak memory and device."""
+    images, run = prepare(config, case)
     run()
-    print("ready", flush=True)
+    print(images, flush=True)
     for _ in sys.stdin:
         start = time.perf_counter()
         run()
@@ -132,12 +188,16 @@ def serve(config: Config, case: str) -> None:
 
 
 class Child:
-    """A process that runs a case whenever it is told to."""
+    """A process that runs a case whenever it is told to.
+
+    Attributes:
+      images: of a run.
+    """
 
     def __init__(self, command: list[str], what: str):
         self._what = what
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self._read()
+        self.images = int(self._read())
 
     def run(self) -> float:
         """Seconds of one run."""
@@ -162,12 +222,27 @@ class Child:
         return line.rstrip("\n")
 
 
-def pytorch_command(config: Config, case: str) -> list[str]:
+def pytorch_command(config: TaskConfig, case: str) -> list[str]:
     """How the same case is run in PyTorch.
 
     Raises:
       ValueError: a model that pytorch.py does not have.
     """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    job = {"case": case, "threads": cores}
+    job |= _generator_job(config, case) if isinstance(config, GeneratorConfig) else _tokenizer_job(config)
+    return [sys.executable, str(Path(__file__).parent / "pytorch.py"), json.dumps(job)]
+
+
+def _generator_job(config: GeneratorConfig, case: str) -> dict[str, Any]:
+    if config.model.dtype != "float32":
+        raise ValueError(f"--against=torch samples in float32, and config key model.dtype is {config.model.dtype}")
+    structure = generator_build.structure(config, generator_build.planned_codes(config))
+    return {"batch": _drawn(config, case), "lm": dataclasses.asdict(structure.spec),
+            "prefix": generator_build.longest_caption(config) + 1, "tokens": structure.codes.grid**2}
+
+
+def _tokenizer_job(config: Config) -> dict[str, Any]:
     model, structure = config.model, build.structure(config)
     spec, decoder, patch_size = structure.encoder, structure.decoder, structure.encoder.vit.patch_size
     if (model.dtype != "float32" or model.quantizer.kind != "simvq" or model.quantizer.dim != spec.vit.width
@@ -177,26 +252,24 @@ def pytorch_command(config: Config, case: str) -> list[str]:
         raise ValueError("--against=torch knows a SigLIP-like encoder, SimVQ of its width and a plain decoder, in "
                          "float32, without perceptual losses or accumulation: see configs/bench_medium.py")
     o = config.optim
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    job = {"case": case, "batch": config.train.batch_size, "threads": cores,
-           "image_size": config.data.image_size, "patch_size": patch_size, "codes": model.quantizer.size,
-           "dim": SEARCH_DIM, "encoder": dataclasses.asdict(spec.vit), "decoder": dataclasses.asdict(decoder),
-           "optimizer": dict(lr=o.lr, b1=o.b1, b2=o.b2, weight_decay=o.weight_decay, clip_norm=o.clip_norm,
-                             ema_decay=o.ema_decay)}
-    return [sys.executable, str(Path(__file__).parent / "pytorch.py"), json.dumps(job)]
+    return {"batch": config.train.batch_size, "image_size": config.data.image_size, "patch_size": patch_size,
+            "codes": model.quantizer.size, "dim": SEARCH_DIM, "encoder": dataclasses.asdict(spec.vit),
+            "decoder": dataclasses.asdict(decoder),
+            "optimizer": dict(lr=o.lr, b1=o.b1, b2=o.b2, weight_decay=o.weight_decay, clip_norm=o.clip_norm,
+                              ema_decay=o.ema_decay)}
 
 
-def measure(config: Config, case: str, command: list[str], *, repeats: int, against: bool) -> dict[str, Any]:
+def measure(config: TaskConfig, case: str, command: list[str], *, repeats: int, against: bool) -> dict[str, Any]:
     """Runs a case, in turns with PyTorch where wanted; returns what is written as JSON.
 
     Args:
       config: of the model.
-      case: one of `CASES`.
+      case: one of `CASES` of its task.
       command: starts a process that calls `serve` with both.
       repeats: runs that count.
       against: whether PyTorch takes turns.
     """
-    commands = {"jax": command}
+    work, commands = model_flops(config, case), {"jax": command}  # a model that cannot be is one line, of this process
     if against and case in AGAINST:
         commands["torch"] = pytorch_command(config, case)
     children = {name: Child(command, f"{name}, {case},") for name, command in commands.items()}
@@ -209,10 +282,9 @@ def measure(config: Config, case: str, command: list[str], *, repeats: int, agai
     ends = {name: child.end() for name, child in children.items()}
     seconds = {name: statistics.median(values) for name, values in times.items()}
     peak, kind, devices = ends["jax"]
-    images = config.train.batch_size * (INPUT_BATCHES if case == "input" else 1)
-    result = {"seconds": seconds["jax"], "images_per_second": images / seconds["jax"],
+    result = {"seconds": seconds["jax"], "images_per_second": children["jax"].images / seconds["jax"],
               "peak_bytes": int(peak), "runs": times["jax"]}
-    if work := model_flops(config, case):
+    if work:
         result["flops_per_second"] = work / seconds["jax"]
         if chip := flops.CHIPS.get(kind):
             used = int(devices) if case.startswith("train") else 1  # the others know no mesh

@@ -127,11 +127,11 @@ def flops(config: Config, structure: Structure, phase: str) -> Flops:
         codes=codes, train_codes=train_codes)
 
 
-def generator_flops(config: GeneratorConfig, structure: generator_build.Structure) -> int:
-    """The floating-point operations of an image in a training step of a generator.
+def generator_work(config: GeneratorConfig, structure: generator_build.Structure) -> Work:
+    """The operations of an image of a generator: forward those of sampling it, backward those of a training step.
 
     A model of which only some parameters learn counts as one that learns. Embeddings are looked up, which is free.
     """
     tokens = structure.codes.grid**2
     spec = dataclasses.replace(structure.spec, vocabulary=structure.vocabulary.codes)  # of which logits are computed
-    return lm_work(spec, generator_build.longest_caption(config) + tokens, predicted=tokens).backward()
+    return lm_work(spec, generator_build.longest_caption(config) + tokens, predicted=tokens)

@@ -112,7 +112,7 @@ def _tokenizer(config: Config) -> Subject:
 
 def _generator(config: GeneratorConfig) -> Subject:
     structure = generator_build.structure(config, generator_build.planned_codes(config))
-    per_image, model = flops.generator_flops(config, structure), _sizes(structure.params)
+    per_image, model = flops.generator_work(config, structure).backward(), _sizes(structure.params)
     return Subject(
         abstract=lambda mesh: (*generator_state.abstract(config, structure, mesh),
                                generator_task.abstract_batch(config, structure, mesh)),

@@ -1,11 +1,13 @@
 """The same model in plain `torch.nn`, as one would write it in PyTorch 2: what `bench --against=torch` runs.
 
 Images are `[B, 3, H, W]` float32. Attention is `scaled_dot_product_attention` on one fused qkv layer, the quantizer is
-SimVQ as published (arXiv 2411.02038), the optimizer the fused AdamW. Weights are random.
+SimVQ as published (arXiv 2411.02038), the optimizer the fused AdamW. A generator is Qwen3 in `transformers`, sampled by
+its `generate`. Weights are random.
 
 A program of its own, `python pytorch.py JSON`, that imports nothing of ours: JAX must not count as PyTorch's memory.
 The JSON holds `case`, `batch`, `threads`, `image_size`, `patch_size`, `codes`, `dim`, `encoder`, `decoder` (the fields
-of a TransformerSpec each), and `optimizer` (the arguments of `TrainStep`).
+of a TransformerSpec each), and `optimizer` (the arguments of `TrainStep`). For a generator it holds `case`, `batch`,
+`threads`, `lm` (the fields of an LMSpec), and the tokens before an image and of an image, `prefix` and `tokens`.
 """
 
 import json
@@ -13,6 +15,7 @@ import resource
 import sys
 import time
 from types import SimpleNamespace
+from typing import Any
 
 import torch  # pyright: ignore[reportMissingImports]
 import torch.nn.functional as F  # pyright: ignore[reportMissingImports]
@@ -164,6 +167,8 @@ def ema_vq_search(z, codes, counts, sums, *, decay: float = 0.99, eps: float = 1
 
 def _case(job: SimpleNamespace):
     """A function that does the job once."""
+    if "lm" in vars(job):
+        return _generate(job, SimpleNamespace(**job.lm))
     grid = job.image_size // job.patch_size
     if job.case == "search":
         z, codes = torch.randn(job.batch * grid**2, job.dim), torch.randn(job.codes, job.dim)
@@ -182,13 +187,27 @@ def _case(job: SimpleNamespace):
     return lambda: step(images)
 
 
+def _generate(job: SimpleNamespace, spec: SimpleNamespace):
+    from transformers import Qwen3Config, Qwen3ForCausalLM  # pyright: ignore[reportMissingImports]
+
+    model: Any = Qwen3ForCausalLM(Qwen3Config(
+        vocab_size=spec.vocabulary, hidden_size=spec.width, num_hidden_layers=spec.depth,
+        num_attention_heads=spec.heads, num_key_value_heads=spec.kv_heads, head_dim=spec.head_dim,
+        intermediate_size=spec.mlp_dim, rms_norm_eps=spec.norm_eps, tie_word_embeddings=spec.tied,
+        rope_parameters={"rope_type": "default", "rope_theta": spec.rope_theta},
+        max_position_embeddings=spec.max_positions)).eval()
+    tokens = torch.randint(0, spec.vocabulary, (job.batch, job.prefix))
+    return lambda: model.generate(tokens, attention_mask=torch.ones_like(tokens), do_sample=True, top_k=0,
+                                  max_new_tokens=job.tokens)
+
+
 def main() -> None:
-    """The protocol of `vqrae_jax.bench`: a line in, one run and its seconds out; then peak memory."""
+    """The protocol of `bench.serve`: how many images a run has; a line in, its seconds out; then peak memory."""
     job = SimpleNamespace(**json.loads(sys.argv[1]))
     torch.set_num_threads(job.threads)
     run = _case(job)
     run()
-    print("ready", flush=True)
+    print(job.batch, flush=True)
     for _ in sys.stdin:
         start = time.perf_counter()
         run()

@@ -26,6 +26,7 @@ from vqrae_jax.data.records import (
 )
 
 DESCRIPTION = "codes.json"
+_ANEW = "remove that file and give the command tokenize that made it once more, and it makes it anew"
 _AT_THE_END = ("records", "labels", "captions", "bad_images")
 
 
@@ -181,17 +182,17 @@ def end(folder: Path, begun: Description) -> Description:
     """Completes the description when all shards are there.
 
     Raises:
-      ValueError: a report is damaged.
-      OSError: one is missing; or the description cannot be written.
+      ValueError: a shard's report is missing or damaged.
+      OSError: the description cannot be written.
     """
     counts = dict.fromkeys(_AT_THE_END, 0)
     for shard in begun.shards(folder):
         try:
             last = json.loads(report_path(shard).read_text().splitlines()[-1])
             counts = {name: count + last[name] for name, count in counts.items()}
-        except (IndexError, KeyError, ValueError) as error:
-            raise ValueError(f"{report_path(shard)} is damaged: remove it and {shard.name}, and give the same command "
-                             "again") from error
+        except (FileNotFoundError, IndexError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{report_path(shard)} is missing or damaged: remove it and {shard.name}, and give the "
+                             "same command again") from error
     complete = dataclasses.replace(begun, **counts)
     write_description(folder, complete)
     return complete
@@ -218,10 +219,14 @@ class CodesSource(RecordFiles):
         shards = self.description.shards(Path(folder))
         missing = [shard.name for shard in shards if not shard.exists()]
         if missing or self.description.records is None:
-            raise FileNotFoundError(f"{folder} lacks {len(missing)} of {len(shards)} files of codes"
-                                    f"{f', for example {missing[0]}' if missing else ''}: give the command tokenize "
-                                    "that made it once more, and it makes them")
-        super().__init__(list(map(str, shards)))
+            lacks = (f"{len(missing)} of {len(shards)} files of codes, for example {missing[0]}" if missing
+                     else f"the end of its {DESCRIPTION}")
+            raise FileNotFoundError(f"{folder} lacks {lacks}: give the command tokenize that made it once more, and it "
+                                    "makes what is missing")
+        try:
+            super().__init__(list(map(str, shards)))
+        except ValueError as error:
+            raise ValueError(f"{error}: {_ANEW}") from error
         if len(self) != self.description.records:
             raise ValueError(f"{folder} holds {len(self)} records, not the {self.description.records} that its "
                              f"{DESCRIPTION} names: it is damaged, make it anew")
@@ -237,5 +242,4 @@ class CodesSource(RecordFiles):
             label = int(features["label"][0]) if "label" in features else -1
             return CodesRecord(codes, label, os.fsdecode(features["name"][0]), caption_of(features))
         except (KeyError, IndexError, TypeError, ValueError) as error:
-            raise ValueError(f"{self.name(index)} is damaged ({error}): remove that file and give the command tokenize "
-                             "that made it once more, and it makes it anew") from error
+            raise ValueError(f"{self.name(index)} is damaged ({error}): {_ANEW}") from error

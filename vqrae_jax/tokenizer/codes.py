@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
@@ -18,7 +18,6 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from vqrae_jax import config as config_lib
-from vqrae_jax.config import Config
 from vqrae_jax.data import (
     VIEWS,
     BadImages,
@@ -43,6 +42,7 @@ from vqrae_jax.weights import tensors
 
 log = logging.getLogger(__name__)
 Item = TypeVar("Item")
+Encode = Callable[[np.ndarray], jax.Array]
 
 
 def tokenize(workdir: str | os.PathLike, data: str, out: str | os.PathLike, *, views: int, weights: Weights,
@@ -71,7 +71,6 @@ def tokenize(workdir: str | os.PathLike, data: str, out: str | os.PathLike, *, v
     """
     if views not in VIEWS:
         raise ValueError(f"views must be {' or '.join(map(str, VIEWS))}, not {views}")
-    load_examples()  # before the threads
     workdir, out = Path(workdir), Path(out)
     mesh = sharding.make_mesh(config_lib.Mesh(), jax.local_devices())
     config, graphdef, arrays = runs.load_run(workdir, mesh, weights=weights)
@@ -100,17 +99,10 @@ def tokenize(workdir: str | os.PathLike, data: str, out: str | os.PathLike, *, v
     missing = [number for number in range(jax.process_index(), len(shards), jax.process_count())
                if not shards[number].exists()]
     if missing:
-        encoded = _encoded(config, graphdef, arrays, mesh, source, begun, missing, images=images,
-                           max_bad=config.data.max_bad if max_bad is None else max_bad)
-        with ThreadPoolExecutor(1) as pool, disk_errors(out):  # the devices do not wait for the disk
-            writing = None
-            for number, group in itertools.groupby(encoded, key=lambda row: row[0] // begun.shard_size):
-                images_of_shard = [image for _, image in group]
-                if writing:
-                    writing.result()
-                writing = pool.submit(codes.write_shard, shards[number], images_of_shard)
-            if writing:
-                writing.result()
+        max_bad = config.data.max_bad if max_bad is None else max_bad
+        with disk_errors(out):
+            write_shards(encoder(mesh, graphdef, arrays), source, begun, out, missing, batch_size=images * mesh.size,
+                         max_bad=max_bad, threads=config.data.threads)
     # By looking, for what waits in XLA for others gives up after a while.
     while not all(shard.exists() for shard in shards):
         time.sleep(1)
@@ -124,23 +116,57 @@ def tokenize(workdir: str | os.PathLike, data: str, out: str | os.PathLike, *, v
     return complete
 
 
-def _encoded(config: Config, graphdef: nnx.GraphDef, arrays: Arrays, mesh: Mesh, source: Source, begun: Description,
-             shards: list[int], *, images: int, max_bad: float) -> Iterator[tuple[int, CodesRecord | codes.LeftOut]]:
-    """The place of every image of some shards, in order, and what becomes of it."""
-    ends = [min(len(source), (number + 1) * begun.shard_size) for number in shards]
-    indices = np.concatenate([np.arange(number * begun.shard_size, end)
-                              for number, end in zip(shards, ends, strict=True)])
-    bad_images = BadImages(None)
-    batches = views_batches(source, indices, image_size=begun.image_size, views=begun.views,
-                            batch_size=images * mesh.size, bad_images=bad_images, max_bad=max_bad,
-                            threads=config.data.threads)
+def encoder(mesh: Mesh, graphdef: nnx.GraphDef, arrays: Arrays) -> Encode:
+    """A tokenizer's encoder, compiled for a mesh: uint8 images `[B, S, S, 3]` to codes `[B, h, w]` int32."""
     encode = jax.jit(sharding.on(mesh, functools.partial(encode_codes, graphdef)))
+    return lambda images: encode(arrays, sharding.put_batch(mesh, images))
+
+
+def write_shards(encode: Encode, source: Source, begun: Description, out: Path, numbers: Sequence[int], *,
+                 batch_size: int, max_bad: float, threads: int) -> None:
+    """Makes some shards of a folder that was begun: reads images, encodes them, writes their codes, all at once.
+
+    Args:
+      encode: see `encoder`.
+      source: of the images.
+      begun: the folder's description.
+      out: the folder.
+      numbers: of the shards, ascending.
+      batch_size: images at once, with all their views.
+      max_bad, threads: as for `data.views_batches`.
+
+    Raises:
+      ValueError, OSError: images cannot be read, or shards cannot be written.
+    """
+    load_examples()  # before the threads
+    shards, encoded = begun.shards(out), _encoded(encode, source, begun, numbers, batch_size=batch_size,
+                                                  max_bad=max_bad, threads=threads)
+    with ThreadPoolExecutor(1) as pool:  # the devices do not wait for the disk
+        writing = None
+        for number, group in itertools.groupby(encoded, key=lambda row: row[0] // begun.shard_size):
+            images = [image for _, image in group]
+            if writing:
+                writing.result()
+            writing = pool.submit(codes.write_shard, shards[number], images)
+        if writing:
+            writing.result()
+
+
+def _encoded(encode: Encode, source: Source, begun: Description, numbers: Sequence[int], *, batch_size: int,
+             max_bad: float, threads: int) -> Iterator[tuple[int, CodesRecord | codes.LeftOut]]:
+    """The place of every image of some shards, in order, and what becomes of it."""
+    ends = [min(len(source), (number + 1) * begun.shard_size) for number in numbers]
+    indices = np.concatenate([np.arange(number * begun.shard_size, end)
+                              for number, end in zip(numbers, ends, strict=True)])
+    bad_images = BadImages(None)
+    batches = views_batches(source, indices, image_size=begun.image_size, views=begun.views, batch_size=batch_size,
+                            bad_images=bad_images, max_bad=max_bad, threads=threads)
 
     def begin(batch: dict[str, np.ndarray]) -> jax.Array:
         pixels = batch.pop("image")
-        return encode(arrays, sharding.put_batch(mesh, pixels.reshape(-1, *pixels.shape[2:])))
+        return encode(pixels.reshape(-1, *pixels.shape[2:]))
 
-    for batch, made in reporting.shown(_ahead(batches, begin), of=len(indices), each=images * mesh.size):
+    for batch, made in reporting.shown(_ahead(batches, begin), of=len(indices), each=batch_size):
         made = np.asarray(made).astype(begun.dtype).reshape(-1, begun.views, *begun.grid)
         reasons = {} if batch["valid"].all() else bad_images.names()
         for row in np.flatnonzero(batch["index"] >= 0):
