@@ -25,7 +25,7 @@ pack runs/nano_cifar10_stage2 $models/tokenizer
     --out=runs/nano_shipped
 
 # By the packed tokenizer: its rounded weights are others than the run's, and make other codes of a few patches.
-.venv/bin/python -m vqrae_jax.tokenize --workdir=nano --data=tfds:cifar10:train --views=10 --out=runs/nano_codes
+.venv/bin/python -m vqrae_jax.tokenize --workdir=nano --data=tfds:cifar10:train --views=2 --out=runs/nano_codes
 .venv/bin/python -m vqrae_jax.tokenize --workdir=nano --data=tfds:cifar10:test --out=runs/nano_codes_test
 .venv/bin/python -m vqrae_jax.main --config=configs/nano_generator.py --workdir=runs/nano_cifar10_generator \
   --config.data.source=codes:runs/nano_codes --config.eval.source=codes:runs/nano_codes_test
