@@ -28,7 +28,8 @@ pack runs/nano_cifar10_stage2 $models/tokenizer
 .venv/bin/python -m vqrae_jax.tokenize --workdir=nano --data=tfds:cifar10:train --views=2 --out=runs/nano_codes
 .venv/bin/python -m vqrae_jax.tokenize --workdir=nano --data=tfds:cifar10:test --out=runs/nano_codes_test
 .venv/bin/python -m vqrae_jax.main --config=configs/nano_generator.py --workdir=runs/nano_cifar10_generator \
-  --config.data.source=codes:runs/nano_codes --config.eval.source=codes:runs/nano_codes_test
+  --config.data.source=codes:runs/nano_codes --config.data.holdout=0.0 \
+  --config.eval.source=codes:runs/nano_codes_test --config.eval.limit=2000
 pack runs/nano_cifar10_generator $models/generator
 [ -e runs/nano_samples.npz ] ||
   .venv/bin/python -m vqrae_jax.generate --workdir=nano --tokenizer=nano --num=1000 --cfg=2 \
