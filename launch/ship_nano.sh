@@ -30,6 +30,6 @@ pack runs/nano_cifar10_stage2 $models/tokenizer
 .venv/bin/python -m vqrae_jax.main --config=configs/nano_generator.py --workdir=runs/nano_cifar10_generator \
   --config.data.source=codes:runs/nano_codes --config.eval.source=codes:runs/nano_codes_test
 pack runs/nano_cifar10_generator $models/generator
-[ -e runs/nano_samples.npz ] ||
+[ -e runs/nano_samples_metrics.json ] ||
   .venv/bin/python -m vqrae_jax.generate --workdir=nano --tokenizer=nano --num=1000 --cfg=2 \
     --reference=tfds:cifar10:test --out=runs/nano_samples.npz
