@@ -31,6 +31,6 @@ pack runs/nano_cifar10_stage2 $models/tokenizer
   --config.data.source=codes:runs/nano_codes --config.data.holdout=0.0 \
   --config.eval.source=codes:runs/nano_codes_test --config.eval.limit=2000
 pack runs/nano_cifar10_generator $models/generator
-[ -e runs/nano_samples.npz ] ||
+[ -e runs/nano_samples_metrics.json ] ||
   .venv/bin/python -m vqrae_jax.generate --workdir=nano --tokenizer=nano --num=1000 --cfg=2 \
     --reference=tfds:cifar10:test --out=runs/nano_samples.npz

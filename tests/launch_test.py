@@ -113,7 +113,7 @@ def test_ship_nano_packs_before_it_tokenizes_and_goes_on_where_it_ended(commands
     wrong = wrong_commands("\n".join(["", *(f"    {shlex.join(call)}" for call in calls if call[1] == "-m")]))
     assert not wrong
     # What is there is not made again.
-    for name in ("nano_shipped/metrics.json", "nano_samples.npz"):
+    for name in ("nano_shipped/metrics.json", "nano_samples_metrics.json"):
         (clone / "runs" / name).parent.mkdir(parents=True, exist_ok=True)
         (clone / "runs" / name).touch()
     commands.run("bash", script, "data", cwd=tmp_path)
