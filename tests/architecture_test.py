@@ -87,6 +87,6 @@ def test_pytorch_and_tensorflow_are_no_run_time_dependency():
                   if isinstance(node, ast.ImportFrom) and node.module}
         # They read PyTorch's own files, compare with it, and split texts into tokens as SigLIP does, where the library
         # is installed, and say so where it is not.
-        allowed = {PACKAGE / "weights" / "tensors.py": {"torch"}, PACKAGE / "cost" / "pytorch.py": {"torch"},
-                   PACKAGE / "weights" / "siglip.py": {"transformers"}}
+        allowed = {PACKAGE / "weights" / "tensors.py": {"torch"}, PACKAGE / "weights" / "siglip.py": {"transformers"},
+                   PACKAGE / "cost" / "pytorch.py": {"torch", "transformers"}}
         assert not names & {"torch", "tensorflow", "transformers", "chex"} - allowed.get(file, set()), file
