@@ -198,7 +198,8 @@ PARAMETERS = {
     "siglip_fsq": (dense(16 * 16 * 3, 768) + 196 * 768 + blocks(768, 12, 3072), ADAPTERS,
                    decoder(768, 1152, 28, 4096, 16, cls=1), 5 * 128),
 }
-SAME = {"nano_gan": "nano_stage1", "dinov2_b_decxl": "dinov2_b", "ablation": "siglip2_so400m_256_stage1"}
+SAME = {"nano_gan": "nano_stage1", "nano_cifar10_stage1": "nano_stage1", "dinov2_b_decxl": "dinov2_b",
+        "ablation": "siglip2_so400m_256_stage1"}
 
 
 def shipped(name: str) -> config_lib.Config:
