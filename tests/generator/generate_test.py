@@ -131,7 +131,7 @@ def test_samples_that_were_interrupted_are_the_same_to_the_byte(generator, decod
     model = vqrae_jax.load(decoder.workdir)
     expected = to_8_bits(np.asarray(model.decode_from_indices(codes)))
     assert np.abs(images.astype(int) - expected).max() <= 1
-    np.testing.assert_array_equal(codes, generator.sample(7, cfg=2.0, seed=1, batch_size=2))
+    np.testing.assert_array_equal(codes, generator.sample(7, cfg=2.0, seed=1))
 
 
 def test_a_folder_and_a_picture_show_the_same_images(generator, decoder, tmp_path):

@@ -111,7 +111,8 @@ def test_embeddings_may_stand_for_tokens():
 
 def test_more_tokens_than_positions_are_an_error():
     model = flat.merge(*load(REFERENCE / "qwen3"))
-    for call in (lambda: model.hidden(np.zeros((1, 65), int)), lambda: model.init_cache(1, 65)):
+    for call in (lambda: model.hidden(np.zeros((1, 65), int)), lambda: model.init_cache(1, 65),
+                 lambda: model.enlarge(model.init_cache(1, 60), 5)):
         with pytest.raises(ValueError, match="65 tokens are more than the 64 positions that the language model has"):
             call()
 

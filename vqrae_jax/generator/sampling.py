@@ -156,7 +156,8 @@ def sample(structure: Structure, params: Arrays, batch: Batch, draw: Draw, *, to
         _, cache = model.step(caption, cache, blocks)
     places = max(_LEAST_PLACES, -(-tokens // _SIZES))
     for positions in np.split(np.arange(tokens), range(places, tokens, places)):
-        (begin, cache), drawn = jax.lax.scan(step, (begin, cache.enlarged(len(positions))), jnp.asarray(positions))
+        cache = model.enlarge(cache, len(positions))
+        (begin, cache), drawn = jax.lax.scan(step, (begin, cache), jnp.asarray(positions))
         codes.append(drawn)
     return jnp.concatenate(codes).T
 

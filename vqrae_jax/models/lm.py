@@ -82,12 +82,6 @@ class Cache(NamedTuple):
     length: jax.Array
     pads: jax.Array
 
-    def enlarged(self, places: int) -> "Cache":
-        """The same with so many more places."""
-        more = lambda arrays, axis: tuple(
-            jnp.pad(x, [(0, places if i == axis else 0) for i in range(x.ndim)]) for x in arrays)
-        return self._replace(keys=more(self.keys, 3), values=more(self.values, 2))
-
 
 class Attention(nnx.Module):
     """Grouped-query attention but for attention itself, of which there are two kinds: whole and cached."""
@@ -208,7 +202,7 @@ class LanguageModel(nnx.Module):
         Args:
           batch: number B of sequences.
           size: places for tokens, padding included. Every token costs as much as if all were taken, so a long sequence
-            begins with few and gets more by `enlarged`.
+            begins with few and gets more by `enlarge`.
           pads: `[B]` int32, how many places on the left of each row are padding; None where there is none.
 
         Raises:
@@ -219,6 +213,17 @@ class LanguageModel(nnx.Module):
         empty = lambda *shape: tuple(jnp.zeros((batch, spec.kv_heads, *shape), self.dtype) for _ in range(spec.depth))
         return Cache(empty(spec.head_dim, size), empty(size, spec.head_dim), jnp.zeros((), jnp.int32),
                      jnp.zeros(batch, jnp.int32) if pads is None else jnp.asarray(pads, jnp.int32))
+
+    def enlarge(self, cache: Cache, places: int) -> Cache:
+        """A cache with so many more places.
+
+        Raises:
+          ValueError: they are then more than `spec.max_positions`.
+        """
+        self._check_length(cache.values[0].shape[2] + places)
+        more = lambda arrays, axis: tuple(
+            jnp.pad(x, [(0, places if i == axis else 0) for i in range(x.ndim)]) for x in arrays)
+        return cache._replace(keys=more(cache.keys, 3), values=more(cache.values, 2))
 
     def unstacked(self) -> list[Block]:
         """The blocks one by one, for `step`; their parameters are copies."""
