@@ -34,7 +34,7 @@ def pack(workdir: Path, out: Path) -> None:
     """
     if not (out / "README.md").is_file():
         raise FileNotFoundError(f"{out} holds no README.md: write the model card first")
-    if (out / "model.safetensors").exists():
+    if (out / packed.WEIGHTS).exists():
         raise ValueError(f"{out} holds a model already: choose another --out")
     mesh = sharding.one_device()
     if config_lib.task_of(workdir / "config.json") == "generator":

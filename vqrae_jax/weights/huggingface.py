@@ -19,12 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from vqrae_jax.models.encoders import Combine, Encoder, interpolate_positions
 from vqrae_jax.models.vit import IMAGENET_MEAN, IMAGENET_STD, Activation, FinalNorm, ViTSpec
 from vqrae_jax.weights.options import Options
-from vqrae_jax.weights.tensors import local_folder
+from vqrae_jax.weights.tensors import local_folder, save_file
 
 Params = dict[str, np.ndarray]
 
@@ -458,7 +457,7 @@ def save_encoder(params: Mapping[str, np.ndarray], *, spec: EncoderSpec, out_dir
     out_dir.mkdir(parents=True, exist_ok=True)
     (out_dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     (out_dir / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=2) + "\n")
-    save_file(tensors, out_dir / "model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, out_dir / "model.safetensors")
 
 
 def _exact_ratio(spec: ViTSpec) -> int:

@@ -21,7 +21,7 @@ from vqrae_jax.weights import tensors
 from vqrae_jax.weights.tensors import Tensors
 
 SHIPPED = Path(__file__).parents[1] / "assets" / "models"  # a folder a name, in it one a task
-_WEIGHTS = "model.safetensors"
+WEIGHTS = "model.safetensors"
 
 
 def find(workdir: Path, task: str) -> Path:
@@ -38,7 +38,7 @@ def find(workdir: Path, task: str) -> Path:
 
 def is_packed(folder: Path) -> bool:
     """Whether a folder holds a packed model; one in which a run has begun since does not."""
-    return (folder / _WEIGHTS).exists() and not (folder / "checkpoints").exists()
+    return (folder / WEIGHTS).exists() and not (folder / "checkpoints").exists()
 
 
 def read(folder: Path, shapes: Mapping[str, Any], *, step: int | None, weights: str) -> Tensors:
@@ -58,7 +58,7 @@ def read(folder: Path, shapes: Mapping[str, Any], *, step: int | None, weights: 
         raise ValueError(f"{folder} is a packed model, which has no other checkpoints and only averaged weights: leave "
                          "out step, and weights")
     arrays = {path: np.empty(shape.shape, shape.dtype) for path, shape in shapes.items()}
-    tensors.fill(arrays, tensors.read(folder / _WEIGHTS), folder / _WEIGHTS)
+    tensors.fill(arrays, tensors.read(folder / WEIGHTS), folder / WEIGHTS)
     return arrays
 
 
@@ -78,6 +78,6 @@ def write(folder: Path, params: Mapping[str, Any], buffers: Mapping[str, Any]) -
     if beyond := [path for path, array in rounded.items() if not np.isfinite(array).all()]:
         raise ValueError(f"parameter {beyond[0]} has values that float16 cannot hold")
     arrays = {**rounded, **{path: np.asarray(array) for path, array in buffers.items()}}
-    unfinished = folder / f"{_WEIGHTS}.part"
+    unfinished = folder / f"{WEIGHTS}.part"
     unfinished.write_bytes(save({path: np.ascontiguousarray(array) for path, array in arrays.items()}))
-    unfinished.replace(folder / _WEIGHTS)
+    unfinished.replace(folder / WEIGHTS)

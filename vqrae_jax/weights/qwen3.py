@@ -9,15 +9,13 @@ from typing import Any, Literal, get_args
 import numpy as np
 from flax import nnx
 from huggingface_hub import split_state_dict_into_shards_factory
-from safetensors import SafetensorError
-from safetensors.numpy import save_file
 
 from vqrae_jax.models import flat
 from vqrae_jax.models.lm import LanguageModel, LMSpec
 from vqrae_jax.weights import huggingface
 from vqrae_jax.weights.huggingface import Params
 from vqrae_jax.weights.options import Options
-from vqrae_jax.weights.tensors import local_folder
+from vqrae_jax.weights.tensors import local_folder, save_file
 
 Init = Literal["mean", "normal"]
 SHARD_BYTES = 5 * 10**9  # of the largest file of weights, as huggingface_hub has it
@@ -149,11 +147,7 @@ def save_lm(folder: str | Path, spec: LMSpec, params: Mapping[str, Any], dtype: 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     for name, keys in split.filename_to_tensors.items():
-        tensors = {key: np.ascontiguousarray(views[key], dtype) for key in keys}
-        try:
-            save_file(tensors, folder / name, metadata={"format": "pt"})
-        except SafetensorError as error:  # so it says that a disk is full
-            raise OSError(f"{folder / name} cannot be written: {error}") from error
+        save_file({key: np.ascontiguousarray(views[key], dtype) for key in keys}, folder / name)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")

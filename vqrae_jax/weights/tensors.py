@@ -15,6 +15,7 @@ from flax import nnx
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
+from safetensors.numpy import save_file as _save_file
 
 from vqrae_jax.models import flat
 
@@ -68,6 +69,18 @@ def read(file: Path) -> Tensors:
 
     collect(content, "")
     return tensors
+
+
+def save_file(arrays: Mapping[str, np.ndarray], file: Path) -> None:
+    """Writes a `.safetensors` file that PyTorch and `transformers` read.
+
+    Raises:
+      OSError: it cannot be written.
+    """
+    try:
+        _save_file(dict(arrays), file, metadata={"format": "pt"})
+    except SafetensorError as error:  # so it says that a disk is full
+        raise OSError(f"{file} cannot be written: {error}") from error
 
 
 def sha256(file: Path) -> str:
