@@ -3,8 +3,7 @@
     python -m vqrae_jax.tokenize --workdir=nano --data=embedded --out=codes/nano --views=10
     python -m vqrae_jax.main --config=configs/nano_generator.py --workdir=runs/nano_generator
 
-The one that ships with the package learned CIFAR-10 (`launch/ship_nano.sh`): `--data=tfds:cifar10:train` and
-`--data=tfds:cifar10:test` become two folders, one for `--config.data.source` and one for `--config.eval.source`.
+`nano_cifar10_generator.py` is the one that ships with the package.
 """
 
 from ml_collections import ConfigDict

@@ -5,7 +5,7 @@
 #
 # DATA_DIR is where TFDS keeps CIFAR-10, in ArrayRecord format. A second start continues where the first one ended; what
 # is in vqrae_jax/assets/models/nano is kept, so remove model.safetensors there to make it anew. The numbers of the model
-# cards are those that it prints: of the packed models.
+# cards are of the packed models: those that it prints, and samples' of other guidance, by the last command with --cfg.
 set -euo pipefail
 [ -d "${1:-}" ] || { echo "error: give the folder where TFDS keeps CIFAR-10" >&2; exit 1; }
 TFDS_DATA_DIR=$(realpath "$1")
@@ -27,10 +27,8 @@ pack runs/nano_cifar10_stage2 $models/tokenizer
 # By the packed tokenizer: its rounded weights are others than the run's, and make other codes of a few patches.
 .venv/bin/python -m vqrae_jax.tokenize --workdir=nano --data=tfds:cifar10:train --views=2 --out=runs/nano_codes
 .venv/bin/python -m vqrae_jax.tokenize --workdir=nano --data=tfds:cifar10:test --out=runs/nano_codes_test
-.venv/bin/python -m vqrae_jax.main --config=configs/nano_generator.py --workdir=runs/nano_cifar10_generator \
-  --config.data.source=codes:runs/nano_codes --config.data.holdout=0.0 \
-  --config.eval.source=codes:runs/nano_codes_test --config.eval.limit=2000
+.venv/bin/python -m vqrae_jax.main --config=configs/nano_cifar10_generator.py --workdir=runs/nano_cifar10_generator
 pack runs/nano_cifar10_generator $models/generator
 [ -e runs/nano_samples_metrics.json ] ||
   .venv/bin/python -m vqrae_jax.generate --workdir=nano --tokenizer=nano --num=1000 --cfg=2 \
-    --reference=tfds:cifar10:test --out=runs/nano_samples.npz
+    --reference=tfds:cifar10:test --probe=tfds:cifar10:train --probe_limit=10000 --out=runs/nano_samples.npz

@@ -228,6 +228,7 @@ def lm_parameters(vocabulary, width, depth, queries, key_values, head_dim, mlp_d
 
 LANGUAGE_MODELS = {
     "nano_generator": lm_parameters(2048 + 8 + 1, 192, 5, 192, 192, 64, 512, tied=False),
+    "nano_cifar10_generator": lm_parameters(2048 + 8 + 1, 192, 5, 192, 192, 64, 512, tied=False),
     "generator_l": lm_parameters(16384 + 1000 + 1, 1024, 24, 1024, 1024, 64, 2816, tied=False),
     # Qwen3-0.6B has 596,049,920; new are the codes and the token that begins an image.
     "qwen3_0p6b_text": 596_049_920 + (16384 + 1) * 1024,

@@ -61,7 +61,7 @@ def test_no_launch_file_sets_hyperparameters():
     files = [*SCRIPTS, LAUNCH / "gke.yaml", LAUNCH / "Dockerfile", LAUNCH / "colab.ipynb"]
     lines = [line for file in files for line in file.read_text().splitlines() if not line.lstrip().startswith("#")]
     keys = {key for line in lines for key in re.findall(r"--config\.([\w.]+)", line.split("  # ")[0])}
-    assert keys <= {"data.source", "eval.source", "init_from", "key"}  # the last is in a usage line
+    assert keys <= {"data.source", "init_from", "key"}  # the last is in a usage line
 
 
 def test_launch_files_install_extras_that_exist():
