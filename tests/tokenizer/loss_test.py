@@ -27,6 +27,8 @@ SIMVQ = ("quantizer/(projection|project_in|project_out)/.*", "decoder/.*")
 LEARNS = {
     "nano_stage1": SIMVQ,
     "nano_gan": SIMVQ,
+    "nano_cifar10_stage1": SIMVQ,
+    "nano_cifar10_stage2": (*SIMVQ, "encoder/.*"),
     "nano_stage2": (*SIMVQ, "encoder/.*"),
     "siglip_l_stage1": SIMVQ,
     "siglip_l_stage2": (*SIMVQ, "encoder/.*"),
