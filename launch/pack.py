@@ -14,10 +14,10 @@ from absl import flags
 
 from vqrae_jax import cli
 from vqrae_jax import config as config_lib
+from vqrae_jax.files import disk_errors
 from vqrae_jax.generator import runs as generator_runs
 from vqrae_jax.tokenizer import runs as tokenizer_runs
 from vqrae_jax.training import sharding
-from vqrae_jax.training.files import disk_errors
 from vqrae_jax.weights import packed
 
 

@@ -14,7 +14,6 @@ import difflib
 import functools
 import importlib.util
 import inspect
-import json
 import math
 import os
 import re
@@ -26,6 +25,7 @@ from typing import Any, Literal, TypeVar
 
 import ml_collections
 
+from vqrae_jax import files
 from vqrae_jax.models import inception
 from vqrae_jax.models.decoder import DECODER_SHAPES
 from vqrae_jax.models.discriminators import DISCRIMINATORS
@@ -457,10 +457,8 @@ def _importable(file: Path) -> Iterator[None]:
 
 
 def save(config: Run, file: Path) -> None:
-    """Writes the resolved config as JSON; a full disk leaves an existing file as it is."""
-    new = file.with_suffix(".tmp")
-    new.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
-    new.replace(file)
+    """Writes the resolved config as JSON."""
+    files.write_json(file, dataclasses.asdict(config))
 
 
 def load(file: Path, config_type: type[ConfigType] = Config) -> ConfigType:
@@ -494,14 +492,9 @@ def task_of(file: Path) -> str:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        values = json.loads(file.read_text())
+        return files.read_json(file)
     except FileNotFoundError:
         raise FileNotFoundError(f"{file} does not exist: {file.parent} is not the folder of a run") from None
-    except ValueError as error:
-        raise ValueError(f"{file} is damaged: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{file} is damaged: it holds no JSON object")
-    return values
 
 
 def _earlier(section: type) -> dict[str, Any]:

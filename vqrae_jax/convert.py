@@ -37,10 +37,10 @@ from absl import flags
 from vqrae_jax import cli
 from vqrae_jax import config as config_lib
 from vqrae_jax.data import webdataset
+from vqrae_jax.files import disk_errors
 from vqrae_jax.generator import convert as generator_convert
 from vqrae_jax.tokenizer import convert
 from vqrae_jax.training.checkpoint import Weights
-from vqrae_jax.training.files import disk_errors
 
 log = logging.getLogger("vqrae_jax.convert")
 

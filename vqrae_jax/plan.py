@@ -16,7 +16,7 @@ from absl import flags
 from vqrae_jax import cli
 from vqrae_jax import config as config_lib
 from vqrae_jax.cost import plan
-from vqrae_jax.training.files import disk_errors
+from vqrae_jax.files import disk_errors
 
 
 def main(_) -> None:

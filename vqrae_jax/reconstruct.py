@@ -7,10 +7,10 @@ import numpy as np
 from absl import flags
 
 from vqrae_jax import cli
+from vqrae_jax.files import disk_errors
 from vqrae_jax.metrics import psnr
 from vqrae_jax.tokenizer import inference
 from vqrae_jax.training import reporting
-from vqrae_jax.training.files import disk_errors
 
 
 def main(argv: Sequence[str]) -> None:

@@ -105,7 +105,7 @@ def test_samples_that_were_interrupted_are_the_same_to_the_byte(generator, decod
     with pytest.raises(KeyboardInterrupt):
         sampled(generator, decoder, parts / "samples.npz")
     assert set(contents(parts)) == {f"samples.npz.unfinished/{name}" for name in (
-        "request.json", "000000.npy", "000001.npy")}
+        "request.json", "000000.npz", "000001.npz")}
     # Other flags are no continuation.
     with pytest.raises(ValueError, match=r"begun with other cfg, seed: give the same flags to go on with them, or "):
         sampled(generator, decoder, parts / "samples.npz", options=Options())

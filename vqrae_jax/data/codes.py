@@ -15,13 +15,13 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from vqrae_jax import files
 from vqrae_jax.data.records import (
     RecordFiles,
     caption_of,
     parse_example,
     report_path,
     serialize_example,
-    write_errors,
     written,
 )
 
@@ -116,8 +116,8 @@ def read_description(folder: Path) -> Description:
     if not file.exists():
         raise FileNotFoundError(f"{folder} is no folder of codes, for it holds no {DESCRIPTION}: give one that the "
                                 "command tokenize made")
+    content = files.read_json(file)
     try:
-        content = json.loads(file.read_text())
         return Description(**{**content, "grid": tuple(content["grid"])})
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{file} does not describe codes of this version: {' '.join(str(error).split())}") from error
@@ -125,10 +125,7 @@ def read_description(folder: Path) -> Description:
 
 def write_description(folder: Path, description: Description) -> None:
     """Writes `codes.json`, at once."""
-    with write_errors(folder):
-        unfinished = folder / f"{DESCRIPTION}.part"
-        unfinished.write_text(json.dumps(dataclasses.asdict(description), indent=2) + "\n")
-        unfinished.replace(folder / DESCRIPTION)
+    files.write_json(folder / DESCRIPTION, dataclasses.asdict(description))
 
 
 def begin(folder: Path, planned: Description) -> Description:

@@ -2,15 +2,14 @@
 
 import bisect
 import contextlib
-import errno
 import itertools
 import os
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TextIO
 
+from vqrae_jax import files
 from vqrae_jax.data import faults
 
 
@@ -132,44 +131,19 @@ def written(output: Path) -> Iterator[tuple[Any, TextIO]]:
     """
     from array_record.python.array_record_module import ArrayRecordWriter
 
-    # Names of its own: should two processes write one file, the slower one fails rather than spoils it.
-    unfinished = output.with_name(f"{output.name}.{uuid.uuid4().hex}.part")
-    unfinished_report = output.with_name(f"{unfinished.stem}.report.part")
-    try:
-        with write_errors(output.parent):
-            with unfinished_report.open("w") as report:
-                for left in output.parent.glob(f"{output.name}.*.part"):
-                    if left != unfinished_report:
-                        left.unlink(missing_ok=True)
-                # Random access wants groups of one; encoded images and codes do not become smaller.
-                writer = ArrayRecordWriter(str(unfinished), "group_size:1,uncompressed")
-                try:
-                    yield writer, report
-                finally:
-                    writer.close()
-            for source, target in ((unfinished_report, report_path(output)), (unfinished, output)):
-                with source.open("rb") as file:
-                    os.fsync(file.fileno())
-                source.replace(target)
-    finally:
-        for path in (unfinished, unfinished_report):
-            path.unlink(missing_ok=True)
+    with files.disk_full(output.parent), files.whole(output) as records, \
+            files.whole(report_path(output)) as unfinished_report, unfinished_report.open("w") as report:
+        try:
+            # Random access wants groups of one; encoded images and codes do not become smaller.
+            writer = ArrayRecordWriter(str(records), "group_size:1,uncompressed")
+            try:
+                yield writer, report
+            finally:
+                writer.close()
+        except RuntimeError as error:
+            raise OSError(f"cannot write to {output.parent}: {' '.join(str(error).split())}") from error
 
 
 def report_path(output: Path) -> Path:
     """Of the report beside a file of records: JSON lines."""
     return output.with_suffix(".jsonl")
-
-
-@contextlib.contextmanager
-def write_errors(out: Path) -> Iterator[None]:
-    """Says in one line that the disk is full, or what else ArrayRecord could not do."""
-    try:
-        yield
-    except (OSError, RuntimeError) as error:  # ArrayRecord raises RuntimeError
-        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
-            raise OSError(f"the disk is full: {out} could not be written; the finished files are kept, free some space "
-                          "and give the same command again") from error
-        if isinstance(error, RuntimeError):
-            raise OSError(f"cannot write to {out}: {' '.join(str(error).split())}") from error
-        raise

@@ -11,11 +11,11 @@ import numpy as np
 
 from vqrae_jax import config as config_lib
 from vqrae_jax.config import GeneratorConfig
+from vqrae_jax.files import disk_errors
 from vqrae_jax.generator import build, runs, train_state
 from vqrae_jax.models.lm import LMSpec
 from vqrae_jax.training import checkpoint, sharding
 from vqrae_jax.training.checkpoint import Weights
-from vqrae_jax.training.files import disk_errors
 from vqrae_jax.weights import qwen3, text
 
 log = logging.getLogger(__name__)

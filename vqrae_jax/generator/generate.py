@@ -6,7 +6,6 @@ decoded, with a function that somebody who knows of tokenizers gives, and writte
 
 import dataclasses
 import itertools
-import json
 import math
 import shutil
 import zipfile
@@ -19,13 +18,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from vqrae_jax.data import BadImages, codes_eval_batches, hold_out, open_source
-from vqrae_jax.data.records import write_errors
+from vqrae_jax.files import disk_errors, read_json, whole, write_json
 from vqrae_jax.generator import evaluate
 from vqrae_jax.generator.inference import Generator
 from vqrae_jax.generator.sampling import Options
 from vqrae_jax.generator.task import RULER_IMAGES
 from vqrae_jax.training import distributed, reporting, signals
-from vqrae_jax.training.files import disk_errors
 
 COLUMNS = 10  # of a picture
 _REQUEST = "request.json"
@@ -74,7 +72,7 @@ class Samples:
     def _begin(self) -> None:
         file = self._folder / _REQUEST
         if file.exists():
-            begun = json.loads(file.read_text())
+            begun = read_json(file)
             if differing := [name for name in self.request if (name, self.request[name]) not in begun.items()]:
                 raise ValueError(f"{self._folder} holds samples that were begun with other {', '.join(differing)}: "
                                  "give the same flags to go on with them, or remove that folder to begin anew")
@@ -82,26 +80,21 @@ class Samples:
         if self._out.is_dir() and any(self._out.iterdir()):
             raise ValueError(f"{self._out} is not empty: choose another folder for the images")
         self._folder.mkdir(parents=True, exist_ok=True)
-        unfinished = file.with_suffix(".part")
-        unfinished.write_text(json.dumps(self.request, indent=2) + "\n")
-        unfinished.replace(file)
+        write_json(file, self.request)
 
     def codes(self) -> np.ndarray:
         """All images' codes, `[num, h, w]` int32: what is on disk already is read, the others are drawn."""
-        files = [self._folder / f"{number:06d}.npy" for number in range(math.ceil(self._num / self._size))]
+        files = [self._folder / f"{number:06d}.npz" for number in range(math.ceil(self._num / self._size))]
         there = distributed.agreed(next((i for i, file in enumerate(files) if not file.exists()), len(files)))
-        found = [np.load(file) for file in files[:there]]
+        found = [_read(file) for file in files[:there]]
         numbers = itertools.islice(self._generator.batches(self._num, self._size), there, None)
         drawn = (self._generator.draw(self._prefixes, of_batch, self._options) for of_batch in numbers)
         shown = reporting.shown(drawn, done=there * self._size, each=self._size, of=self._num)
         for file, codes in zip(files[there:], shown, strict=True):
             found.append(codes)
             if distributed.is_first():
-                with disk_errors(self._folder), write_errors(self._folder):
-                    unfinished = file.with_suffix(".part")
-                    with unfinished.open("wb") as opened:
-                        np.save(opened, codes)
-                    unfinished.replace(file)
+                with disk_errors(self._folder), whole(file) as unfinished, unfinished.open("wb") as opened:
+                    np.savez(opened, codes=codes)  # which has a checksum
             signals.stop_if_preempted()
         return np.concatenate(found)[:self._num]
 
@@ -116,7 +109,7 @@ class Samples:
                 pass
             return
         folder = self._out if kind(self._out) == "folder" else self._out.parent
-        with disk_errors(folder), write_errors(folder):
+        with disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
             if kind(self._out) == "picture":
                 reporting.save_png(self._out, picture(np.concatenate(list(batches)), self.names))
@@ -133,6 +126,15 @@ class Samples:
         distributed.wait_for_all("end of samples")
         if distributed.is_first():
             shutil.rmtree(self._folder)
+
+
+def _read(file: Path) -> np.ndarray:
+    """Codes that were drawn before."""
+    try:
+        with np.load(file) as arrays:
+            return arrays["codes"]
+    except (EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{file} is damaged ({error}): remove it and give the same command again") from None
 
 
 def kind(out: Path) -> Literal["picture", "arrays", "folder"]:
@@ -156,8 +158,7 @@ def write_npz(file: Path, batches: Iterable[np.ndarray], labels: np.ndarray) -> 
     Fifty thousand of 256 pixels a side are 10 GB: they go to the file batch by batch, uncompressed as `numpy.savez` has
     them.
     """
-    unfinished = file.with_name(f"{file.name}.part")
-    with zipfile.ZipFile(unfinished, "w") as archive:
+    with whole(file) as unfinished, zipfile.ZipFile(unfinished, "w") as archive:
         with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as entry:
             for number, batch in enumerate(batches):
                 if not number:
@@ -166,7 +167,6 @@ def write_npz(file: Path, batches: Iterable[np.ndarray], labels: np.ndarray) -> 
                 entry.write(np.ascontiguousarray(batch).data)
         with archive.open(zipfile.ZipInfo("arr_1.npy"), "w") as entry:
             np.lib.format.write_array(entry, labels)
-    unfinished.replace(file)
 
 
 def independent_codes(generator: Generator, mesh: Mesh, num: int, seed: int) -> np.ndarray:

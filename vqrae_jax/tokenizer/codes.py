@@ -30,14 +30,14 @@ from vqrae_jax.data import (
     views_batches,
 )
 from vqrae_jax.data.codes import Description
-from vqrae_jax.data.records import load_examples, write_errors
+from vqrae_jax.data.records import load_examples
+from vqrae_jax.files import disk_errors
 from vqrae_jax.models import flat
 from vqrae_jax.models.flat import Arrays
 from vqrae_jax.tokenizer import recipe, runs
 from vqrae_jax.tokenizer.inference import decode_codes, encode_codes
 from vqrae_jax.tokenizer.runs import Weights
 from vqrae_jax.training import distributed, reporting, sharding
-from vqrae_jax.training.files import disk_errors
 from vqrae_jax.weights import tensors
 
 log = logging.getLogger(__name__)
@@ -222,7 +222,7 @@ def detokenize(workdir: str | os.PathLike, folder: str | os.PathLike, out: str |
     with ThreadPoolExecutor() as pool:
         for batch, made in reporting.shown(_ahead(missing, begin), of=images, each=every):
             pictures = reporting.to_8_bits(np.asarray(made)[:len(batch)])
-            with disk_errors(out), write_errors(out):
+            with disk_errors(out):
                 list(pool.map(reporting.save_png, [file for file, _ in batch], pictures))
     return images
 

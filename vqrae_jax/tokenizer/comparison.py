@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from vqrae_jax import config as config_lib
 from vqrae_jax.config import Config
 from vqrae_jax.data import BadImages, Source, open_parts, open_source, part
+from vqrae_jax.files import disk_errors, whole
 from vqrae_jax.metrics import METRICS, Statistics
 from vqrae_jax.metrics.codes import counts
 from vqrae_jax.metrics.frechet import read_statistics
@@ -24,7 +25,6 @@ from vqrae_jax.tokenizer.evaluate import Evaluation, Instrument
 from vqrae_jax.tokenizer.instruments import ENCODER, INCEPTION, LPIPS_VGG, ZERO_SHOT, View
 from vqrae_jax.training import distributed, reporting
 from vqrae_jax.training.checkpoint import Weights
-from vqrae_jax.training.files import disk_errors
 from vqrae_jax.weights import tensors
 
 log = logging.getLogger(__name__)
@@ -316,10 +316,9 @@ class Comparison:
                     result.worst, result.best, result.code_counts, result.robustness,
                     report.curves(result.workdir / "metrics.jsonl"), differing[name])
                 for name, result in results.items()})
-            # The last, and at once: where it is, everything is.
-            made_last = out / "metrics.json.tmp"
-            made_last.write_text(reporting.to_json(content, indent=2) + "\n")
-            made_last.replace(out / "metrics.json")
+            # The last: where it is, everything is.
+            with whole(out / "metrics.json") as unfinished:
+                unfinished.write_text(reporting.to_json(content, indent=2) + "\n")
 
 
 def _content(result: Result) -> dict[str, Any]:

@@ -12,12 +12,12 @@ import numpy as np
 
 from vqrae_jax import config as config_lib
 from vqrae_jax.config import Config, Data, Decoder, Encoder, Model, Optim, Quantizer
+from vqrae_jax.files import disk_errors
 from vqrae_jax.models import flat
 from vqrae_jax.models.decoder import DECODER_SHAPES
 from vqrae_jax.tokenizer import build, runs
 from vqrae_jax.training import checkpoint, sharding
 from vqrae_jax.training.checkpoint import Weights
-from vqrae_jax.training.files import disk_errors
 from vqrae_jax.weights import huggingface, pytorch
 
 log = logging.getLogger(__name__)

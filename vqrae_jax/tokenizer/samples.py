@@ -20,12 +20,12 @@ from jax.sharding import Mesh
 
 from vqrae_jax.data import BadImages, Source, open_source, part
 from vqrae_jax.data.codes import Description
+from vqrae_jax.files import disk_errors, whole
 from vqrae_jax.metrics import Statistics, frechet, inception_score, linear_probe_top1
 from vqrae_jax.tokenizer import build, evaluate, instruments, probe, recipe, runs
 from vqrae_jax.tokenizer.inference import decode_codes, encode_codes
 from vqrae_jax.tokenizer.instruments import View
 from vqrae_jax.training import distributed, reporting, sharding
-from vqrae_jax.training.files import disk_errors
 from vqrae_jax.weights import tensors
 
 log = logging.getLogger(__name__)
@@ -307,9 +307,8 @@ def write(found: Found, decoder: Decoder, options: Options, weights: Mapping[str
     with disk_errors(out.parent):
         if found.neighbours:
             reporting.save_png(out.with_name(f"{name}_neighbours.png"), reporting.image_rows(found.neighbours))
-        made_last = out.with_name(f"{name}_metrics.json.part")
-        made_last.write_text(reporting.to_json({
-            **found.columns[samples], "rulers": {name: found.columns[name] for name in rulers},
-            "failed": found.failed, "recipe": made}, indent=2) + "\n")
-        made_last.replace(made_last.with_suffix(""))
+        with whole(out.with_name(f"{name}_metrics.json")) as unfinished:
+            unfinished.write_text(reporting.to_json({
+                **found.columns[samples], "rulers": {name: found.columns[name] for name in rulers},
+                "failed": found.failed, "recipe": made}, indent=2) + "\n")
     return made

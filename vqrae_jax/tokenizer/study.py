@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 from jax.sharding import Mesh
 
 from vqrae_jax.config import Config, call_file, load, load_config
+from vqrae_jax.files import disk_errors
 from vqrae_jax.tokenizer import recipe, study_report, task
 from vqrae_jax.tokenizer.comparison import Comparison, Options
 from vqrae_jax.tokenizer.study_report import StudyRow
 from vqrae_jax.training import checkpoint, distributed, reporting
-from vqrae_jax.training.files import disk_errors
 from vqrae_jax.weights import tensors
 
 log = logging.getLogger(__name__)

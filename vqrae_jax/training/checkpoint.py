@@ -16,9 +16,9 @@ from typing import Any, Literal, NamedTuple, get_args
 import orbax.checkpoint as ocp
 
 from vqrae_jax import config as config_lib
+from vqrae_jax.files import disk_errors
 from vqrae_jax.models.flat import Arrays
 from vqrae_jax.training import distributed, lock
-from vqrae_jax.training.files import disk_errors
 
 log = logging.getLogger(__name__)
 NOT_READ = ocp.PLACEHOLDER

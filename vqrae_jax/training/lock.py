@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from vqrae_jax.training.files import disk_errors
+from vqrae_jax.files import disk_errors
 
 BEAT_SECONDS = 10.0  # the holder touches the file so often
 DEAD_SECONDS = 60.0  # who has not for so long is taken for dead, where its host cannot be asked

@@ -14,8 +14,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from vqrae_jax.config import Run
+from vqrae_jax.files import disk_errors, whole
 from vqrae_jax.training import distributed
-from vqrae_jax.training.files import disk_errors
 from vqrae_jax.training.task import Best
 
 log = logging.getLogger(__name__)
@@ -75,9 +75,8 @@ class Reporter:
                             if (evaluation := _evaluation(line))}
         if self._writes and self._file.exists():
             with disk_errors(workdir):
-                replacement = self._file.with_suffix(".tmp")
-                replacement.write_text("".join(lines))
-                replacement.replace(self._file)
+                with whole(self._file) as replacement:
+                    replacement.write_text("".join(lines))
         if config.log.tensorboard and self._writes:
             from tensorboardX import SummaryWriter
 
@@ -246,6 +245,5 @@ def to_8_bits(images: np.ndarray) -> np.ndarray:
 def save_png(file: Path, picture: np.ndarray) -> None:
     """Writes uint8 `[H, W, 3]` as a PNG, at once, creating its folder."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_name(f"{file.name}.part")
-    Image.fromarray(picture).save(unfinished, "PNG")
-    unfinished.replace(file)
+    with whole(file) as unfinished:
+        Image.fromarray(picture).save(unfinished, "PNG")

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save
 
+from vqrae_jax import files
 from vqrae_jax.weights import tensors
 from vqrae_jax.weights.tensors import Tensors
 
@@ -78,6 +79,5 @@ def write(folder: Path, params: Mapping[str, Any], buffers: Mapping[str, Any]) -
     if beyond := [path for path, array in rounded.items() if not np.isfinite(array).all()]:
         raise ValueError(f"parameter {beyond[0]} has values that float16 cannot hold")
     arrays = {**rounded, **{path: np.asarray(array) for path, array in buffers.items()}}
-    unfinished = folder / f"{WEIGHTS}.part"
-    unfinished.write_bytes(save({path: np.ascontiguousarray(array) for path, array in arrays.items()}))
-    unfinished.replace(folder / WEIGHTS)
+    with files.whole(folder / WEIGHTS) as unfinished:
+        unfinished.write_bytes(save({path: np.ascontiguousarray(array) for path, array in arrays.items()}))

@@ -5,7 +5,6 @@ import hashlib
 import os
 import pickle
 import re
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 from safetensors.numpy import save_file as _save_file
 
+from vqrae_jax import files
 from vqrae_jax.models import flat
 
 Tensors = dict[str, np.ndarray]
@@ -108,7 +108,8 @@ def cached(file: Path, convert: Callable[[Path], Tensors], *, name: str) -> Tens
     params = convert(file)
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
-        _write(kept, save({path: np.asarray(value, order="C") for path, value in params.items()}))
+        with files.whole(kept) as unfinished:
+            unfinished.write_bytes(save({path: np.asarray(value, order="C") for path, value in params.items()}))
     return params
 
 
@@ -140,20 +141,6 @@ def fill(views: Mapping[str, np.ndarray], found: Mapping[str, np.ndarray], file:
     if missing := sorted(views.keys() - found.keys()):
         raise ValueError(f"{file}: tensor {missing[0]} is missing" +
                          (f", and {len(missing) - 1} more" if len(missing) > 1 else ""))
-
-
-def _write(file: Path, content: bytes) -> None:
-    """Writes a file, of which nobody sees a part: not a process beside this one, and not after a power failure."""
-    handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=file.stem, suffix=".tmp")
-    try:
-        with open(handle, "wb") as opened:
-            opened.write(content)
-            opened.flush()
-            os.fsync(opened.fileno())
-        os.replace(temporary, file)
-    except OSError:
-        os.unlink(temporary)
-        raise
 
 
 def local_folder(path_or_id: str | Path, patterns: list[str], *, download: bool = True) -> Path:
