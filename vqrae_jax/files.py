@@ -65,15 +65,16 @@ def whole(file: Path) -> Iterator[Path]:
         left.unlink(missing_ok=True)
     try:
         yield unfinished
-        if not unfinished.exists():
-            raise OSError(f"{file} was being written by another process as well: let only one write it")
         with unfinished.open("rb") as opened:
             os.fsync(opened.fileno())
         unfinished.replace(file)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            unfinished.unlink(missing_ok=True)
+    except FileNotFoundError as error:
+        if error.filename == str(unfinished):
+            raise OSError(f"{file} was being written by another process as well: let only one write it") from error
         raise
+    finally:
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:
