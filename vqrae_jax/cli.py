@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import re
 import signal
 import sys
 import time
@@ -74,6 +75,7 @@ def run(main: Callable[[Sequence[str]], Any], *, arguments: bool = False) -> Non
     _LOG.setLevel(logging.INFO)
     _LOG.propagate = False
     _LOG.addHandler(reporting.Lines(stderr.stream if stderr else sys.stderr))
+    _tell_of_an_idle_accelerator()
     try:
         app.run(checked, flags_parser=_parse_flags)
     except KeyboardInterrupt as stop:
@@ -91,6 +93,21 @@ def run(main: Callable[[Sequence[str]], Any], *, arguments: bool = False) -> Non
             raise
         _say(f"error: {_explained(error, stderr)}", stderr)
         _leave(1)
+
+
+def _tell_of_an_idle_accelerator() -> None:
+    """What JAX warns of when it looks for devices is said by us: a run on the CPU by mistake takes weeks."""
+
+    class Idle(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            said = " ".join(record.getMessage().split())
+            if re.search("Falling back|failed to initialize", said):
+                _LOG.warning("JAX does not use this machine's accelerator (%s): docs/cluster-and-plan.md says what to "
+                             "install, and JAX_PLATFORMS=cpu chooses the CPU", said)
+
+    jax_log = logging.getLogger("jax._src.xla_bridge")
+    jax_log.setLevel(logging.WARNING)
+    jax_log.addHandler(Idle())
 
 
 def _asks_for_traceback(argv: Sequence[str]) -> bool:
@@ -153,12 +170,12 @@ def _explained(error: Exception, stderr: console.Stderr) -> str:
     expected = isinstance(error, ValueError | OSError | FloatingPointError)
     if expected or (isinstance(error, RuntimeError) and "Unable to initialize backend" in str(error)):
         return _text(error)
-    frames = traceback.extract_tb(error.__traceback__)
-    frame = [frame for frame in frames if f"{os.sep}vqrae_jax{os.sep}" in frame.filename][-1:] or frames[-1:]
-    place = "".join(f" in {os.path.basename(of.filename)}:{of.lineno}" for of in frame)
+    package = os.path.dirname(__file__) + os.sep
+    place = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename.startswith(package)][-1]
+    what = " ".join(traceback.format_exception_only(error)[0].split())
     kept = stderr.end(error)
     report = f"{kept}, which says more" if kept else "what the same command shows with --traceback"
-    return f"a bug: {type(error).__name__}: {_text(error)}{place}; please report it, with {report}"
+    return f"a bug: {what} in {os.path.basename(place.filename)}:{place.lineno}; please report it, with {report}"
 
 
 def _text(error: BaseException) -> str:

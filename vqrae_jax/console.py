@@ -36,8 +36,11 @@ class Stderr:
     stream: TextIO
 
     def __init__(self):
+        if sys.stderr is None:  # it was closed
+            sys.stderr = open(os.devnull, "w")
         sys.stderr.flush()
-        self.stream = open(os.dup(2), "w", buffering=1, encoding=sys.stderr.encoding, errors="backslashreplace")
+        descriptor = sys.stderr.fileno()
+        self.stream = open(os.dup(descriptor), "w", buffering=1, encoding=sys.stderr.encoding, errors="backslashreplace")
         self._file = self._witness = None
         try:
             kept, self._file = tempfile.mkstemp(prefix="vqrae_jax.", suffix=".log")
@@ -46,7 +49,7 @@ class Stderr:
         else:
             self._witness = subprocess.Popen([sys.executable, "-I", "-S", "-c", _WITNESS, self._file],
                                              stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True)
-        os.dup2(kept, 2)
+        os.dup2(kept, descriptor)
         os.close(kept)
 
     def end(self, error: BaseException | None = None) -> str | None:

@@ -152,9 +152,12 @@ class Reporter:
         left = (self._config.train.steps - step) * self._seconds / max(steps, 1)
         self.write(step, metrics, {f"{self._unit}_per_second": rate, "data_wait": waited})
         at, speed, to_go = f"step {step}/{self._config.train.steps}", f"{rate:.0f} {self._unit}/s", duration(left)
-        if left and (terminal := _terminal()):
+        terminal = _terminal()
+        if terminal and left:
             terminal.show(f"{at}  {speed}  {to_go} to go  {shown}")
         else:
+            if terminal:
+                terminal.clear()
             log.info("%s  %s  %s, waiting for data %.0f %%  %s to go", at, shown, speed, 100 * waited, to_go)
         self._step, self._seconds, self._waited = step, 0.0, 0.0
         self.resume()
