@@ -39,8 +39,8 @@ class Stderr:
         if sys.stderr is None:  # it was closed
             sys.stderr = open(os.devnull, "w")
         sys.stderr.flush()
-        descriptor = sys.stderr.fileno()
-        self.stream = open(os.dup(descriptor), "w", buffering=1, encoding=sys.stderr.encoding, errors="backslashreplace")
+        taken = sys.stderr.fileno()
+        self.stream = open(os.dup(taken), "w", buffering=1, encoding=sys.stderr.encoding, errors="backslashreplace")
         self._file = self._witness = None
         try:
             kept, self._file = tempfile.mkstemp(prefix="vqrae_jax.", suffix=".log")
@@ -49,7 +49,7 @@ class Stderr:
         else:
             self._witness = subprocess.Popen([sys.executable, "-I", "-S", "-c", _WITNESS, self._file],
                                              stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True)
-        os.dup2(kept, descriptor)
+        os.dup2(kept, taken)
         os.close(kept)
 
     def end(self, error: BaseException | None = None) -> str | None:

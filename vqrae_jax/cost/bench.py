@@ -224,7 +224,8 @@ class Child:
             self._stderr.seek(0)
             said = self._stderr.read()
             sys.stderr.write(said)  # for --traceback
-            raise ValueError(f"{self._what} ended with exit code {code}: {(said.splitlines() or ['without a word'])[-1]}")
+            *_, last = ["without a word", *said.splitlines()]
+            raise ValueError(f"{self._what} ended with exit code {code}: {last}")
         return line.rstrip("\n")
 
 
