@@ -5,6 +5,7 @@ import hashlib
 import json
 import logging
 import math
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -92,8 +93,10 @@ def _terminal() -> Lines | None:
     """What writes on a terminal, if something does that shows progress."""
     if not log.isEnabledFor(logging.INFO):
         return None
+    # A terminal may not know its size, as in some containers; lines then.
+    is_one = lambda stream: stream.isatty() and all(os.get_terminal_size(stream.fileno()))
     return next((handler for handler in logging.getLogger("vqrae_jax").handlers
-                 if isinstance(handler, Lines) and handler.stream.isatty()), None)
+                 if isinstance(handler, Lines) and is_one(handler.stream)), None)
 
 
 class Reporter:
