@@ -4,6 +4,7 @@ import logging
 import os
 import pty
 import re
+import select
 import subprocess
 import sys
 import termios
@@ -130,7 +131,14 @@ def written(request, monkeypatch):
     log.manager._clear_cache()  # pyright: ignore[reportAttributeAccessIssue]
     for pause in ("_SECONDS", "_LIVE_SECONDS"):
         monkeypatch.setattr(reporting, pause, -1)
-    yield lambda: (request.param, os.read(out, 1 << 16).decode().replace("\r\n", "\n"))
+
+    def all_of_it() -> str:
+        found = b""
+        while select.select([out], [], [], 0.5)[0]:  # a terminal gives it in parts
+            found += os.read(out, 1 << 16)
+        return found.decode().replace("\r\n", "\n")
+
+    yield lambda: (request.param, all_of_it())
     log.manager._clear_cache()  # pyright: ignore[reportAttributeAccessIssue]
     stream.close()
     os.close(out)
