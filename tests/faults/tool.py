@@ -30,6 +30,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from PIL import Image
@@ -368,7 +369,9 @@ def _results(verb: Verb, folder: Path) -> dict[str, str]:
              "data": digest(json.dumps(json.loads((last / "data" / "metadata").read_text())).encode())}
     with ocp.PyTreeCheckpointer() as checkpointer:
         for place in [file.parent for of in (last, out / "frozen") for file in of.rglob("_METADATA")]:
-            arrays = checkpointer.restore(place)
+            as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray),
+                                    checkpointer.metadata(place).item_metadata.tree)
+            arrays = checkpointer.restore(place, restore_args=as_numpy)  # two devices saved some, and here is one
             found |= {f"{place.relative_to(out)} {'/'.join(path)}": digest(value)
                       for path, value in _leaves(arrays) if value is not None}
     return found
