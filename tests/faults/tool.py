@@ -398,7 +398,7 @@ def _steps(out: Path) -> list[int]:
 
 def _made(verb: Verb, folder: Path, damaged: "Damage | None") -> dict[str, Any]:
     """What is whole, and must not be made once more."""
-    out, file = folder / verb.out, damaged.file if damaged else Path()
+    out, file = folder / verb.out, damaged.file if damaged else Path("nothing")
     if verb.trains:
         of_steps = {step: out / "checkpoints" / str(step) for step in _steps(out)}
         return {"step": max((step for step, place in of_steps.items() if place not in file.parents), default=-1)}
@@ -453,13 +453,12 @@ def _damage(fault: Fault, verb: Verb, folder: Path) -> Damage | None:
 
 def _obey(said: str, folder: Path) -> bool:
     """Removes what a line says is to be removed, of the folder; whether there was something."""
-    if not (asked := re.search(r"remove (that folder|that file|it and (\S+?),)|(\S+?)(:| \().*remove it", said)):
+    if not (asked := re.search(r"remove (?:that|the) (?:folder|file)|remove it(?: and ([^\s,]+))?", said)):
         return False
-    named = [Path(path.rstrip(":,;")) for path in re.findall(r"[^\s:,;()]*/[^\s:,;()]+", said)]
-    places = [folder / path for path in named if (folder / path).exists()]
-    if asked[2] and places:
-        places.append(places[0].with_name(asked[2]))
-    for place in places[:2 if asked[2] else 1]:
+    named = [folder / path for path in re.findall(r"[^\s:,;()]*/[^\s:,;()]+", said)]
+    places = [path for path in named if path.exists()][:1]
+    places += [path.with_name(asked[1]) for path in places if asked[1]]
+    for place in places:
         shutil.rmtree(place) if place.is_dir() else place.unlink(missing_ok=True)
     return bool(places)
 
