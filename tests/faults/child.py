@@ -64,6 +64,7 @@ def _run(module: str, arguments: list[str], folder: Path, logs: Path, plan: Plan
     try:
         verbs.run(module, arguments, folder, {}, logs / "out", logs / "err")
     finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # what comes now meets the test's own process, and no verb
         (logs / "operations").write_text(str(watch.count))
 
 
