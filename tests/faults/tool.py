@@ -141,8 +141,9 @@ class Fault:
                 return plan._replace(kind=str(rng.choice(list(child.EXCEPTIONS))), more=1)
             case "NaN in a batch":  # and a kill, which it has to survive
                 return plan._replace(kind="kill", nan=int(rng.choice([3, 6])))
-        # What is damaged was left by a kill, or is complete.
-        return plan._replace(kind="kill" if rng.random() < 0.7 else "")
+        # What is damaged is complete, or was left by a kill at a moment when there is something.
+        late = 1 + int((0.4 + 0.6 * self.moment) * operations)
+        return plan._replace(at=late, kind="kill" if rng.random() < 0.5 else "")
 
 
 class Ended(NamedTuple):

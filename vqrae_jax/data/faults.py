@@ -72,7 +72,7 @@ def machine_failed(error: BaseException) -> bool:
     What a user may not read, and what lies behind a network that is not there, are good reasons. An error that was
     raised from another one counts as that.
     """
-    if isinstance(error, (MachineError, MemoryError)) or isinstance(error, OSError) and error.errno in _THIS_TIME:
+    if isinstance(error, (MachineError, MemoryError)) or (isinstance(error, OSError) and error.errno in _THIS_TIME):
         return True
     return error.__cause__ is not None and machine_failed(error.__cause__)
 
