@@ -130,7 +130,7 @@ class Watch:
         """Whether a path, or what a descriptor is open for, lies in the folder."""
         if isinstance(file, int):
             try:
-                file = os.readlink(f"/proc/self/fd/{file}")
+                return os.readlink(f"/proc/self/fd/{file}").startswith(self._folder + "/")
             except OSError:
                 return False
         return os.path.abspath(os.fsdecode(file)).startswith(self._folder + "/")
