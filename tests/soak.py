@@ -1,0 +1,111 @@
+"""A run of 20,000 steps in small: does anything grow?
+
+    python -m tests.soak FOLDER [STEPS]
+
+trains a tiny config in FOLDER, with a worker process, images that cannot be read, checkpoints, evaluations and
+pictures, and looks at memory, descriptors, threads and the time of a step every hundred steps. FOLDER/soak.jsonl has
+what it saw, FOLDER/soak.png the curves, and the table is printed. It takes about 20 minutes, and needs Linux.
+"""
+
+import functools
+import json
+import multiprocessing
+import os
+import re
+import statistics
+import sys
+import threading
+import time
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image
+
+from tests.conftest import tiny
+from vqrae_jax import config as config_lib
+from vqrae_jax.tokenizer import report, task
+from vqrae_jax.training.reporting import Reporter
+
+STEPS, EVERY, WARM_UP = 20_000, 100, 0.2
+IMAGES, BAD = 300, 8  # of the source, and how many of them cannot be read
+PANELS = {"process": "memory of the process, MB", "all": "with its worker, MB", "descriptors": "descriptors",
+          "threads": "threads", "step": "a step, ms"}
+
+
+def train(folder: Path, steps: int) -> list[dict[str, float]]:
+    """Trains, and gives what was seen every `EVERY` steps: a value of every panel, and `step_number`."""
+    images, seen = folder / "images", []
+    images.mkdir(parents=True, exist_ok=True)
+    for i in range(IMAGES):
+        pixels = np.random.default_rng(i).integers(0, 256, (40, 40, 3), np.uint8)
+        Image.fromarray(pixels).save(images / f"{i:03d}.png")
+        if i < BAD:
+            (images / f"{i:03d}.png").write_bytes((images / f"{i:03d}.png").read_bytes()[:100 * i])
+    values = tiny()
+    values.data.update(source=f"folder:{images}", workers=1, max_bad=0.1, holdout=0.1)
+    values.train.update(steps=steps, log_every=EVERY, checkpoint_every=2 * EVERY, eval_every=5 * EVERY)
+    values.log.tensorboard = True
+    write = Reporter.write
+
+    def look(reporter, step, metrics, timings):
+        write(reporter, step, metrics, timings)
+        if timings:
+            pids = [os.getpid(), *(child.pid for child in multiprocessing.active_children())]
+            seen.append({"step_number": step, "seconds": time.time(), "process": _megabytes(pids[0]),
+                         "all": sum(map(_megabytes, pids)), "descriptors": len(os.listdir("/proc/self/fd")),
+                         "threads": len(os.listdir("/proc/self/task")), "python_threads": threading.active_count(),
+                         "processes": len(pids), "step": 1000 * values.train.batch_size / timings["images_per_second"]})
+            with (folder / "soak.jsonl").open("a") as file:
+                file.write(json.dumps(seen[-1]) + "\n")
+
+    Reporter.write = functools.wraps(write)(look)
+    try:
+        task.train(config_lib.parse(values), folder / "run")
+    finally:
+        Reporter.write = write
+    return seen
+
+
+def _megabytes(pid: int) -> float:
+    """What a process holds in memory, its share of what it shares with others."""
+    found = re.search(r"^Pss:\s+(\d+) kB", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.MULTILINE)
+    assert found
+    return int(found[1]) / 1000
+
+
+def growth(seen: list[dict[str, float]]) -> dict[str, float]:
+    """Of every panel, what it grows by in 1,000 steps after the warm-up: the slope of the line of least squares."""
+    late = [line for line in seen if line["step_number"] > WARM_UP * seen[-1]["step_number"]]
+    steps = [line["step_number"] / 1000 for line in late]
+    return {name: statistics.linear_regression(steps, [line[name] for line in late]).slope for name in PANELS}
+
+
+def draw(file: Path, seen: list[dict[str, float]]) -> None:
+    """The curves as a PNG."""
+    with matplotlib.rc_context(report.STYLE):
+        figure = Figure(figsize=(9, 5), layout="constrained")
+        panels = figure.subplots(2, 3).ravel()
+        steps, slopes = [line["step_number"] for line in seen], growth(seen)
+        for axes, (name, title) in zip(panels, PANELS.items(), strict=False):
+            values = [line[name] for line in seen]
+            axes.plot(steps, values, linewidth=0.8)
+            axes.axvline(WARM_UP * steps[-1], color="grey", linewidth=0.6, linestyle=":")
+            axes.set_title(f"{title}\n{slopes[name]:+.3f} per 1,000 steps", fontsize=9)
+            axes.set(ylim=(0, 1.15 * (np.percentile(values, 99) if name == "step" else max(values))), xlabel="step")
+        panels[-1].set_visible(False)
+        figure.savefig(file, format="png", dpi=110)
+
+
+def main(folder: Path, steps: int) -> None:
+    seen = train(folder, steps)
+    draw(folder / "soak.png", seen)
+    slopes = growth(seen)
+    for name, title in PANELS.items():
+        late = [line[name] for line in seen if line["step_number"] > WARM_UP * steps]
+        print(f"{title:24}  from {min(late):8.2f} to {max(late):8.2f}, {slopes[name]:+.4f} per 1,000 steps")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]) if sys.argv[2:] else STEPS)
