@@ -14,7 +14,6 @@ import os
 import re
 import statistics
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -31,7 +30,7 @@ from vqrae_jax.training.reporting import Reporter
 STEPS, EVERY, WARM_UP = 20_000, 100, 0.2
 IMAGES, BAD = 300, 8  # of the source, and how many of them cannot be read
 PANELS = {"process": "memory of the process, MB", "all": "with its worker, MB", "descriptors": "descriptors",
-          "threads": "threads", "step": "a step, ms"}
+          "threads": "threads", "step": "a step, ms", "cpu": "processor time of a step, ms"}
 
 
 def train(folder: Path, steps: int) -> list[dict[str, float]]:
@@ -47,16 +46,19 @@ def train(folder: Path, steps: int) -> list[dict[str, float]]:
     values.data.update(source=f"folder:{images}", workers=1, max_bad=0.1, holdout=0.1)
     values.train.update(steps=steps, log_every=EVERY, checkpoint_every=2 * EVERY, eval_every=5 * EVERY)
     values.log.tensorboard = True
-    write = Reporter.write
+    write, spent = Reporter.write, time.process_time()
 
     def look(reporter, step, metrics, timings):
+        nonlocal spent
         write(reporter, step, metrics, timings)
-        if timings:
+        if timings:  # of a training step, where the evaluation and the save before it are included in `cpu` alone
             pids = [os.getpid(), *(child.pid for child in multiprocessing.active_children())]
-            seen.append({"step_number": step, "seconds": time.time(), "process": _megabytes(pids[0]),
-                         "all": sum(map(_megabytes, pids)), "descriptors": len(os.listdir("/proc/self/fd")),
-                         "threads": len(os.listdir("/proc/self/task")), "python_threads": threading.active_count(),
-                         "processes": len(pids), "step": 1000 * values.train.batch_size / timings["images_per_second"]})
+            before, spent = spent, time.process_time()
+            seen.append({"step_number": step, "process": _megabytes(pids[0]), "all": sum(map(_megabytes, pids)),
+                         "descriptors": len(os.listdir("/proc/self/fd")),
+                         "threads": len(os.listdir("/proc/self/task")),
+                         "step": 1000 * values.train.batch_size / timings["images_per_second"],
+                         "cpu": 1000 * (spent - before) / EVERY})
             with (folder / "soak.jsonl").open("a") as file:
                 file.write(json.dumps(seen[-1]) + "\n")
 
@@ -69,10 +71,9 @@ def train(folder: Path, steps: int) -> list[dict[str, float]]:
 
 
 def _megabytes(pid: int) -> float:
-    """What a process holds in memory, its share of what it shares with others."""
-    found = re.search(r"^Pss:\s+(\d+) kB", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.MULTILINE)
-    assert found
-    return int(found[1]) / 1000
+    """What a process holds in memory beside files, of which the kernel takes pages back as it likes."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return sum(int(kilobytes) for kilobytes in re.findall(r"^Rss(?:Anon|Shmem):\s+(\d+) kB", status, re.MULTILINE)) / 1000
 
 
 def growth(seen: list[dict[str, float]]) -> dict[str, float]:
@@ -88,13 +89,12 @@ def draw(file: Path, seen: list[dict[str, float]]) -> None:
         figure = Figure(figsize=(9, 5), layout="constrained")
         panels = figure.subplots(2, 3).ravel()
         steps, slopes = [line["step_number"] for line in seen], growth(seen)
-        for axes, (name, title) in zip(panels, PANELS.items(), strict=False):
+        for axes, (name, title) in zip(panels, PANELS.items(), strict=True):
             values = [line[name] for line in seen]
             axes.plot(steps, values, linewidth=0.8)
             axes.axvline(WARM_UP * steps[-1], color="grey", linewidth=0.6, linestyle=":")
             axes.set_title(f"{title}\n{slopes[name]:+.3f} per 1,000 steps", fontsize=9)
-            axes.set(ylim=(0, 1.15 * (np.percentile(values, 99) if name == "step" else max(values))), xlabel="step")
-        panels[-1].set_visible(False)
+            axes.set(ylim=(0, 1.15 * np.percentile(values, 99)), xlabel="step")
         figure.savefig(file, format="png", dpi=110)
 
 
