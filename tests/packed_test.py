@@ -128,7 +128,7 @@ def test_what_is_no_packed_model_is_refused_in_a_line(folder, small, tmp_path):
         broken = Path(shutil.copytree(small / task, tmp_path / task))
         weights = broken / "model.safetensors"
         weights.write_bytes(weights.read_bytes()[:-100])
-        refused(broken, "model.safetensors is damaged or truncated", load, OSError)
+        refused(broken, r"is damaged \(model.safetensors has .* bytes instead of", load)
         weights.unlink()
         refused(broken, "holds no checkpoint", load, OSError)
     config = dataclasses.replace(runs.load_run(small / "tokenizer", MESH)[0], seed=1)

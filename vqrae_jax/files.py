@@ -65,15 +65,16 @@ def whole(file: Path) -> Iterator[Path]:
         left.unlink(missing_ok=True)
     try:
         yield unfinished
-        if not unfinished.exists():
-            raise OSError(f"{file} was being written by another process as well: let only one write it")
         with unfinished.open("rb") as opened:
             os.fsync(opened.fileno())
         unfinished.replace(file)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            unfinished.unlink(missing_ok=True)
+    except FileNotFoundError as error:
+        if error.filename == str(unfinished):
+            raise OSError(f"{file} was being written by another process as well: let only one write it") from error
         raise
+    finally:
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:
@@ -83,7 +84,7 @@ def write_json(file: Path, content: Mapping[str, Any]) -> None:
       OSError: it cannot be written.
     """
     with whole(file) as unfinished:
-        unfinished.write_text(json.dumps({**content, _CHECKSUM: _of_json(content)}, indent=2) + "\n")
+        unfinished.write_text(json.dumps(sealed(content), indent=2) + "\n")
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -94,14 +95,31 @@ def read_json(file: Path) -> dict[str, Any]:
       ValueError: it is damaged.
     """
     try:
-        content = json.loads(file.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is damaged: {error}") from None
+        return unsealed(file.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged ({error}): restore it from a copy; if it was changed on purpose, remove "
+                         f'its key "{_CHECKSUM}"') from None
+
+
+def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """A JSON object with the checksum of its keys as one more."""
+    return {**content, _CHECKSUM: _of_json(content)}
+
+
+def unsealed(text: str | bytes) -> dict[str, Any]:
+    """The JSON object of which `sealed` made another, or one without a checksum.
+
+    Raises:
+      ValueError: it is damaged.
+    """
+    try:
+        content = json.loads(text)
+    except RecursionError as error:
+        raise ValueError(str(error)) from None
     if not isinstance(content, dict):
-        raise ValueError(f"{file} is damaged: it holds no JSON object")
+        raise ValueError("it is no JSON object")
     if _CHECKSUM in content and content.pop(_CHECKSUM) != _of_json(content):
-        raise ValueError(f"{file} is damaged, for its content is not that of its checksum: restore it from a copy; if "
-                         f'it was changed on purpose, remove its key "{_CHECKSUM}"')
+        raise ValueError("its content is not that of its checksum")
     return content
 
 
@@ -142,6 +160,24 @@ def checksums(folder: Path, files: Iterable[Path]) -> dict[str, Checksum]:
 def write_checksums(folder: Path, found: Mapping[str, Checksum]) -> None:
     """Writes a folder's `checksums.json`."""
     write_json(folder / CHECKSUMS, {"files": {name: of._asdict() for name, of in found.items()}})
+
+
+def add_checksums(folder: Path) -> None:
+    """Writes the `checksums.json` of a small folder that is complete."""
+    of = [path for path in folder.iterdir() if path.is_file() and path.name != CHECKSUMS]
+    write_checksums(folder, checksums(folder, of))
+
+
+def check(folder: Path) -> None:
+    """Looks at all files of a folder that has a `checksums.json`.
+
+    Raises:
+      OSError: the machine cannot read them.
+      ValueError: one is damaged.
+    """
+    expected = read_checksums(folder)
+    if expected and (how := damage(folder, expected)):
+        raise ValueError(f"{folder} is damaged ({how}): restore it from a copy")
 
 
 def read_checksums(folder: Path) -> dict[str, Checksum] | None:

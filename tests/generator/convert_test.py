@@ -13,6 +13,7 @@ from tests.generator.tiny import CODES, TEXT, parsed, random_arrays, text_model,
 from tests.verbs import command
 from vqrae_jax import config as config_lib
 from vqrae_jax import convert as verb
+from vqrae_jax import files
 from vqrae_jax.data.codes import Description
 from vqrae_jax.generator import build, convert, runs, train_state
 from vqrae_jax.generator.build import Vocabulary
@@ -150,7 +151,8 @@ def test_the_command_line_goes_there_and_back(folder, tmp_path):
 
 
 def edit(file: Path, **changes) -> None:
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    content = files.read_json(file) | changes
+    file.write_text(json.dumps(content))
 
 
 def taken(folder: Path, name: str) -> None:
@@ -159,16 +161,17 @@ def taken(folder: Path, name: str) -> None:
     content = json.loads(file.read_text())
     content["model"]["vocab"][name] = len(content["model"]["vocab"])
     file.write_text(json.dumps(content))
+    files.add_checksums(file.parent)
 
 
 @pytest.mark.parametrize(("damage", "says"), [
     (lambda at: (at / "out").mkdir() or (at / "out" / "notes.txt").touch(), "out is not empty: choose another --out$"),
     (lambda at: (at / "out").touch(), "cannot write to .*out: Not a directory; choose a folder you may write to$"),
     (lambda at: (at / "caption" / "config.json").unlink(), "caption is not the folder of a run$"),
-    (lambda at: (at / "caption" / "config.json").write_text("[]"), "config.json is damaged: it holds no JSON object$"),
+    (lambda at: (at / "caption" / "config.json").write_text("[]"), r"config.json is damaged \(it is no JSON object\): restore"),
     (lambda at: edit(at / "caption" / "config.json", task="chess"), "config.json is not .* key task must be one of"),
-    (lambda at: (at / "caption" / "text" / "tokenizer.json").unlink(), "text has no tokenizer.json: tokens of text"),
-    (lambda at: (at / "caption" / "text" / "tokenizer.json").write_text("{"), "tokenizer.json cannot be read .*: down"),
+    (lambda at: (at / "caption" / "text" / "tokenizer.json").unlink(), "text is damaged .tokenizer.json is missing."),
+    (lambda at: (at / "caption" / "text" / "tokenizer.json").write_text("{"), "text is damaged .tokenizer.json has 1 bytes"),
     (lambda at: taken(at, "<code_7>"), "has a token <code_7> already: it cannot be that of a code or of a class as"),
 ])
 def test_what_cannot_be_written_is_one_line_and_leaves_nothing(damage, says, folder, tmp_path):
@@ -183,7 +186,7 @@ def test_what_cannot_be_written_is_one_line_and_leaves_nothing(damage, says, fol
 
 @pytest.mark.parametrize(("damage", "says"), [
     (lambda hf: shutil.rmtree(hf / "vqrae_jax"), "vqrae_jax does not exist: only a generator that to-hf wrote leads"),
-    (lambda hf: (hf / "vqrae_jax" / "codes.json").write_text("{"), "codes.json does not describe codes"),
+    (lambda hf: (hf / "vqrae_jax" / "codes.json").write_text("{"), "codes.json is damaged"),
     (lambda hf: (hf / "model.safetensors").unlink(), "model.safetensors does not exist$"),
     (lambda hf: (hf / "model.safetensors").write_bytes(b"x"), "model.safetensors is damaged or truncated"),
     (lambda hf: edit(hf / "config.json", rms_norm_eps=1e-5, vocab_size=29), "class_hf/vqrae_jax: other vocabulary, n"),

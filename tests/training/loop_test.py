@@ -117,14 +117,14 @@ def test_an_unfinished_checkpoint_is_ignored(whole, tmp_path, caplog):
 
 
 def test_a_full_disk_says_so_and_keeps_the_last_checkpoint(whole, tmp_path, monkeypatch):
-    save = ocp.CheckpointManager.save
+    save = ocp.AsyncCheckpointer.save
 
-    def full(self, step, *arguments, **options):
-        if step == 30:
+    def full(self, folder, *arguments, **options):
+        if folder.name == "30":
             raise OSError(errno.ENOSPC, "No space left on device")
-        return save(self, step, *arguments, **options)
+        return save(self, folder, *arguments, **options)
 
-    monkeypatch.setattr(ocp.CheckpointManager, "save", full)
+    monkeypatch.setattr(ocp.AsyncCheckpointer, "save", full)
     with pytest.raises(OSError, match="the disk is full: .* what is complete is kept"):
         loop.run(toy.NextCharacter(toy.config(STEPS)), tmp_path)
     monkeypatch.undo()
@@ -232,8 +232,8 @@ def test_a_step_that_is_not_finite_is_skipped_and_too_many_stop_the_run(tmp_path
     with pytest.raises(FloatingPointError, match="20 steps in a row up to step 30"):
         loop.run(Broken(toy.config(STEPS)), tmp_path)
     abstract, *_ = Broken(toy.config(STEPS)).abstract(sharding.one_device())
-    with closing(checkpoint.Checkpoints(tmp_path, ["everything"])) as saved:
-        last, _ = saved.restore(30, {"everything": abstract._asdict()})
+    with closing(checkpoint.Checkpoints(tmp_path)) as saved:
+        last, *_ = saved.restore(30, {"everything": abstract._asdict()})
     assert np.all(np.isfinite(last["everything"]["params"]["logits/kernel"]))  # the last good state
     for _ in range(2):  # where no step is left, a restart says the same
         with pytest.raises(FloatingPointError, match="20 steps in a row up to step 30"):

@@ -89,12 +89,12 @@ def move(configs: list[config_lib.Config], folder: Path) -> None:
     expected = jax.device_get((state, frozen))
     for i, config in enumerate(configs[1:]):
         checkpoint.save_frozen(folder / str(i), frozen)
-        with closing(checkpoint.Checkpoints(folder / str(i), train_state.items(state))) as checkpoints:
-            checkpoints.save(1, train_state.items(state), {"next_batch": 1})
+        with closing(checkpoint.Checkpoints(folder / str(i))) as checkpoints:
+            checkpoints.save(1, train_state.items(state), {"next_batch": 1}, [])
         mesh = make_mesh(config)
         abstract, abstract_frozen = train_state.abstract(config, build.structure(config), mesh)
-        with closing(checkpoint.Checkpoints(folder / str(i), train_state.items(abstract))) as checkpoints:
-            items, _ = checkpoints.restore(1, train_state.items(abstract))
+        with closing(checkpoint.Checkpoints(folder / str(i))) as checkpoints:
+            items, *_ = checkpoints.restore(1, train_state.items(abstract))
         state = train_state.from_items(items)
         frozen = checkpoint.load_frozen(folder / str(i), abstract_frozen)
         chex.assert_trees_all_equal(jax.device_get((state, frozen)), expected)

@@ -2,14 +2,15 @@
 
     codes.json                            what the codes are of; see `Description`
     codes-00000-of-00013.array_record     a `tf.train.Example` an image: see `CodesRecord`
-    codes-00000-of-00013.jsonl            images that were left out and why, and a last line of counts
+    codes-00000-of-00013.jsonl            images that were left out and why, and a last line of counts and checksums
+    checksums.json                        of the files of records; the others have their own
 """
 
 import dataclasses
-import json
+import logging
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -20,11 +21,13 @@ from vqrae_jax.data.records import (
     RecordFiles,
     caption_of,
     parse_example,
+    read_report,
     report_path,
     serialize_example,
     written,
 )
 
+log = logging.getLogger(__name__)
 DESCRIPTION = "codes.json"
 _ANEW = "remove that file and give the command tokenize that made it once more, and it makes it anew"
 _AT_THE_END = ("records", "labels", "captions", "bad_images")
@@ -168,28 +171,42 @@ def write_shard(path: Path, images: Sequence[CodesRecord | LeftOut]) -> None:
             writer.write(serialize_example(features))
         for image in images:
             if isinstance(image, LeftOut):
-                report.write(json.dumps(image._asdict()) + "\n")
-        counts = {"records": len(records), "labels": sum(record.label >= 0 for record in records),
+                report.add(image._asdict())
+        report.last = {"records": len(records), "labels": sum(record.label >= 0 for record in records),
                   "captions": sum(record.caption != "" for record in records),
                   "bad_images": len(images) - len(records)}
-        report.write(json.dumps(counts) + "\n")
+
+
+def whole_shards(shards: Iterable[Path]) -> Iterator[bool]:
+    """Of each shard whether it is there and whole; names those that are damaged."""
+    for shard in shards:
+        found = shard.exists()
+        if found:
+            try:
+                read_report(shard, look_at_records=True)
+            except ValueError as error:
+                log.warning("%s is damaged (%s): it is made anew", shard, error)
+                found = False
+        yield found
 
 
 def end(folder: Path, begun: Description) -> Description:
-    """Completes the description when all shards are there.
+    """Completes the description when all shards are there, and writes the checksums of their files.
 
     Raises:
       ValueError: a shard's report is missing or damaged.
       OSError: the description cannot be written.
     """
-    counts = dict.fromkeys(_AT_THE_END, 0)
+    counts, found = dict.fromkeys(_AT_THE_END, 0), {}
     for shard in begun.shards(folder):
         try:
-            last = json.loads(report_path(shard).read_text().splitlines()[-1])
+            last, found[shard.name] = read_report(shard, look_at_records=False)
             counts = {name: count + last[name] for name, count in counts.items()}
-        except (FileNotFoundError, IndexError, KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{report_path(shard)} is missing or damaged: remove it and {shard.name}, and give the "
                              "same command again") from error
+    if all(found.values()):
+        files.write_checksums(folder, found)
     complete = dataclasses.replace(begun, **counts)
     write_description(folder, complete)
     return complete
@@ -220,6 +237,12 @@ class CodesSource(RecordFiles):
                      else f"the end of its {DESCRIPTION}")
             raise FileNotFoundError(f"{folder} lacks {lacks}: give the command tokenize that made it once more, and it "
                                     "makes what is missing")
+        expected = files.read_checksums(Path(folder))
+        if expected is None:
+            log.warning("%s has no %s, as versions before 0.7 wrote it: it is read unchecked", folder, files.CHECKSUMS)
+        elif how := files.damage(Path(folder), expected):
+            raise ValueError(f"{folder} is damaged ({how}): give the command tokenize that made it once more, and it "
+                             "makes that anew")
         try:
             super().__init__(list(map(str, shards)))
         except ValueError as error:

@@ -3,11 +3,14 @@
 import bisect
 import contextlib
 import itertools
+import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TextIO
+
+import xxhash
 
 from vqrae_jax import files
 from vqrae_jax.data import faults
@@ -117,14 +120,14 @@ def caption_of(features: Mapping[str, list[Any]]) -> str:
 
 
 @contextlib.contextmanager
-def written(output: Path) -> Iterator[tuple[Any, TextIO]]:
+def written(output: Path) -> Iterator[tuple[Any, "Report"]]:
     """A file of records and the report of how it was made, `report_path(output)`.
 
     Both appear under their names when the block has ended, the records last: where they are, both are complete. What a
     process that was killed left of them is removed.
 
     Yields:
-      an ArrayRecordWriter, and a text file for the report.
+      an ArrayRecordWriter, and the report.
 
     Raises:
       OSError: they cannot be written; says so when the disk is full.
@@ -132,7 +135,8 @@ def written(output: Path) -> Iterator[tuple[Any, TextIO]]:
     from array_record.python.array_record_module import ArrayRecordWriter
 
     with files.disk_full(output.parent), files.whole(output) as records, \
-            files.whole(report_path(output)) as unfinished_report, unfinished_report.open("w") as report:
+            files.whole(report_path(output)) as unfinished_report, unfinished_report.open("w") as opened:
+        report = Report(opened)
         try:
             # Random access wants groups of one; encoded images and codes do not become smaller.
             writer = ArrayRecordWriter(str(records), "group_size:1,uncompressed")
@@ -142,8 +146,63 @@ def written(output: Path) -> Iterator[tuple[Any, TextIO]]:
                 writer.close()
         except RuntimeError as error:
             raise OSError(f"cannot write to {output.parent}: {' '.join(str(error).split())}") from error
+        report.close(files.checksum(records))
+
+
+class Report:
+    """The report beside a file of records: JSON lines.
+
+    Attributes:
+      last: the last line, which says in numbers what there is; it gets the checksums of the records and of the lines
+        before it.
+    """
+
+    def __init__(self, file: TextIO):
+        self._file, self._lines = file, xxhash.xxh3_128()
+        self.last: dict[str, Any] = {}
+
+    def add(self, line: Mapping[str, Any]) -> None:
+        """Writes a line."""
+        text = json.dumps(line) + "\n"
+        self._lines.update(text.encode())
+        self._file.write(text)
+
+    def close(self, records: files.Checksum) -> None:
+        """Writes the last line."""
+        last = {**self.last, "file": records._asdict(), "lines": self._lines.hexdigest()}
+        self._file.write(json.dumps(files.sealed(last)) + "\n")
+
+
+def read_report(output: Path, *, look_at_records: bool) -> tuple[dict[str, Any], files.Checksum | None]:
+    """The last line of the report of a file of records.
+
+    Args:
+      output: the file of records.
+      look_at_records: whether it is looked at, too.
+
+    Returns:
+      the line, and the checksum of the file of records, None where an earlier version wrote them.
+
+    Raises:
+      OSError: the machine cannot read them.
+      ValueError: one is missing or damaged.
+    """
+    report = report_path(output)
+    try:
+        *others, text = report.read_text().splitlines(keepends=True)
+        last = files.unsealed(text)
+        if "file" not in last:
+            return last, None
+        if last.pop("lines") != xxhash.xxh3_128_hexdigest("".join(others).encode()):
+            raise ValueError("its content is not that of its checksum")
+        expected = files.Checksum(**last.pop("file"))
+    except (FileNotFoundError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{report} is missing or damaged: {error}") from error
+    if look_at_records and (how := files.damage(output.parent, {output.name: expected})):
+        raise ValueError(how)
+    return last, expected
 
 
 def report_path(output: Path) -> Path:
-    """Of the report beside a file of records: JSON lines."""
+    """Of the report beside a file of records; see `Report`."""
     return output.with_suffix(".jsonl")

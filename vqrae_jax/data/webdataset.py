@@ -8,6 +8,7 @@ import gzip
 import hashlib
 import itertools
 import json
+import logging
 import os
 import re
 import tarfile
@@ -15,12 +16,13 @@ import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, TextIO
+from typing import BinaryIO, NamedTuple
 
-from vqrae_jax.data.records import load_examples, report_path, serialize_example, written
+from vqrae_jax.data.records import Report, load_examples, read_report, report_path, serialize_example, written
 from vqrae_jax.data.sources import IMAGE_SUFFIXES
 from vqrae_jax.data.transforms import decode_image
 
+log = logging.getLogger(__name__)
 _KINDS = {suffix[1:]: "image" for suffix in IMAGE_SUFFIXES} | {kind: kind for kind in ("cls", "txt", "json")}
 _MAX_BYTES = {"image": 64 << 20, "cls": 1 << 10, "txt": 64 << 10, "json": 1 << 20}
 _MAX_HEADER_BYTES = 64 << 10  # with its extensions: long names, PAX records, maps of sparse files
@@ -88,7 +90,8 @@ def convert(tars: Sequence[Path], out: Path, *, threads: int) -> Iterator[Conver
         outputs[output] = tar
     load_examples()
     out.mkdir(parents=True, exist_ok=True)
-    finished = {output: _finished(tar, output) for output, tar in outputs.items() if output.exists()}
+    found = {output: _finished(tar, output) for output, tar in outputs.items() if output.exists()}
+    finished = {output: converted for output, converted in found.items() if converted}
     return _convert_all({output: tar for output, tar in outputs.items() if output not in finished},
                         list(finished.values()), threads)
 
@@ -108,12 +111,16 @@ def _fingerprint(tar: Path) -> tuple[int, str]:
     return size, digest.hexdigest()
 
 
-def _finished(tar: Path, output: Path) -> Converted:
+def _finished(tar: Path, output: Path) -> Converted | None:
+    """What became of a tar before, None where a file is damaged."""
+    if not report_path(output).exists():
+        raise ValueError(f"{output} is there, but not the report of how it was made: choose another folder, or remove "
+                         "the file")
     try:
-        converted = Converted(**json.loads(report_path(output).read_text().splitlines()[-1]))
-    except (FileNotFoundError, IndexError, TypeError, ValueError) as error:
-        raise ValueError(f"{output} is there, but not the report of how this version made it: choose another folder, "
-                         "or remove the file") from error
+        converted = Converted(**read_report(output, look_at_records=True)[0])
+    except (TypeError, ValueError) as error:
+        log.warning("%s is damaged (%s): it is made anew", output, error)
+        return None
     if (converted.bytes, converted.sha256) != _fingerprint(tar):
         raise ValueError(f"{output} was made of another {converted.tar} than {tar}: choose another folder, or remove "
                          "the file to have it made anew")
@@ -136,8 +143,8 @@ def _convert_all(outputs: dict[Path, Path], finished: Sequence[Converted], threa
 
 def _convert_tar(tar: Path, output: Path, stop: threading.Event) -> Converted:
     fingerprint = _fingerprint(tar)
-    with written(output) as (writer, file):
-        report = _Report(file)
+    with written(output) as (writer, lines):
+        report = _Reading(lines)
         for features in _samples(tar, report):
             if stop.is_set():
                 raise CancelledError
@@ -147,23 +154,23 @@ def _convert_tar(tar: Path, output: Path, stop: threading.Event) -> Converted:
             report.captions += "caption" in features
         converted = Converted(tar=tar.name, bytes=fingerprint[0], sha256=fingerprint[1], images=report.images,
                               labels=report.labels, captions=report.captions, bad=report.bad, damage=report.damage)
-        file.write(json.dumps(dataclasses.asdict(converted)) + "\n")
+        lines.last = dataclasses.asdict(converted)
         if _fingerprint(tar) != fingerprint:
             raise OSError(f"{tar} changed while it was read: give the same command again when it is complete")
     return converted
 
 
-class _Report:
+class _Reading:
     """What happens while a tar is read."""
 
-    def __init__(self, file: TextIO):
-        self._file = file
+    def __init__(self, lines: Report):
+        self._lines = lines
         self.images = self.labels = self.captions = self.bad = 0
         self.damage: str | None = None
 
     def leave_out(self, name: str, reason: str) -> None:
         self.bad += 1
-        self._file.write(json.dumps({"name": name[:_SHOWN], "reason": reason}) + "\n")
+        self._lines.add({"name": name[:_SHOWN], "reason": reason})
 
 
 class _Member(NamedTuple):
@@ -176,7 +183,7 @@ class _Member(NamedTuple):
     fault: str | None = None
 
 
-def _samples(tar: Path, report: _Report) -> Iterator[dict[str, bytes | int]]:
+def _samples(tar: Path, report: _Reading) -> Iterator[dict[str, bytes | int]]:
     """The good images with their labels and captions, as features of an example."""
     for _, group in itertools.groupby(_members(tar, report), key=lambda member: member.key):
         sample: dict[str, _Member] = {}
@@ -250,7 +257,7 @@ class _Bounded:
         return self._file.tell()
 
 
-def _members(tar: Path, report: _Report) -> Iterator[_Member]:
+def _members(tar: Path, report: _Reading) -> Iterator[_Member]:
     """The members of a tar that belong to samples, in order, up to the first damage."""
     with tar.open("rb") as raw:
         zipped = raw.read(2) == b"\x1f\x8b"

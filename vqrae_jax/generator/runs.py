@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from jax.sharding import Mesh
 
 from vqrae_jax import config as config_lib
+from vqrae_jax import files
 from vqrae_jax.config import GeneratorConfig
 from vqrae_jax.generator import build, train_state
 from vqrae_jax.generator.build import Structure
@@ -53,9 +54,10 @@ def structure(workdir: Path, config: GeneratorConfig, codes: "Description") -> S
 
 
 def self_contained(workdir: Path, config: GeneratorConfig) -> GeneratorConfig:
-    """A run's config with the copy of the text model's files that is in the run's folder."""
+    """A run's config with the copy of the text model's files in the run's folder; ValueError where that is damaged."""
     if not config.model.path:
         return config
+    files.check(workdir / "text")
     return dataclasses.replace(config, model=dataclasses.replace(config.model, path=str(workdir / "text")))
 
 
@@ -66,6 +68,7 @@ def write_files(workdir: Path, config: GeneratorConfig, codes: "Description") ->
     write_description(workdir, codes)
     if config.model.path:
         text.copy_text_model(build.model_path(config), workdir / "text")
+        files.add_checksums(workdir / "text")
 
 
 def load_run(workdir: Path, mesh: Mesh, *, step: int | None = None, weights: Weights = "ema") -> Loaded:

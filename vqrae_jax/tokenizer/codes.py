@@ -96,8 +96,9 @@ def tokenize(workdir: str | os.PathLike, data: str, out: str | os.PathLike, *, v
         distributed.wait_for_all("begin")
         begun = codes.begin(out, planned)
     shards = begun.shards(out)
-    missing = [number for number in range(jax.process_index(), len(shards), jax.process_count())
-               if not shards[number].exists()]
+    mine = range(jax.process_index(), len(shards), jax.process_count())
+    whole = codes.whole_shards(shards[number] for number in mine)
+    missing = [number for number, there in zip(mine, whole, strict=True) if not there]
     if missing:
         max_bad = config.data.max_bad if max_bad is None else max_bad
         with disk_errors(out):

@@ -12,6 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from vqrae_jax import config as config_lib
+from vqrae_jax import files
 from vqrae_jax.config import Config
 from vqrae_jax.models import flat
 from vqrae_jax.models.flat import Arrays
@@ -36,7 +37,8 @@ def structure(workdir: Path, config: Config, quantizer: Quantizer | None = None)
 
 
 def self_contained(workdir: Path, config: Config) -> Config:
-    """A run's config with the copy of the encoder's config that is in the run's folder."""
+    """A run's config with the copy of the encoder's config in the run's folder; ValueError where that is damaged."""
+    files.check(workdir / "encoder")
     encoder = dataclasses.replace(config.model.encoder, path=str(workdir / "encoder"))
     return dataclasses.replace(config, model=dataclasses.replace(config.model, encoder=encoder))
 
@@ -44,6 +46,7 @@ def self_contained(workdir: Path, config: Config) -> Config:
 def write_files(workdir: Path, config: Config) -> None:
     """What a tokenizer adds to a new run's folder."""
     huggingface.copy_encoder_config(build.encoder_path(config), workdir / "encoder")
+    files.add_checksums(workdir / "encoder")
 
 
 def load_run(workdir: Path, mesh: Mesh, *, step: int | None = None, weights: Weights = "ema",

@@ -1,7 +1,6 @@
 """The tokenizer as a task that the training loop trains."""
 
 import dataclasses
-import json
 import logging
 import os
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from vqrae_jax import config as config_lib
+from vqrae_jax import files
 from vqrae_jax.config import Config
 from vqrae_jax.data import (
     BadImages,
@@ -118,7 +118,7 @@ class TokenizerTask:
         self._eval_source = evaluate.choose_source(config, self._source, held_out)
         self._images = fingerprint(self._source)
         if before and (workdir / _IMAGES).exists():  # version 0.3 kept none
-            self._check_images(json.loads((workdir / _IMAGES).read_text()), before.data.source)
+            self._check_images(files.read_json(workdir / _IMAGES), before.data.source)
 
     def _check_images(self, before: dict[str, Any], source: str) -> None:
         """Data that moved must hold the same images; data that changed where they are cost only exact continuation."""
@@ -134,7 +134,7 @@ class TokenizerTask:
     def write_files(self, workdir: Path) -> None:
         """The encoder's config, and by what the images will be known."""
         runs.write_files(workdir, self.config)
-        (workdir / _IMAGES).write_text(json.dumps(self._images) + "\n")
+        files.write_json(workdir / _IMAGES, self._images)
 
     def abstract(self, mesh: Mesh) -> tuple[TrainState, Frozen, dict[str, Any]]:
         """Shapes and shardings of state, frozen arrays and a batch."""

@@ -1,27 +1,28 @@
 """A run's folder on disk, of any task: its config, its checkpoints, and the arrays that do not change.
 
     config.json    the resolved config
-    checkpoints/   Orbax, one folder a step: the items that the task names, and `data`, the position in the data; the
-                   last two and the best one are kept
-    frozen/        Orbax, written once: what does not learn, so that the run needs nothing but its folder
+    checkpoints/   one folder a step, see verified.py: the items that the task names; `data`, the position in the data;
+                   and `log`, the lines of metrics.jsonl until then. The last two and the best one are kept
+    frozen/        likewise, written once: what does not learn, so that the run needs nothing but its folder
 """
 
 import logging
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import orbax.checkpoint as ocp
 
 from vqrae_jax import config as config_lib
 from vqrae_jax.files import disk_errors
 from vqrae_jax.models.flat import Arrays
-from vqrae_jax.training import distributed, lock
+from vqrae_jax.training import distributed, lock, verified
 
 log = logging.getLogger(__name__)
 NOT_READ = ocp.PLACEHOLDER
+_DAMAGED = ".damaged"  # what a damaged checkpoint is called that a run went back from
 Weights = Literal["ema", "raw"]
 
 
@@ -82,8 +83,8 @@ def write_run(workdir: Path, config: config_lib.Run, write_files: Callable[[Path
     with lock.held(workdir):
         open_run(workdir, config, write_files)
         save_frozen(workdir, frozen)
-        with closing(Checkpoints(workdir, items)) as checkpoints:
-            checkpoints.save(0, items, {"next_batch": 0})
+        with closing(Checkpoints(workdir)) as checkpoints:
+            checkpoints.save(0, items, {"next_batch": 0}, [])
 
 
 def check_new(workdir: Path) -> None:
@@ -99,32 +100,61 @@ def has_checkpoint(workdir: Path) -> bool:
 
 def steps(workdir: Path) -> list[int]:
     """The steps of all complete checkpoints, in order."""
-    return sorted(int(path.name) for path in (workdir / "checkpoints").glob("*") if path.name.isdigit())
+    return sorted(int(path.name) for path in (workdir / "checkpoints").glob("*") if path.name.isdecimal())
 
 
-def load_item(workdir: Path, step: int, name: str, abstract: Any) -> Any:
-    """One item of a checkpoint of a run, which may be going on.
+def newest_whole(workdir: Path) -> int | None:
+    """The step of a run's last checkpoint that is whole, None where there is none; all processes call this together.
 
-    Args:
-      workdir: the run's folder.
-      step: of the checkpoint.
-      name: of the item; see `Task.items`.
-      abstract: shapes, dtypes and shardings of all its arrays. Those that have `NOT_READ` in their place stay on the
-        disk, and have it in the result as well.
+    Damaged ones after it are named, and moved aside to be made again. What is older is not looked at.
+
+    Raises:
+      ValueError: all are damaged.
+      OSError: one cannot be read.
     """
-    arguments = ocp.args.PyTreeRestore(abstract, ocp.checkpoint_utils.construct_restore_args(abstract))
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        return checkpointer.restore((workdir / "checkpoints" / str(step) / name).absolute(), arguments)
+    saved, damaged = steps(workdir)[::-1], {}
+    for turn in range(distributed.agreed(len(saved))):
+        step = distributed.agreed(saved[turn] if turn < len(saved) else 0)
+        found = verified.damage(_folder(workdir, step), shared=True)
+        if not found:
+            if distributed.is_first():
+                for of, how in damaged.items():
+                    _move_aside(workdir, of, how)
+            distributed.wait_for_all("newest_whole")
+            return step
+        damaged[step] = found
+    if damaged:
+        found = "; ".join(f"{step}: {how}" for step, how in damaged.items())
+        raise ValueError(f"no checkpoint of {workdir} is whole ({found}): restore one from a copy, or choose another "
+                         "--workdir")
+    return None
 
 
 def chosen_step(workdir: Path, step: int | None) -> int:
-    """The step of a checkpoint to read, None being the last; FileNotFoundError where there is none."""
+    """The step of a checkpoint whose model is to be read, None being the last.
+
+    Raises:
+      FileNotFoundError: there is none.
+      ValueError: its model is damaged; the message names a checkpoint that is whole.
+    """
     saved = steps(workdir)
     if not saved:
         raise FileNotFoundError(f"{workdir} holds no checkpoint: train it first")
     if step not in [None, *saved]:
         raise FileNotFoundError(f"{workdir} holds the checkpoints {saved}, not {step}")
-    return saved[-1] if step is None else step
+    step = saved[-1] if step is None else step
+    if how := verified.damage(_folder(workdir, step), ["model"]):
+        others = (other for other in saved[::-1] if other != step and not verified.damage(_folder(workdir, other)))
+        whole = next(others, None)
+        raise ValueError(f"checkpoint {step} of {workdir} is damaged ({how}): " + (
+            "no other one is whole, restore it from a copy" if whole is None else
+            f"choose step {whole}, which is whole, or move {_folder(workdir, step)} away to have it taken by itself"))
+    return step
+
+
+def load_item(workdir: Path, step: int, name: str, abstract: Any) -> Any:
+    """One item of a checkpoint of a run, which may be going on; see `verified.read_arrays`."""
+    return verified.read_arrays(_folder(workdir, step), name, abstract)
 
 
 def load_model(workdir: Path, step: int, model: dict[str, Arrays], weights: Weights) -> Arrays:
@@ -151,90 +181,124 @@ def load_model(workdir: Path, step: int, model: dict[str, Arrays], weights: Weig
 class Checkpoints:
     """The checkpoints of one run; saving goes on in the background, `wait` and `close` wait for it.
 
-    When one is saved, of the older ones the last and the best are kept.
+    When one is saved, of the older ones the last and the best are kept: the last that is whole, for one that an earlier
+    start left may be damaged.
 
     Args:
       workdir: the run's folder.
-      items: names of what the task saves; see `Task.items`.
       best_step: which of given steps is the best one, or None.
     """
 
-    def __init__(self, workdir: Path, items: Iterable[str],
-                 best_step: Callable[[list[int]], int | None] = lambda steps: None):
-        self.workdir = workdir
+    def __init__(self, workdir: Path, best_step: Callable[[list[int]], int | None] = lambda steps: None):
+        self.workdir, self._best_step = workdir, best_step
+        self._whole: set[int] = set()
+        self._best = None
         if distributed.is_first():
-            # Orbax can do this in a thread, which a process that fails early does not wait for.
-            for unfinished in (workdir / "checkpoints").glob("*.orbax-checkpoint-tmp*"):
+            # What one that was killed left.
+            for unfinished in (workdir / "checkpoints").glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
                 shutil.rmtree(unfinished)
         distributed.wait_for_all("checkpoints")
-        self._manager = ocp.CheckpointManager(
-            (workdir / "checkpoints").absolute(),
-            item_names=(*items, "data"),
-            options=ocp.CheckpointManagerOptions(preservation_policy=_LastAndBest(best_step), create=True))
+        self._checkpointer = verified.checkpointer(self._remove_older)
 
-    def save(self, step: int, items: dict[str, Any], data_state: dict[str, int]) -> None:
+    def save(self, step: int, items: dict[str, Any], data_state: dict[str, int], lines: list[str]) -> None:
         """Saves in the background.
 
         Args:
           step: of the state.
           items: by name, trees of arrays.
           data_state: the position in the data.
+          lines: of metrics.jsonl.
         """
-        if step in self._manager.all_steps():
-            return
         with disk_errors(self.workdir):
-            self._manager.save(
-                step,
-                args=ocp.args.Composite(**{name: ocp.args.StandardSave(tree) for name, tree in items.items()},
-                                        data=ocp.args.JsonSave(data_state)))
+            self._checkpointer.wait_until_finished()
+            self._best = self._best_step(steps(self.workdir))
+            self._checkpointer.save(_folder(self.workdir, step).absolute(),
+                                    verified.arguments(items, {"data": data_state, "log": {"lines": lines}}))
+        self._whole.add(step)
 
-    def restore(self, step: int, abstract: dict[str, Any]) -> tuple[dict[str, Any], dict[str, int]]:
-        """The items and the data position of a step; `abstract` gives shapes, dtypes and shardings."""
-        arguments = {name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}
-        restored = self._manager.restore(step, args=ocp.args.Composite(**arguments, data=ocp.args.JsonRestore()))
+    def _remove_older(self, saved: Path) -> None:
+        """Called in the background when a checkpoint is complete."""
+        newest = int(saved.name.partition(ocp.utils.TMP_DIR_SUFFIX)[0])
+        older = [step for step in steps(self.workdir)[::-1] if step != newest]
+        for step in older:
+            how = "" if step in self._whole else verified.damage(_folder(self.workdir, step))
+            if not how:
+                self._whole.add(step)
+                for other in older[older.index(step) + 1:]:
+                    if other != self._best:
+                        shutil.rmtree(_folder(self.workdir, other))
+                return
+            _move_aside(self.workdir, step, how)
+
+    def restore(self, step: int, abstract: dict[str, Any]) -> tuple[dict[str, Any], dict[str, int], list[str] | None]:
+        """What was saved of a step that `newest_whole` found.
+
+        Args:
+          step: of the checkpoint.
+          abstract: the items' shapes, dtypes and shardings.
+
+        Returns:
+          the items, the position in the data, and the lines of metrics.jsonl, None where an earlier version saved none.
+        """
+        folder = _folder(self.workdir, step)
+        data, log_item = verified.read_json(folder, "data"), verified.read_json(folder, "log")
+        if data is None:
+            raise ValueError(f"{folder} is damaged: it lacks the position in the data")
+        items = {name: verified.read_arrays(folder, name, tree) for name, tree in abstract.items()}
+        self._whole.add(step)
         log.info("continuing at step %d", step)
-        return {name: restored[name] for name in abstract}, restored["data"]
+        return items, data, log_item["lines"] if log_item else None
 
     def wait(self) -> None:
         """Returns when everything that was saved is on disk."""
         with disk_errors(self.workdir):
-            self._manager.wait_until_finished()
+            self._checkpointer.wait_until_finished()
 
     def close(self) -> None:
         """The same; afterwards nothing can be saved."""
         self.wait()
-        self._manager.close()
+        self._checkpointer.close()
 
 
-class _LastAndBest(NamedTuple):
-    """Orbax's question which checkpoints to keep, asked when another one is saved."""
+def _folder(workdir: Path, step: int) -> Path:
+    return workdir / "checkpoints" / str(step)
 
-    best_step: Callable[[list[int]], int | None]
 
-    def should_preserve(self, checkpoints: Any, *, context: Any) -> list[bool]:
-        del context
-        steps = [checkpoint.step for checkpoint in checkpoints]
-        kept = {*steps[-2:], self.best_step(steps)}
-        return [step in kept for step in steps]
+def _move_aside(workdir: Path, step: int, how: str) -> None:
+    """Takes a damaged checkpoint out of the way of one of the same step."""
+    aside = _folder(workdir, step).with_name(f"{step}{_DAMAGED}")
+    if aside.exists():
+        shutil.rmtree(aside)
+    _folder(workdir, step).rename(aside)
+    log.warning("checkpoint %d of %s is damaged (%s): it is now %s, and may be removed", step, workdir, how, aside.name)
 
 
 def save_frozen(workdir: Path, frozen: Any) -> None:
     """Writes a run's frozen arrays, a NamedTuple; replaces those of an earlier start that left no checkpoint."""
-    with disk_errors(workdir), ocp.StandardCheckpointer() as checkpointer:
-        for name, arrays in frozen._asdict().items():
-            if arrays:  # Orbax refuses to save nothing
-                checkpointer.save((workdir / "frozen" / name).absolute(), arrays, force=True)
+    items = {name: arrays for name, arrays in frozen._asdict().items() if arrays}  # Orbax refuses to save nothing
+    if items:
+        with disk_errors(workdir), closing(verified.checkpointer()) as checkpointer:
+            checkpointer.save((workdir / "frozen").absolute(), verified.arguments(items, {}), force=True)
+            checkpointer.wait_until_finished()
 
 
 def load_frozen(workdir: Path, abstract: Any) -> Any:
-    """Reads what `save_frozen` wrote; `abstract` gives shapes, dtypes and shardings."""
-    return abstract._replace(**{name: load_frozen_item(workdir, name, arrays)
-                                for name, arrays in abstract._asdict().items()})
+    """Reads what `save_frozen` wrote, all processes together; `abstract` gives shapes, dtypes and shardings."""
+    if any(abstract):
+        _check_frozen(workdir, None, shared=True)
+    read = lambda name, arrays: verified.read_arrays(workdir / "frozen", name, arrays) if arrays else {}
+    return abstract._replace(**{name: read(name, arrays) for name, arrays in abstract._asdict().items()})
 
 
 def load_frozen_item(workdir: Path, name: str, abstract: Arrays) -> Arrays:
     """One field, by its name, of the frozen arrays that `save_frozen` wrote."""
     if not abstract:
         return {}
-    with ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore((workdir / "frozen" / name).absolute(), abstract)
+    _check_frozen(workdir, [name], shared=False)
+    return verified.read_arrays(workdir / "frozen", name, abstract)
+
+
+def _check_frozen(workdir: Path, items: list[str] | None, *, shared: bool) -> None:
+    if how := verified.damage(workdir / "frozen", items, shared=shared):
+        raise ValueError(f"{workdir / 'frozen'} is damaged ({how}), which all checkpoints of the run need: restore it "
+                         "from a copy, or choose another --workdir")

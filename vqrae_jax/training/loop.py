@@ -51,21 +51,21 @@ def run(task: Task, workdir: Path) -> dict[str, float]:
         changes = checkpoint.open_run(workdir, config, task.write_files)
         for line in task.describe():
             log.info("%s", line)
-        saved_step = distributed.agreed(max(checkpoint.steps(workdir), default=-1))
-        reporter = stack.enter_context(closing(
-            reporting.Reporter(workdir, config, unit=task.unit, first_step=max(saved_step, 0))))
+        saved_step, saved_lines = checkpoint.newest_whole(workdir), None
         checkpoints = stack.enter_context(closing(checkpoint.Checkpoints(
-            workdir, task.items(abstract_state), lambda steps: reporter.best_step(task.best, steps))))
+            workdir, lambda steps: reporter.best_step(task.best, steps))))
         stop.finish = lambda: (checkpoints.wait(), release())
-        if saved_step >= 0:
+        if saved_step is None:
+            state, frozen = task.init(mesh)
+            checkpoint.save_frozen(workdir, frozen)
+        else:
             frozen = checkpoint.load_frozen(workdir, abstract_frozen)
-            items, position = checkpoints.restore(saved_step, task.items(abstract_state))
+            items, position, saved_lines = checkpoints.restore(saved_step, task.items(abstract_state))
             state = task.state(items)
             batches.set_state(position)
             _log_changes(config, changes, saved_step)
-        else:
-            state, frozen = task.init(mesh)
-            checkpoint.save_frozen(workdir, frozen)
+        reporter = stack.enter_context(closing(reporting.Reporter(
+            workdir, config, unit=task.unit, first_step=saved_step or 0, saved_lines=saved_lines)))
         stack.enter_context(distributed.ends_with_the_others())  # before anything that is unwound waits for them
         result = _loop(task, mesh, state, frozen, batches, abstract_batch, checkpoints, reporter, stop)
     # The first process may have pictures and curves to write: JAX ends those that wait for it too long at their exit.
@@ -78,7 +78,7 @@ def _loop(task: Task, mesh: Mesh, state: Any, frozen: Any, batches: Batches, abs
     """Steps from `state` to the end; returns the metrics of the evaluation there."""
     train, first = task.config.train, int(state.step) + 1
     steps = range(first, train.steps + 1)
-    save = lambda: checkpoints.save(int(state.step), task.items(state), batches.get_state())
+    save = lambda: checkpoints.save(int(state.step), task.items(state), batches.get_state(), reporter.lines())
     if not steps:
         if state.skipped_in_a_row >= train.max_skipped:
             raise _not_finite(state, checkpoints.workdir)

@@ -58,22 +58,26 @@ class Reporter:
     """Writes a run's metrics. `metrics.jsonl` holds only what is a function of config and step, never times.
 
     So the file of a run that was killed and continued is the same, byte for byte, as that of one that was not. Lines of
-    steps after `first_step`, which an interrupted run may have left, are dropped at the start. Throughput is reported
-    in `unit` ("images") a second, `train.batch_size` of them a step.
+    steps after `first_step`, which an interrupted run may have left, are dropped at the start; if the others do not
+    begin with `saved_lines`, those of the checkpoint, the file was damaged, and begins anew with these. Throughput is
+    reported in `unit` ("images") a second, `train.batch_size` of them a step.
 
     Attributes:
       evaluations: the metrics of every evaluation so far, by step.
     """
 
-    def __init__(self, workdir: Path, config: Run, *, unit: str, first_step: int):
+    def __init__(self, workdir: Path, config: Run, *, unit: str, first_step: int, saved_lines: list[str] | None):
         self._unit = unit
         self._workdir, self._config, self._writes = workdir, config, distributed.is_first()
         self._file = workdir / "metrics.jsonl"
         self._tensorboard = self._wandb = None
         lines = lines_until(self._file, first_step)
+        if saved_lines is not None and lines[:len(saved_lines)] != saved_lines:
+            log.warning("%s is damaged: it goes on as it was at step %d", self._file, first_step)
+            lines = saved_lines
         self.evaluations = {line["step"]: evaluation for line in map(json.loads, lines)
                             if (evaluation := _evaluation(line))}
-        if self._writes and self._file.exists():
+        if self._writes and (lines or self._file.exists()):
             with disk_errors(workdir):
                 with whole(self._file) as replacement:
                     replacement.write_text("".join(lines))
@@ -137,6 +141,10 @@ class Reporter:
         if self._wandb:
             self._wandb.log({**metrics, **timings}, step=step)
 
+    def lines(self) -> list[str]:
+        """Those of metrics.jsonl."""
+        return lines_until(self._file, math.inf) if self._writes else []
+
     def best_step(self, best: Best, steps: Iterable[int]) -> int | None:
         """Which of some steps had the best evaluation; None if none was evaluated."""
         values = {step: self.evaluations[step][best.metric] for step in steps if step in self.evaluations}
@@ -164,10 +172,10 @@ def to_json(content: Mapping[str, Any], *, indent: int | None = None) -> str:
 def lines_until(file: Path, last_step: float) -> list[str]:
     """The lines of metrics.jsonl up to a step, less one that a killed process left incomplete; none without a file."""
     kept = []
-    for line in file.read_text().splitlines(keepends=True) if file.exists() else ():
+    for line in file.read_text(errors="replace").splitlines(keepends=True) if file.exists() else ():
         try:
             step = json.loads(line)["step"]
-        except json.JSONDecodeError:
+        except (ValueError, KeyError, TypeError):
             break  # the process was killed while it wrote this line
         if step <= last_step:
             kept.append(line)

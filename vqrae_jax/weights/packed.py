@@ -5,6 +5,7 @@
     codes.json           of a generator: what it learned
     model.safetensors    the averaged weights: parameters in float16, buffers as they are
     README.md            the model card
+    checksums.json       of the weights; the other files that loading reads have their own
 
 `launch/pack.py` makes one. Rounded weights are other weights, with another sha256: a generator that is to go with a
 packed tokenizer learns the codes that this one makes.
@@ -52,19 +53,20 @@ def read(folder: Path, shapes: Mapping[str, Any], *, step: int | None, weights: 
       weights: "ema", for it has no others.
 
     Raises:
-      OSError: the file is damaged.
-      ValueError: it holds other arrays; another step, or other weights.
+      OSError: the file cannot be read.
+      ValueError: it is damaged, or holds other arrays; another step, or other weights.
     """
     if step is not None or weights != "ema":
         raise ValueError(f"{folder} is a packed model, which has no other checkpoints and only averaged weights: leave "
                          "out step, and weights")
+    files.check(folder)
     arrays = {path: np.empty(shape.shape, shape.dtype) for path, shape in shapes.items()}
     tensors.fill(arrays, tensors.read(folder / WEIGHTS), folder / WEIGHTS)
     return arrays
 
 
 def write(folder: Path, params: Mapping[str, Any], buffers: Mapping[str, Any]) -> None:
-    """Writes model.safetensors into an existing folder, at once.
+    """Writes model.safetensors and its checksum into an existing folder.
 
     Args:
       folder: for the model.
@@ -81,3 +83,4 @@ def write(folder: Path, params: Mapping[str, Any], buffers: Mapping[str, Any]) -
     arrays = {**rounded, **{path: np.asarray(array) for path, array in buffers.items()}}
     with files.whole(folder / WEIGHTS) as unfinished:
         unfinished.write_bytes(save({path: np.ascontiguousarray(array) for path, array in arrays.items()}))
+    files.write_checksums(folder, files.checksums(folder, [folder / WEIGHTS]))
