@@ -181,8 +181,7 @@ def load_model(workdir: Path, step: int, model: dict[str, Arrays], weights: Weig
 class Checkpoints:
     """The checkpoints of one run; saving goes on in the background, `wait` and `close` wait for it.
 
-    When one is saved, of the older ones the last and the best are kept: the last that is whole, for one that an earlier
-    start left may be damaged.
+    When one is saved, of the older ones the last and the best are kept.
 
     Args:
       workdir: the run's folder.
@@ -191,7 +190,6 @@ class Checkpoints:
 
     def __init__(self, workdir: Path, best_step: Callable[[list[int]], int | None] = lambda steps: None):
         self.workdir, self._best_step = workdir, best_step
-        self._whole: set[int] = set()
         self._best = None
         if distributed.is_first():
             # What one that was killed left.
@@ -214,21 +212,14 @@ class Checkpoints:
             self._best = self._best_step(steps(self.workdir))
             self._checkpointer.save(_folder(self.workdir, step).absolute(),
                                     verified.arguments(items, {"data": data_state, "log": {"lines": lines}}))
-        self._whole.add(step)
 
     def _remove_older(self, saved: Path) -> None:
         """Called in the background when a checkpoint is complete."""
         newest = int(saved.name.partition(ocp.utils.TMP_DIR_SUFFIX)[0])
-        older = [step for step in steps(self.workdir)[::-1] if step != newest]
-        for step in older:
-            how = "" if step in self._whole else verified.damage(_folder(self.workdir, step))
-            if not how:
-                self._whole.add(step)
-                for other in older[older.index(step) + 1:]:
-                    if other != self._best:
-                        shutil.rmtree(_folder(self.workdir, other))
-                return
-            _move_aside(self.workdir, step, how)
+        # The last of these is whole: it was saved by this process, or is the one that the run goes on from.
+        for step in [step for step in steps(self.workdir) if step != newest][:-1]:
+            if step != self._best:
+                shutil.rmtree(_folder(self.workdir, step))
 
     def restore(self, step: int, abstract: dict[str, Any]) -> tuple[dict[str, Any], dict[str, int], list[str] | None]:
         """What was saved of a step that `newest_whole` found.
@@ -245,7 +236,6 @@ class Checkpoints:
         if data is None:
             raise ValueError(f"{folder} is damaged: it lacks the position in the data")
         items = {name: verified.read_arrays(folder, name, tree) for name, tree in abstract.items()}
-        self._whole.add(step)
         log.info("continuing at step %d", step)
         return items, data, log_item["lines"] if log_item else None
 
