@@ -73,7 +73,8 @@ def train(folder: Path, steps: int) -> list[dict[str, float]]:
 def _megabytes(pid: int) -> float:
     """What a process holds in memory beside files, of which the kernel takes pages back as it likes."""
     status = Path(f"/proc/{pid}/status").read_text()
-    return sum(int(kilobytes) for kilobytes in re.findall(r"^Rss(?:Anon|Shmem):\s+(\d+) kB", status, re.MULTILINE)) / 1000
+    held = re.findall(r"^Rss(?:Anon|Shmem):\s+(\d+) kB", status, re.MULTILINE)
+    return sum(map(int, held)) / 1000
 
 
 def growth(seen: list[dict[str, float]]) -> dict[str, float]:
