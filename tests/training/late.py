@@ -1,4 +1,4 @@
-"""A file system that shows a process late what other hosts write, and a clock that is not theirs; for child processes."""
+"""For child processes: a file system that shows late what other hosts write, and a clock that is not theirs."""
 
 import builtins
 import io
