@@ -1,6 +1,6 @@
-"""Runs a module as `python -m` does, and then uses the models that ship, on a machine that must not ask the network.
+"""Runs a module as `python -m` does, and then uses the models that ship, where nothing may ask the network.
 
-`python -m tests.offline MODULE ARGUMENT...`; whatever asks is named, also where a library would go on without an answer.
+`python -m tests.offline MODULE ARGUMENT...`; who asks is named, also where a library would go on without an answer.
 """
 
 import contextlib

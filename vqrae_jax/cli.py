@@ -44,8 +44,9 @@ def join_processes() -> Callable[[], None]:
 
 def deterministic() -> Callable[[], None]:
     """Defines --deterministic; the result sees to it, and is to be called before anything else of JAX."""
-    flag = flags.DEFINE_bool("deterministic", False, "on GPUs every run gives the same bits, at some cost in speed: XLA "
-                             "chooses no kernel by its time, and adds up in a fixed order; CPUs and TPUs need no flag")
+    flag = flags.DEFINE_bool("deterministic", False, "on GPUs every run gives the same bits, at some cost in speed: "
+                             "XLA chooses no kernel by its time, and adds up in a fixed order; CPUs and TPUs need no "
+                             "flag")
     return lambda: compilation.deterministic() if flag.value else None
 
 
