@@ -19,8 +19,9 @@ from PIL import Image
 from tests.conftest import REPOSITORY
 from tests.verbs import command
 from vqrae_jax import config as config_lib
+from vqrae_jax import files
 from vqrae_jax.tokenizer import task
-from vqrae_jax.training import checkpoint, distributed
+from vqrae_jax.training import checkpoint, distributed, verified
 
 STEPS = 16
 
@@ -117,6 +118,11 @@ def test_two_processes_equal_one_and_survive_the_loss_of_one(config_file, config
     assert f"continuing at step {last}\n" in first and f"step {STEPS}/{STEPS}" in first
     assert "step" not in second  # only the first process speaks
     check_equal(metrics(together), metrics(alone))
+    # Each has written the checksums of its own files.
+    saved = together / "checkpoints" / str(STEPS)
+    names = files.read_checksums(saved)
+    assert names and {"ocdbt.process_0", "ocdbt.process_1"} <= {part for name in names for part in name.split("/")}
+    assert not verified.damage(saved)
     # What two processes saved, one continues.
     task.train(config, moved)
     check_equal(metrics(moved), metrics(alone))
