@@ -18,7 +18,7 @@ from ml_collections import config_flags
 
 from vqrae_jax import config as config_lib
 from vqrae_jax import console
-from vqrae_jax.training import distributed, reporting
+from vqrae_jax.training import compilation, distributed, reporting
 from vqrae_jax.training.signals import STOPPED
 
 # Without process 0 the others are aborted by JAX, with its stacks: those that fail for the same reason say so before.
@@ -45,6 +45,14 @@ def join_processes() -> Callable[[], None]:
     processes = flags.DEFINE_integer("num_processes", None, "how many processes the run has", lower_bound=1)
     process = flags.DEFINE_integer("process_id", None, "which one this is, from 0", lower_bound=0)
     return lambda: distributed.start(address.value, processes.value, process.value)
+
+
+def deterministic() -> Callable[[], None]:
+    """Defines --deterministic; the result sees to it, and is to be called before anything else of JAX."""
+    flag = flags.DEFINE_bool("deterministic", False, "on GPUs every run gives the same bits, at some cost in speed: "
+                             "XLA chooses no kernel by its time, and adds up in a fixed order; CPUs and TPUs need no "
+                             "flag")
+    return lambda: compilation.deterministic() if flag.value else None
 
 
 def weights() -> flags.FlagHolder:

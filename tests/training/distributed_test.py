@@ -13,6 +13,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from ml_collections import ConfigDict
 from PIL import Image
 
 from tests.conftest import REPOSITORY
@@ -30,9 +31,12 @@ def config_file(tiny_config, tmp_path) -> Path:
     tiny_config.train.update(steps=STEPS, batch_size=8, checkpoint_every=4, eval_every=8)
     tiny_config.eval.limit = 27  # the last batch is not full
     tiny_config.model.quantizer.init = "kmeans"
-    file = tmp_path / "tiny.py"
-    values = tiny_config.to_dict()
-    file.write_text(f"from ml_collections import ConfigDict\n\nget_config = lambda: ConfigDict({values!r})\n")
+    return write_config(tiny_config, tmp_path / "tiny.py")
+
+
+def write_config(values: ConfigDict, file: Path) -> Path:
+    text = f"from ml_collections import ConfigDict\n\nget_config = lambda: ConfigDict({values.to_dict()!r})\n"
+    file.write_text(text)
     return file
 
 
@@ -42,7 +46,8 @@ def config(config_file, tiny_config) -> config_lib.Config:
 
 
 def run_together(module: str, processes: int, *flags: str, of_the_last: Sequence[str] = (),
-                 patch_of_the_last: str = "") -> list[subprocess.Popen]:
+                 patches: Sequence[str] = ()) -> list[subprocess.Popen]:
+    """Starts the processes of a run; `patches` are statements, one for each process, that it begins with."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -51,16 +56,16 @@ def run_together(module: str, processes: int, *flags: str, of_the_last: Sequence
              "distributed.TIMEOUT_SECONDS = 6; {}; "
              f"runpy.run_module({module!r}, run_name='__main__', alter_sys=True)")
     return [subprocess.Popen(
-        [sys.executable, "-c", start.format((i == processes - 1 and patch_of_the_last) or "pass"),
+        [sys.executable, "-c", start.format(patches[i] if patches else "pass"),
          f"--coordinator_address=127.0.0.1:{port}", f"--num_processes={processes}",
          f"--process_id={i}", *flags, *(of_the_last if i == processes - 1 else ())],
         cwd=REPOSITORY, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for i in range(processes)]
 
 
 def start(config_file: Path, workdir: Path, processes: int, *flags: str, of_the_last: Sequence[str] = (),
-          patch_of_the_last: str = "") -> list[subprocess.Popen]:
+          patches: Sequence[str] = ()) -> list[subprocess.Popen]:
     return run_together("vqrae_jax.main", processes, f"--config={config_file}", f"--workdir={workdir}", *flags,
-                        of_the_last=of_the_last, patch_of_the_last=patch_of_the_last)
+                        of_the_last=of_the_last, patches=patches)
 
 
 def finish(processes: list[subprocess.Popen]) -> list[str]:
@@ -107,7 +112,7 @@ def test_two_processes_equal_one_and_survive_the_loss_of_one(config_file, config
     shutil.copytree(together, moved)
 
     # The second one is told an old state of the folder, as network file systems do: the first one decides.
-    first, second = finish(start(config_file, together, 2, patch_of_the_last="checkpoint.steps = lambda workdir: []"))
+    first, second = finish(start(config_file, together, 2, patches=["pass", "checkpoint.steps = lambda workdir: []"]))
     # Whether a later one than that of step 4 was whole when the process died is a matter of milliseconds.
     last = max(int(path.name) for path in (moved / "checkpoints").iterdir() if path.name.isdigit())
     assert f"continuing at step {last}\n" in first and f"step {STEPS}/{STEPS}" in first
