@@ -7,12 +7,14 @@ folder has its name; Orbax's own two files beside the items, which nothing is re
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from jax.experimental import multihost_utils
 
 from vqrae_jax import files
@@ -146,8 +148,9 @@ def read_arrays(folder: Path, name: str, abstract: Any) -> Any:
     """
     restore = ocp.args.PyTreeRestore(abstract, ocp.checkpoint_utils.construct_restore_args(abstract))
     try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-            return reader.restore((folder / name).absolute(), restore)
+        # Not by a Checkpointer, which misses in an item what is in its checkpoint.
+        with closing(ocp.PyTreeCheckpointHandler()) as reader:
+            return reader.restore(epath.Path((folder / name).absolute()), args=restore)
     except (OSError, jax.errors.JaxRuntimeError):
         raise
     except Exception as error:  # whatever Orbax, TensorStore and their parsers say of a file they do not understand
