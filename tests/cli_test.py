@@ -89,6 +89,22 @@ def test_two_processes_do_not_train_in_one_folder(tmp_path):
         assert_one_line_error(command(*NANO, f"--workdir={tmp_path}"), f"{tmp_path} is being trained in by process ")
 
 
+def test_deterministic_reaches_xla_and_two_runs_are_equal(tmp_path):
+    """A name that XLA does not know would end the process."""
+    (tmp_path / "mine.py").write_text("import atexit, os\nfrom tests.conftest import tiny\ndef get_config():\n"
+                                      "    config = tiny()\n    config.train.steps = 3\n    return config\n"
+                                      "atexit.register(lambda: print('at the end', os.environ['XLA_FLAGS']))\n")
+    run = lambda name, flags: command("vqrae_jax.main", "--config=mine.py", f"--workdir={name}", "--deterministic",
+                                      cwd=tmp_path, XLA_FLAGS=flags)
+    flags = "--xla_cpu_enable_fast_math=false"
+    for name in ("one", "other"):
+        result = run(name, flags)
+        assert result.returncode == 0, result.stderr
+        assert f"at the end {flags} --xla_gpu_deterministic_ops=true\n" in result.stdout
+    assert (tmp_path / "one/metrics.jsonl").read_bytes() == (tmp_path / "other/metrics.jsonl").read_bytes()
+    assert_one_line_error(run("one", "--xla_gpu_deterministic_ops=false"), "which contradicts --deterministic")
+
+
 def test_all_verbs_are_listed_and_every_key_is_explained():
     listed = command("vqrae_jax").stdout
     for verb in ("main", "evaluate", "reconstruct", "convert", "plan", "bench"):

@@ -15,6 +15,7 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import pytest  # noqa: E402
 
+from tests import offline  # noqa: E402
 from vqrae_jax import config as config_lib  # noqa: E402
 from vqrae_jax.models import perceptual  # noqa: E402
 from vqrae_jax.models.discriminators import DISCRIMINATORS, PatchGAN, dino  # noqa: E402
@@ -22,6 +23,7 @@ from vqrae_jax.models.perceptual import ConvNeXtSpec  # noqa: E402
 from vqrae_jax.models.vit import ViTSpec  # noqa: E402
 from vqrae_jax.training.reporting import Reporter  # noqa: E402
 
+offline.refuse()
 REPOSITORY = Path(__file__).parents[1]
 REFERENCE = Path(__file__).parent / "reference"
 

@@ -1,9 +1,11 @@
 """Checks that take many minutes: `pytest -m long -n 0 -s`."""
 
 import importlib
+import json
 import random
 import resource
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -13,6 +15,7 @@ import jax
 import numpy as np
 import pytest
 
+from tests import soak
 from tests.conftest import REPOSITORY
 from vqrae_jax import config as config_lib
 from vqrae_jax.data import BadImages, open_source, train_batches
@@ -68,6 +71,18 @@ def test_five_kills_at_random_steps_leave_no_trace(stage, tmp_path):
         assert ("continuing at step" in restart) == (killed_after > 13) or killed_after in range(6, 14)
         assert (workdir / "metrics.jsonl").read_bytes() == expected, f"killed after {killed_after} lines"
         print(f"stage {stage}: killed after {killed_after} lines, continued identically")
+
+
+def test_nothing_grows_in_20000_steps(tmp_path):
+    """Memory, descriptors, threads, and the time of a step; see soak.py."""
+    subprocess.run([sys.executable, "-m", "tests.soak", str(tmp_path)], cwd=REPOSITORY, check=True)
+    seen = list(map(json.loads, (tmp_path / "soak.jsonl").read_text().splitlines()))
+    grows = soak.growth(seen)
+    # What the C library holds beyond what is allocated depends on the order in which threads allocate.
+    assert grows["allocated"] < 1 and grows["process"] < 2 and grows["all"] < 2
+    assert abs(grows["descriptors"]) < 1 and abs(grows["threads"]) < 0.5
+    early, late = seen[len(seen) // 4:len(seen) // 2], seen[-len(seen) // 4:]
+    assert statistics.median(line["step"] for line in late) < 1.5 * statistics.median(line["step"] for line in early)
 
 
 def test_siglip_l_trains_and_evaluates_on_real_images_within_20_gb(shared_data, tmp_path):

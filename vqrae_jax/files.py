@@ -9,8 +9,9 @@ import errno
 import glob
 import json
 import os
+import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any, NamedTuple
 import xxhash
 
 CHECKSUMS = "checksums.json"
+LATE_SECONDS = 60.0  # after so long a network file system shows every host what another one wrote
 _CHECKSUM = "checksum"  # the key of a JSON file that holds that of the others
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _CANNOT_WRITE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT)
@@ -125,6 +127,13 @@ def unsealed(text: str | bytes) -> dict[str, Any]:
 
 def _of_json(content: Mapping[str, Any]) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
+
+
+def wait_for(paths: Sequence[Path]) -> None:
+    """Returns when all are there that another host wrote, or when they would be if it had."""
+    until = time.monotonic() + LATE_SECONDS
+    while not all(path.exists() for path in paths) and time.monotonic() < until:
+        time.sleep(0.5)
 
 
 class Checksum(NamedTuple):

@@ -27,6 +27,7 @@ from vqrae_jax.training import distributed, sharding
 
 
 def main(_) -> None:
+    _DETERMINISTIC()
     _JOIN_PROCESSES()
     mesh = sharding.make_mesh(config_lib.Mesh())
     # Of what ships, too: two models of one name lie in two folders.
@@ -92,5 +93,6 @@ if __name__ == "__main__":
                                            "images", lower_bound=0),
         "inception": flags.DEFINE_string("inception", "", "weights of the papers' Inception; empty is the tokenizer's "
                                          "eval.inception")}
+    _DETERMINISTIC = cli.deterministic()
     _JOIN_PROCESSES = cli.join_processes()
     cli.run(main)

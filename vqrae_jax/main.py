@@ -22,6 +22,7 @@ def main(_) -> None:
     if "://" in workdir:
         raise ValueError(f"--workdir={workdir} is no folder: mount the bucket, or choose a file system that all "
                          "processes share")
+    _DETERMINISTIC()
     _JOIN_PROCESSES()
     result = vqrae_jax.train(config.parse(_CONFIG.value), workdir)
     if distributed.is_first():
@@ -37,5 +38,6 @@ def default_workdir(config_file: str) -> str:
 if __name__ == "__main__":
     _CONFIG = cli.config_file()
     _WORKDIR = flags.DEFINE_string("workdir", None, "the run's folder; by default runs/NAME of configs/NAME.py")
+    _DETERMINISTIC = cli.deterministic()
     _JOIN_PROCESSES = cli.join_processes()
     cli.run(main)

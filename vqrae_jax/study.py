@@ -18,6 +18,7 @@ from vqrae_jax.training import distributed, sharding
 
 
 def main(_) -> None:
+    _DETERMINISTIC()
     _JOIN_PROCESSES()
     given = study.read(_STUDY.value)
     if _DATA.value:
@@ -33,5 +34,6 @@ if __name__ == "__main__":
     _OUT = flags.DEFINE_string("out", None, "folder of the study", required=True)
     _DATA = flags.DEFINE_string("data", "", "SPEC of the images to train on; empty is the study's own")
     _ONLY = flags.DEFINE_integer("only", None, "the number of the one run to train and measure", lower_bound=0)
+    _DETERMINISTIC = cli.deterministic()
     _JOIN_PROCESSES = cli.join_processes()
     cli.run(main)

@@ -21,6 +21,7 @@ from vqrae_jax.training import distributed
 
 
 def main(_) -> None:
+    _DETERMINISTIC()
     _JOIN_PROCESSES()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # each process by itself: nothing is lost
     out = Path(_OUT.value)
@@ -48,5 +49,6 @@ if __name__ == "__main__":
                                        lower_bound=1)
     _MAX_BAD = flags.DEFINE_float("max_bad", None, "share of the images that may be unreadable; the run's data.max_bad "
                                   "if not given", lower_bound=0.0, upper_bound=1.0)
+    _DETERMINISTIC = cli.deterministic()
     _JOIN_PROCESSES = cli.join_processes()
     cli.run(main)

@@ -13,13 +13,15 @@ from pathlib import Path
 
 import jax
 import pytest
+from ml_collections import ConfigDict
 from PIL import Image
 
 from tests.conftest import REPOSITORY
 from tests.verbs import command
 from vqrae_jax import config as config_lib
+from vqrae_jax import files
 from vqrae_jax.tokenizer import task
-from vqrae_jax.training import checkpoint, distributed
+from vqrae_jax.training import checkpoint, distributed, verified
 
 STEPS = 16
 
@@ -29,9 +31,12 @@ def config_file(tiny_config, tmp_path) -> Path:
     tiny_config.train.update(steps=STEPS, batch_size=8, checkpoint_every=4, eval_every=8)
     tiny_config.eval.limit = 27  # the last batch is not full
     tiny_config.model.quantizer.init = "kmeans"
-    file = tmp_path / "tiny.py"
-    values = tiny_config.to_dict()
-    file.write_text(f"from ml_collections import ConfigDict\n\nget_config = lambda: ConfigDict({values!r})\n")
+    return write_config(tiny_config, tmp_path / "tiny.py")
+
+
+def write_config(values: ConfigDict, file: Path) -> Path:
+    text = f"from ml_collections import ConfigDict\n\nget_config = lambda: ConfigDict({values.to_dict()!r})\n"
+    file.write_text(text)
     return file
 
 
@@ -41,7 +46,8 @@ def config(config_file, tiny_config) -> config_lib.Config:
 
 
 def run_together(module: str, processes: int, *flags: str, of_the_last: Sequence[str] = (),
-                 patch_of_the_last: str = "") -> list[subprocess.Popen]:
+                 patches: Sequence[str] = ()) -> list[subprocess.Popen]:
+    """Starts the processes of a run; `patches` are statements, one for each process, that it begins with."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -50,16 +56,16 @@ def run_together(module: str, processes: int, *flags: str, of_the_last: Sequence
              "distributed.TIMEOUT_SECONDS = 6; {}; "
              f"runpy.run_module({module!r}, run_name='__main__', alter_sys=True)")
     return [subprocess.Popen(
-        [sys.executable, "-c", start.format((i == processes - 1 and patch_of_the_last) or "pass"),
+        [sys.executable, "-c", start.format(patches[i] if patches else "pass"),
          f"--coordinator_address=127.0.0.1:{port}", f"--num_processes={processes}",
          f"--process_id={i}", *flags, *(of_the_last if i == processes - 1 else ())],
         cwd=REPOSITORY, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for i in range(processes)]
 
 
 def start(config_file: Path, workdir: Path, processes: int, *flags: str, of_the_last: Sequence[str] = (),
-          patch_of_the_last: str = "") -> list[subprocess.Popen]:
+          patches: Sequence[str] = ()) -> list[subprocess.Popen]:
     return run_together("vqrae_jax.main", processes, f"--config={config_file}", f"--workdir={workdir}", *flags,
-                        of_the_last=of_the_last, patch_of_the_last=patch_of_the_last)
+                        of_the_last=of_the_last, patches=patches)
 
 
 def finish(processes: list[subprocess.Popen]) -> list[str]:
@@ -106,12 +112,17 @@ def test_two_processes_equal_one_and_survive_the_loss_of_one(config_file, config
     shutil.copytree(together, moved)
 
     # The second one is told an old state of the folder, as network file systems do: the first one decides.
-    first, second = finish(start(config_file, together, 2, patch_of_the_last="checkpoint.steps = lambda workdir: []"))
+    first, second = finish(start(config_file, together, 2, patches=["pass", "checkpoint.steps = lambda workdir: []"]))
     # Whether a later one than that of step 4 was whole when the process died is a matter of milliseconds.
     last = max(int(path.name) for path in (moved / "checkpoints").iterdir() if path.name.isdigit())
     assert f"continuing at step {last}\n" in first and f"step {STEPS}/{STEPS}" in first
     assert "step" not in second  # only the first process speaks
     check_equal(metrics(together), metrics(alone))
+    # Each has written the checksums of its own files.
+    saved = together / "checkpoints" / str(STEPS)
+    names = files.read_checksums(saved)
+    assert names and {"ocdbt.process_0", "ocdbt.process_1"} <= {part for name in names for part in name.split("/")}
+    assert not verified.damage(saved)
     # What two processes saved, one continues.
     task.train(config, moved)
     check_equal(metrics(moved), metrics(alone))
@@ -157,12 +168,12 @@ def test_any_number_of_processes_continues_what_any_other_began(count, config_fi
      "[127.0.0.1]:32663: Connection reset by peer", True),
     (ValueError, "the encoder has no connection of that name", False),
 ])
-def test_not_every_error_means_that_another_process_is_gone(kind, says, is_gone, monkeypatch, capfd):
+def test_not_every_error_means_that_another_process_is_gone(kind, says, is_gone, monkeypatch, caplog):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(os, "_exit", lambda code: sys.exit(code))
     with pytest.raises(SystemExit if is_gone else kind), distributed.ends_with_the_others():
         raise kind(says)
-    assert ("another process of this run is gone" in capfd.readouterr().err) == is_gone
+    assert ("another process of this run is gone" in caplog.text) == is_gone
 
 
 def test_a_process_that_fails_says_why_and_ends_the_others(config_file, tmp_path):

@@ -30,8 +30,8 @@ from vqrae_jax.data import (
     views_batches,
 )
 from vqrae_jax.data.codes import Description
-from vqrae_jax.data.records import load_examples
-from vqrae_jax.files import disk_errors
+from vqrae_jax.data.records import load_examples, report_path
+from vqrae_jax.files import disk_errors, wait_for
 from vqrae_jax.models import flat
 from vqrae_jax.models.flat import Arrays
 from vqrae_jax.tokenizer import recipe, runs
@@ -94,6 +94,9 @@ def tokenize(workdir: str | os.PathLike, data: str, out: str | os.PathLike, *, v
         if distributed.is_first():
             codes.begin(out, planned)
         distributed.wait_for_all("begin")
+        wait_for([out / codes.DESCRIPTION])
+        if not (out / codes.DESCRIPTION).exists():
+            raise OSError(f"{out} is not the same folder for all processes: put it on a file system that they share")
         begun = codes.begin(out, planned)
     shards = begun.shards(out)
     mine = range(jax.process_index(), len(shards), jax.process_count())
@@ -107,11 +110,13 @@ def tokenize(workdir: str | os.PathLike, data: str, out: str | os.PathLike, *, v
     # By looking, for what waits in XLA for others gives up after a while.
     while not all(shard.exists() for shard in shards):
         time.sleep(1)
+    wait_for(list(map(report_path, shards)))  # written before the shards, but not always seen before them
     with disk_errors(out):
         if distributed.is_first():
             codes.end(out, begun)
         distributed.wait_for_all("end")
-    complete = codes.read_description(out)
+    while (complete := codes.read_description(out)).records is None:  # the first process has written it
+        time.sleep(1)
     if not complete.records:
         raise ValueError(f"none of the {len(source)} images of {data} can be read: {out}/*.jsonl say why")
     return complete
@@ -167,7 +172,8 @@ def _encoded(encode: Encode, source: Source, begun: Description, numbers: Sequen
         pixels = batch.pop("image")
         return encode(pixels.reshape(-1, *pixels.shape[2:]))
 
-    for batch, made in reporting.shown(_ahead(batches, begin), of=len(indices), each=batch_size):
+    for batch, made in reporting.shown(_ahead(batches, begin), of=len(indices),
+                                       size=lambda item: len(item[0]["index"])):
         made = np.asarray(made).astype(begun.dtype).reshape(-1, begun.views, *begun.grid)
         reasons = {} if batch["valid"].all() else bad_images.names()
         for row in np.flatnonzero(batch["index"] >= 0):
@@ -221,7 +227,7 @@ def detokenize(workdir: str | os.PathLike, folder: str | os.PathLike, out: str |
     missing = (batch for batch in batches if not all(file.exists() for file, _ in batch))
     images = description.views * len(source)
     with ThreadPoolExecutor() as pool:
-        for batch, made in reporting.shown(_ahead(missing, begin), of=images, each=every):
+        for batch, made in reporting.shown(_ahead(missing, begin), of=images, size=lambda item: len(item[0])):
             pictures = reporting.to_8_bits(np.asarray(made)[:len(batch)])
             with disk_errors(out):
                 list(pool.map(reporting.save_png, [file for file, _ in batch], pictures))

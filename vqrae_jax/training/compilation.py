@@ -2,7 +2,9 @@
 
 import hashlib
 import logging
+import os
 import platform
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,21 @@ from jax.experimental.compilation_cache import compilation_cache
 
 log = logging.getLogger(__name__)
 GIB = 2**30
+
+
+def deterministic() -> None:
+    """Makes XLA compile for GPUs only what gives the same bits every time; before JAX looks at the devices.
+
+    `xla_gpu_deterministic_ops` excludes operations of which that cannot be said, and the choice of kernels by measured
+    time (openxla/xla, xla/xla.proto); a program that cannot do without such an operation fails to compile.
+
+    Raises:
+      ValueError: the environment's XLA_FLAGS say the contrary.
+    """
+    given = os.environ["XLA_FLAGS"] if "XLA_FLAGS" in os.environ else ""
+    if contrary := re.search(r"--xla_gpu_(deterministic|exclude_nondeterministic)_ops=(?i:false|0)\b", given):
+        raise ValueError(f"XLA_FLAGS has {contrary[0]}, which contradicts --deterministic: take one of the two away")
+    os.environ["XLA_FLAGS"] = f"{given} --xla_gpu_deterministic_ops=true".strip()
 
 
 def keep_programs(folder: str) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import os
 import socket
 import threading
@@ -13,8 +14,9 @@ from typing import Any
 
 from vqrae_jax.files import disk_errors
 
+log = logging.getLogger(__name__)
 BEAT_SECONDS = 10.0  # the holder touches the file so often
-DEAD_SECONDS = 60.0  # who has not for so long is taken for dead, where its host cannot be asked
+DEAD_SECONDS = 60.0  # where that is not seen for so long, and the holder's host cannot be asked, it is taken for dead
 
 
 @contextmanager
@@ -22,7 +24,8 @@ def held(workdir: Path) -> Iterator[Callable[[], None]]:
     """Holds a run's folder, which it creates, as long as the block runs; yields what releases it before.
 
     A lock that a dead process left is taken over: on this host its process is looked for; of another host it is waited
-    whether the file is still touched. Times are compared by the clock of the file system alone.
+    whether the file is still touched. What it was touched at is never compared with a clock, for that may be another
+    host's.
 
     Raises:
       OSError: another process holds the folder; the message says which. Or the folder cannot be written.
@@ -65,16 +68,22 @@ def _beat(file: Path, over: threading.Event) -> None:
 def _wait_for_the_dead(file: Path) -> None:
     """Returns once the lock is gone, or its holder is dead and its lock removed; raises where it is alive."""
     try:
-        content, seen = file.read_text(), file.stat().st_mtime
+        content, touched = _look(file)
         holder = _parsed(content)
         alive = _is_alive(holder["pid"]) if holder["host"] == socket.gethostname() else None
+        until = time.monotonic() + DEAD_SECONDS
+        if alive is None:
+            log.info("process %s on %s trains in %s, or left its lock there: looking for a sign of life for %.0f s",
+                     holder["pid"], holder["host"], file.parent, DEAD_SECONDS)
         while alive is None:
-            if file.stat().st_mtime != seen:
+            time.sleep(BEAT_SECONDS / 10)
+            now = _look(file)
+            if now[0] != content:
+                return  # another one was sooner, or it had not been written to its end
+            if now[1] != touched:
                 alive = True
-            elif _clock(file.parent) - seen > DEAD_SECONDS:
+            elif time.monotonic() > until:
                 alive = False
-            else:
-                time.sleep(BEAT_SECONDS / 10)
         if alive:
             raise OSError(f"{file.parent} is being trained in by process {holder['pid']} on {holder['host']} since "
                           f"{holder['since']}: stop that one, or choose another --workdir")
@@ -95,14 +104,10 @@ def _parsed(content: str) -> dict[str, Any]:
         return {"host": "an unknown host", "pid": "unknown", "since": "just now"}
 
 
-def _clock(folder: Path) -> float:
-    """The time of a folder's file system."""
-    probe = folder / f"lock.{socket.gethostname()}.{os.getpid()}.clock"
-    probe.touch()
-    try:
-        return probe.stat().st_mtime
-    finally:
-        probe.unlink()
+def _look(file: Path) -> tuple[str, int]:
+    """Content and time of a lock, which is opened for that: only then network file systems ask their server."""
+    with file.open() as opened:
+        return opened.read(), os.fstat(opened.fileno()).st_mtime_ns
 
 
 def _is_alive(pid: int) -> bool:

@@ -6,7 +6,6 @@ folder has its name; Orbax's own two files beside the items, which nothing is re
 
 import json
 import logging
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,7 @@ from vqrae_jax import files
 from vqrae_jax.training import distributed
 
 log = logging.getLogger(__name__)
-LATE_SECONDS = 60.0  # after so long a network file system shows every host what another one wrote
-_PART = "checksums.process_*.json"
+_PART = "checksums.process_{}.json"
 
 
 def checkpointer(committed: Callable[[Path], None] = lambda folder: None) -> ocp.AsyncCheckpointer:
@@ -52,13 +50,18 @@ class _Handler(ocp.CompositeCheckpointHandler):
 
     def finalize(self, directory: Any) -> None:
         """In the first process, when all have written theirs, and before the checkpoint counts."""
-        super().finalize(directory)
         folder, found = Path(directory), {}
-        parts = sorted(folder.glob(_PART))
+        parts = [folder / _PART.format(process) for process in range(jax.process_count())]
+        files.wait_for(parts)
         for part in parts:
             found |= files.read_json(part)
+        files.wait_for([folder / name for name in found])  # Orbax looks at some of all processes' files
+        super().finalize(directory)
+        # An item's folder had a temporary name.
+        final = lambda name: "/".join(part.partition(ocp.utils.TMP_DIR_SUFFIX)[0] for part in name.split("/"))
+        found = {final(name): files.Checksum(*of) for name, of in found.items()}
+        files.wait_for([folder / name for name in found])
         written = {path.relative_to(folder).as_posix(): path for path in _files(folder)}
-        found = {name: files.Checksum(*of) for name, of in found.items()}
         found |= files.checksums(folder, [path for name, path in written.items() if name not in found])
         files.write_checksums(folder, {name: found[name] for name in sorted(written)})
         for part in parts:
@@ -82,10 +85,7 @@ class _OwnChecksums:
         process = jax.process_index()
         mine = [path for path in _files(self._folder) if {f"ocdbt.process_{process}", f"process_{process}"} &
                 {*path.relative_to(self._folder).parts}]
-        # An item's folder may still have a temporary name.
-        final = lambda name: "/".join(part.partition(ocp.utils.TMP_DIR_SUFFIX)[0] for part in name.split("/"))
-        files.write_json(self._folder / _PART.replace("*", str(process)),
-                         {final(name): of for name, of in files.checksums(self._folder, mine).items()})
+        files.write_json(self._folder / _PART.format(process), files.checksums(self._folder, mine))
 
     def cancel(self) -> None:
         """Nothing runs that could be cancelled."""
@@ -111,7 +111,7 @@ def damage(folder: Path, items: Sequence[str] | None = None, *, shared: bool = F
     """
     processes, process = (jax.process_count(), jax.process_index()) if shared else (1, 0)
     if processes > 1 and distributed.agreed((folder / files.CHECKSUMS).exists()):
-        _wait_for([folder / files.CHECKSUMS])
+        files.wait_for([folder / files.CHECKSUMS])
     try:
         expected = files.read_checksums(folder)
     except ValueError as error:
@@ -123,19 +123,12 @@ def damage(folder: Path, items: Sequence[str] | None = None, *, shared: bool = F
             return ""
         names = [name for name in sorted(expected) if items is None or name.partition("/")[0] in items]
         if processes > 1:
-            _wait_for([folder / name for name in names])
+            files.wait_for([folder / name for name in names])
         found = files.damage(folder, {name: expected[name] for name in names[process::processes]})
     if processes > 1:
         damaged = np.ravel(multihost_utils.process_allgather(np.int32(bool(found))))
         found = found or (f"as process {int(damaged.argmax())} of the run found" if damaged.any() else "")
     return found
-
-
-def _wait_for(paths: Sequence[Path]) -> None:
-    """Returns when all are there, or will not be."""
-    until = time.monotonic() + LATE_SECONDS
-    while not all(path.exists() for path in paths) and time.monotonic() < until:
-        time.sleep(0.5)
 
 
 def read_arrays(folder: Path, name: str, abstract: Any) -> Any:
