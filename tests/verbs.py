@@ -14,8 +14,8 @@ from pathlib import Path
 
 from tests.conftest import REPOSITORY
 
-_SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(["vqrae_jax.cli", "vqrae_jax.tokenizer.task", "vqrae_jax.cost.bench",
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["vqrae_jax.cli", "vqrae_jax.tokenizer.task", "vqrae_jax.cost.bench",
                                 "vqrae_jax.cost.plan", "vqrae_jax.weights.pytorch", "ml_collections.config_flags",
                                 "tensorflow_datasets", "tests.verbs"])
 
@@ -25,7 +25,7 @@ def command(module: str, *arguments: object, timeout: float = 300, cwd: Path = R
     """`python -m module arguments`, in the repository's folder if not in another."""
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder) / "out", Path(folder) / "err"
-        process = _SERVER.Process(target=_run, args=(module, list(map(str, arguments)), cwd, environment, out, err))
+        process = SERVER.Process(target=run, args=(module, list(map(str, arguments)), cwd, environment, out, err))
         process.start()
         process.join(timeout)
         if process.exitcode is None:
@@ -45,7 +45,8 @@ def assert_one_line_error(result: subprocess.CompletedProcess, says: str) -> Non
     assert says in errors[0]
 
 
-def _run(module: str, arguments: list[str], cwd: Path, environment: dict[str, str], out: Path, err: Path) -> None:
+def run(module: str, arguments: list[str], cwd: Path, environment: dict[str, str], out: Path, err: Path) -> None:
+    """The same in this process, which ends with it; `out` and `err` get what it prints."""
     os.environ.update(environment)
     os.chdir(cwd)
     for stream, file in ((sys.stdout, out), (sys.stderr, err)):

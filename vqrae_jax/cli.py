@@ -1,11 +1,13 @@
-"""How every command starts and fails: one line that says what is wrong, and a non-zero exit code."""
+"""How every command starts and fails: one line that says what is wrong, the last on stderr, and an exit code."""
 
 import contextlib
 import logging
 import os
+import re
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -15,12 +17,15 @@ from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from vqrae_jax import config as config_lib
-from vqrae_jax.training import compilation, distributed
+from vqrae_jax import console
+from vqrae_jax.training import compilation, distributed, reporting
 from vqrae_jax.training.signals import STOPPED
 
 # Without process 0 the others are aborted by JAX, with its stacks: those that fail for the same reason say so before.
 FIRST_LEAVES_LAST_SECONDS = 2
-_TRACEBACK = flags.DEFINE_bool("traceback", False, "show where an error was raised, for reports of bugs")
+_LOG = logging.getLogger("vqrae_jax")
+_TRACEBACK = flags.DEFINE_bool("traceback", False, "show where an error was raised, and what libraries say, for "
+                               "reports of bugs")
 flags.disclaim_key_flags()  # a verb's help shows what is defined for it below
 
 
@@ -61,9 +66,10 @@ def run(main: Callable[[Sequence[str]], Any], *, arguments: bool = False) -> Non
 
     Without `arguments` whatever is no flag is an error: `--config.data.flip false` would else set nothing.
 
-    Expected are bad values (ValueError), files (OSError), and a training run that stops itself (FloatingPointError).
-    Anything else is a bug and shows its traceback; `--traceback` shows it for all. A run that a signal stopped has the
-    exit code `signals.STOPPED`, so that a scheduler can tell it from one that failed.
+    Expected are bad values (ValueError), files (OSError), a full memory, and a training run that stops itself
+    (FloatingPointError). Anything else is a bug, whose line says so. What libraries write to stderr is not shown; with
+    `--traceback` it is, as is where an error was raised. A run that a signal stopped has the exit code
+    `signals.STOPPED`, so that a scheduler can tell it from one that failed.
     """
 
     def checked(argv: Sequence[str]) -> Any:
@@ -72,7 +78,49 @@ def run(main: Callable[[Sequence[str]], Any], *, arguments: bool = False) -> Non
         return main(argv)
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as SIGINT does, it raises KeyboardInterrupt
-    app.run(lambda argv: _guarded(checked, argv), flags_parser=_parse_flags)
+    stderr = None if _asks_for_traceback(sys.argv) else console.Stderr()
+    absl_logging.set_verbosity(absl_logging.ERROR)
+    _LOG.setLevel(logging.INFO)
+    _LOG.propagate = False
+    _LOG.addHandler(reporting.Lines(stderr.stream if stderr else sys.stderr))
+    _tell_of_an_idle_accelerator()
+    try:
+        app.run(checked, flags_parser=_parse_flags)
+    except KeyboardInterrupt as stop:
+        _say(str(stop) or "interrupted", stderr)
+        if not str(stop):
+            _leave(STOPPED)
+        sys.exit(STOPPED)  # all processes stop here
+    except SystemExit as end:
+        if isinstance(end.code, str):  # of a config file
+            _say(f"error: {_text(end)}", stderr)
+            _leave(1)
+        raise
+    except Exception as error:
+        if stderr is None:
+            raise
+        _say(f"error: {_explained(error, stderr)}", stderr)
+        _leave(1)
+
+
+def _tell_of_an_idle_accelerator() -> None:
+    """What JAX warns of when it looks for devices is said by us: a run on the CPU by mistake takes weeks."""
+
+    class Idle(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            said = " ".join(record.getMessage().split())
+            if re.search("Falling back|failed to initialize", said):
+                _LOG.warning("JAX does not use this machine's accelerator (%s): docs/cluster-and-plan.md says what to "
+                             "install, and JAX_PLATFORMS=cpu chooses the CPU", said)
+
+    jax_log = logging.getLogger("jax._src.xla_bridge")
+    jax_log.setLevel(logging.WARNING)
+    jax_log.addHandler(Idle())
+
+
+def _asks_for_traceback(argv: Sequence[str]) -> bool:
+    """Whether --traceback is among the arguments, which must be known before they are parsed."""
+    return any(argument.lstrip("-") in ("traceback", "traceback=true") for argument in argv[1:])
 
 
 def _parse_flags(argv: Sequence[str]) -> Sequence[str]:
@@ -82,9 +130,9 @@ def _parse_flags(argv: Sequence[str]) -> Sequence[str]:
             _help([argument for argument in argv if argument != "--help"])
         return flags.FLAGS(list(argv), known_only=False)
     except Exception as error:  # a config file is arbitrary Python that runs while flags are parsed
-        if any(argument.startswith("--traceback") for argument in argv):
+        if _asks_for_traceback(argv):
             raise
-        _fail(error)
+        raise ValueError(_text(error)) from error
 
 
 def _check_config_flags(argv: Sequence[str]) -> None:
@@ -119,49 +167,45 @@ def _help(argv: Sequence[str]) -> NoReturn:
     sys.exit(0)
 
 
-def _guarded(main: Callable[[Sequence[str]], Any], argv: Sequence[str]) -> None:
-    # Libraries (Orbax above all) log through absl; the user sees their errors and our progress.
-    absl_logging.set_verbosity(absl_logging.ERROR)
-    log = logging.getLogger("vqrae_jax")
-    log.setLevel(logging.INFO)
-    log.propagate = False
-    log.addHandler(logging.StreamHandler())
-    try:
-        main(argv)
-    except (ValueError, OSError, FloatingPointError) as error:
-        if _TRACEBACK.value:
-            raise
-        _fail(error)
-    except KeyboardInterrupt as stop:
-        if not str(stop):
-            _leave("interrupted", STOPPED)
-        print(stop, file=sys.stderr)  # all processes stop here
-        sys.exit(STOPPED)
-    except RuntimeError as error:
-        if _TRACEBACK.value:
-            raise
-        if "Unable to initialize backend" in str(error):
-            _fail(error)
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        _fail(MemoryError("the accelerator's memory is full: add --config.train.accumulate=N for smaller batches, "
-                          "--config.model.remat=full or a lower --config.eval.batch_size; a run may continue with any "
-                          "of them; tokenize and detokenize take a lower --batch_size"))
+def _explained(error: Exception, stderr: console.Stderr) -> str:
+    """What is wrong, in one line."""
+    if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
+        return ("the accelerator's memory is full: add --config.train.accumulate=N for smaller batches, "
+                "--config.model.remat=full or a lower --config.eval.batch_size; a run may continue with any of them; "
+                "tokenize and detokenize take a lower --batch_size")
+    if isinstance(error, MemoryError):
+        return f"this machine's memory is full ({_text(error)}): use smaller batches, or a machine with more"
+    expected = isinstance(error, ValueError | OSError | FloatingPointError)
+    if expected or (isinstance(error, RuntimeError) and "Unable to initialize backend" in str(error)):
+        return _text(error)
+    package = os.path.dirname(__file__) + os.sep
+    place = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename.startswith(package)][-1]
+    what = " ".join(traceback.format_exception_only(error)[0].split())
+    kept = stderr.end(error)
+    report = f"{kept}, which says more" if kept else "what the same command shows with --traceback"
+    return f"a bug: {what} in {os.path.basename(place.filename)}:{place.lineno}; please report it, with {report}"
 
 
-def _fail(error: BaseException) -> NoReturn:
+def _text(error: BaseException) -> str:
+    """What an error says, in one line."""
     # str(KeyError) would quote its message.
     message = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
     message = message.replace("\\n", "\n").replace("\\'", "'")  # a KeyError inside a KeyError
     lines = message.strip().splitlines() or [type(error).__name__]
     # absl hands on the traceback of a config file as part of a message.
     text = lines[-1] if "Traceback" in message else " ".join(lines)
-    _leave("error: " + " ".join(text.split()), 1)
+    return " ".join(text.split())
 
 
-def _leave(message: str, code: int) -> NoReturn:
-    """Says why and ends this process, without waiting for others of the same run, which may be waiting for it."""
-    print(message, file=sys.stderr, flush=True)
+def _say(message: str, stderr: console.Stderr | None) -> None:
+    """Says the last line of stderr."""
+    _LOG.error("%s", message)
+    if stderr:
+        stderr.end()
+
+
+def _leave(code: int) -> NoReturn:
+    """Ends this process, without waiting for others of the same run, which may be waiting for it."""
     if not jax.distributed.is_initialized():
         sys.exit(code)
     sys.stdout.flush()

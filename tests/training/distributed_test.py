@@ -168,12 +168,12 @@ def test_any_number_of_processes_continues_what_any_other_began(count, config_fi
      "[127.0.0.1]:32663: Connection reset by peer", True),
     (ValueError, "the encoder has no connection of that name", False),
 ])
-def test_not_every_error_means_that_another_process_is_gone(kind, says, is_gone, monkeypatch, capfd):
+def test_not_every_error_means_that_another_process_is_gone(kind, says, is_gone, monkeypatch, caplog):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(os, "_exit", lambda code: sys.exit(code))
     with pytest.raises(SystemExit if is_gone else kind), distributed.ends_with_the_others():
         raise kind(says)
-    assert ("another process of this run is gone" in capfd.readouterr().err) == is_gone
+    assert ("another process of this run is gone" in caplog.text) == is_gone
 
 
 def test_a_process_that_fails_says_why_and_ends_the_others(config_file, tmp_path):

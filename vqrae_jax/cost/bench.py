@@ -196,7 +196,9 @@ class Child:
 
     def __init__(self, command: list[str], what: str):
         self._what = what
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._stderr = tempfile.TemporaryFile("w+")
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._stderr,
+                                         text=True)
         self.images = int(self._read())
 
     def run(self) -> float:
@@ -218,7 +220,12 @@ class Child:
         assert self._process.stdout
         line = self._process.stdout.readline()
         if not line:
-            raise ValueError(f"{self._what} ended with exit code {self._process.wait()}: its message is above")
+            code = self._process.wait()
+            self._stderr.seek(0)
+            said = self._stderr.read()
+            sys.stderr.write(said)  # for --traceback
+            *_, last = ["without a word", *said.splitlines()]
+            raise ValueError(f"{self._what} ended with exit code {code}: {last}")
         return line.rstrip("\n")
 
 

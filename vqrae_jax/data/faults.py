@@ -14,6 +14,7 @@ RETRY_AFTER_SECONDS = (0.1, 0.5, 2.0)
 
 # The file is gone, or never was one. Whatever else the system says is no matter of the image.
 _OF_THE_IMAGE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG}
+_THIS_TIME = {errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE}
 _OF_THE_MACHINE = (MemoryError, ConnectionError, PermissionError, TimeoutError)  # which may have a text only
 _REMEDIES = {
     **dict.fromkeys((errno.EMFILE, errno.ENFILE),
@@ -63,6 +64,17 @@ def _is_of_the_machine(error: OSError | MemoryError) -> bool:
     if isinstance(error, _OF_THE_MACHINE):
         return True
     return error.errno is not None and error.errno not in _OF_THE_IMAGE
+
+
+def machine_failed(error: BaseException) -> bool:
+    """Whether something that is there could not be read this time: no reason to go on without it, and to say so.
+
+    What a user may not read, and what lies behind a network that is not there, are good reasons. An error that was
+    raised from another one counts as that.
+    """
+    if isinstance(error, (MachineError, MemoryError)) or (isinstance(error, OSError) and error.errno in _THIS_TIME):
+        return True
+    return error.__cause__ is not None and machine_failed(error.__cause__)
 
 
 def from_text(error: Exception) -> OSError | ValueError:

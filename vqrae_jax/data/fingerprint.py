@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from vqrae_jax.data import faults
 from vqrae_jax.data.sources import Source
 
 SAMPLES = 16
@@ -14,15 +15,20 @@ def fingerprint(source: Source) -> dict[str, Any]:
     """The number of a source's images and digests of some of them, evenly spread, as JSON.
 
     Neither names nor the kind of source count, so that data may move, or change from a folder to records.
+
+    Raises:
+      OSError: the machine cannot read an image, in one line.
     """
     indices = np.linspace(0, len(source) - 1, min(SAMPLES, len(source))).round().astype(int)
     return {"images": len(source), "digests": [_digest(source, int(index)) for index in indices]}
 
 
 def _digest(source: Source, index: int) -> str | None:
-    """None for an image that cannot be read, about which nothing is known then."""
+    """None for an image that cannot be read, about which nothing is known then; MachineError where it may be good."""
     try:
-        image = source[index][0]  # or its codes
+        image = faults.retried(lambda: source[index], source.name(index))[0]  # or its codes
+    except faults.MachineError:
+        raise
     except (OSError, ValueError):
         return None
     content = image if isinstance(image, bytes) else np.ascontiguousarray(image).tobytes() + str(image.shape).encode()

@@ -275,8 +275,10 @@ def _images(path: str, folder: str, visited: set[str]) -> Iterator[tuple[str, st
 def _is_folder(entry: os.DirEntry) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link that leads nowhere
-        return False
+    except OSError as error:
+        if faults.machine_failed(error):
+            raise  # or a whole folder of images would be missing, without a word
+        return False  # a link that leads nowhere
 
 
 def _tfds_builder(name: str, data_dir: str | os.PathLike | None) -> tuple[Any, pathlib.Path]:

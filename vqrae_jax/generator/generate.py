@@ -89,7 +89,7 @@ class Samples:
         found = [_read(file) for file in files[:there]]
         numbers = itertools.islice(self._generator.batches(self._num, self._size), there, None)
         drawn = (self._generator.draw(self._prefixes, of_batch, self._options) for of_batch in numbers)
-        shown = reporting.shown(drawn, done=there * self._size, each=self._size, of=self._num)
+        shown = reporting.shown(drawn, done=there * self._size, size=len, of=self._num)
         for file, codes in zip(files[there:], shown, strict=True):
             found.append(codes)
             if distributed.is_first():

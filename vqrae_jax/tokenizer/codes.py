@@ -172,7 +172,8 @@ def _encoded(encode: Encode, source: Source, begun: Description, numbers: Sequen
         pixels = batch.pop("image")
         return encode(pixels.reshape(-1, *pixels.shape[2:]))
 
-    for batch, made in reporting.shown(_ahead(batches, begin), of=len(indices), each=batch_size):
+    for batch, made in reporting.shown(_ahead(batches, begin), of=len(indices),
+                                       size=lambda item: len(item[0]["index"])):
         made = np.asarray(made).astype(begun.dtype).reshape(-1, begun.views, *begun.grid)
         reasons = {} if batch["valid"].all() else bad_images.names()
         for row in np.flatnonzero(batch["index"] >= 0):
@@ -226,7 +227,7 @@ def detokenize(workdir: str | os.PathLike, folder: str | os.PathLike, out: str |
     missing = (batch for batch in batches if not all(file.exists() for file, _ in batch))
     images = description.views * len(source)
     with ThreadPoolExecutor() as pool:
-        for batch, made in reporting.shown(_ahead(missing, begin), of=images, each=every):
+        for batch, made in reporting.shown(_ahead(missing, begin), of=images, size=lambda item: len(item[0])):
             pictures = reporting.to_8_bits(np.asarray(made)[:len(batch)])
             with disk_errors(out):
                 list(pool.map(reporting.save_png, [file for file, _ in batch], pictures))

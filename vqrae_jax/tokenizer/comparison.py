@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from vqrae_jax import config as config_lib
 from vqrae_jax.config import Config
-from vqrae_jax.data import BadImages, Source, open_parts, open_source, part
+from vqrae_jax.data import BadImages, Source, faults, open_parts, open_source, part
 from vqrae_jax.files import disk_errors, whole
 from vqrae_jax.metrics import METRICS, Statistics
 from vqrae_jax.metrics.codes import counts
@@ -159,6 +159,8 @@ class Comparison:
             self._reference = open_source(reference, training=False)
             return self._seen(self._views)
         except (OSError, ValueError) as error:
+            if faults.machine_failed(error):
+                raise
             for metric in ["rfid"] if of_inception else [*self._views, _FD_ENCODER]:
                 self._note(self.failed, metric, error)
             return {}
@@ -179,10 +181,12 @@ class Comparison:
         return evaluate.open_batches(config, source, self.bad_images, self._mesh, limit=limit, max_bad=max_bad)
 
     def _tried(self, failed: dict[str, str], metric: str, make: Callable[[], Any]) -> Any:
-        """What `make` makes, or None where it cannot, which is noted."""
+        """What `make` makes, or None where it cannot, which is noted; what the machine cannot read ends all."""
         try:
             return make()
         except (OSError, ValueError) as error:
+            if faults.machine_failed(error):
+                raise
             self._note(failed, metric, error)
             return None
 

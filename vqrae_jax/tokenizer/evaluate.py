@@ -18,7 +18,7 @@ from vqrae_jax.data import BadImages, Source, eval_batches, open_source
 from vqrae_jax.metrics import METRICS, Batch, Metric
 from vqrae_jax.models import flat
 from vqrae_jax.models.flat import Arrays
-from vqrae_jax.training import distributed, sharding, signals
+from vqrae_jax.training import distributed, reporting, sharding, signals
 
 log = logging.getLogger(__name__)
 Batches = Iterable[dict[str, Any]]
@@ -163,7 +163,7 @@ class Evaluator:
         ranks = sharding.put(self._mesh, {"ranks": ranks}, ((".*", ()),))["ranks"]
         num_codes = flat.merge(self._graphdef, arrays).quantizer.num_codes
         sums, rows, pictures, places = None, [], [], []
-        for given in placed(batches, self._mesh):
+        for given in reporting.shown(placed(batches, self._mesh), of=images, size=lambda given: len(given["valid"])):
             seen = self._see(arrays, given["image"])
             looked: dict[str, Any] = {}
             for name, instrument in self._instruments.items():

@@ -53,7 +53,7 @@ def commit() -> str:
         if not (Path(__file__).parents[2] / ".git").exists():  # installed into somebody else's repository
             return ""
         return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
-    except (OSError, subprocess.CalledProcessError):
+    except (FileNotFoundError, PermissionError, subprocess.CalledProcessError):  # no git, or not for this user
         return ""
 
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from vqrae_jax.data import BadImages, Source, open_source, part
+from vqrae_jax.data import BadImages, Source, faults, open_source, part
 from vqrae_jax.data.codes import Description
 from vqrae_jax.files import disk_errors, whole
 from vqrae_jax.metrics import Statistics, frechet, inception_score, linear_probe_top1
@@ -157,7 +157,7 @@ class Measurement:
         try:
             self._views[FID] = instruments.inception_view(options.inception or config.eval.inception, mesh)
         except (OSError, ValueError) as error:
-            if options.inception:
+            if options.inception or faults.machine_failed(error):
                 raise
             self._leave_out(FID, error)
         self._reference = open_source(options.reference, training=False)
@@ -186,6 +186,8 @@ class Measurement:
             without = independent()
             looks[BY_POSITION] = self._look(decoder.decoded(without, np.full(len(without), -1)), len(without))
         except (OSError, ValueError) as error:
+            if faults.machine_failed(error):
+                raise
             self._leave_out(BY_POSITION, error)
         columns: dict[str, dict[str, float]] = {
             name: {distance: frechet.frechet_distance(*seen, *against[distance])

@@ -184,9 +184,9 @@ class TokenizerTask:
         return evaluate_state
 
     def shown(self, metrics: dict[str, float]) -> str:
-        """The losses, and the share of codes in use."""
-        losses = [f"{name.removeprefix('loss/')} {value:.4f}" for name, value in metrics.items()
-                  if name.startswith("loss/")]
+        """The losses, their sum first, and the share of codes in use."""
+        names = sorted(filter(lambda name: name.startswith("loss/"), metrics), key=lambda name: name != "loss/total")
+        losses = [f"{name.removeprefix('loss/')} {metrics[name]:.4f}" for name in names]
         return "  ".join([*losses, f"code usage {100 * metrics['code_usage_window']:.1f} %"])
 
     def describe(self) -> list[str]:

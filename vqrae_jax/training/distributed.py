@@ -5,7 +5,6 @@ import itertools
 import logging
 import os
 import re
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +13,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+log = logging.getLogger(__name__)
 # How often `preempted` was asked: JAX tells the places at which processes can agree to stop by numbers.
 _ASKED = itertools.count(1)
 # What Gloo, NCCL and JAX's coordination service say where another process does not answer any more.
@@ -98,6 +98,6 @@ def ends_with_the_others() -> Iterator[None]:
         if jax.process_count() == 1 or not of_jax or not _OTHERS_ARE_GONE.search(str(error)):
             raise
         reason = " ".join(str(error).split())[:200]
-        print(f"error: another process of this run is gone ({reason}); start all of them again, and the run continues "
-              "from its last checkpoint", file=sys.stderr, flush=True)
+        log.error("error: another process of this run is gone (%s); start all of them again, and the run continues "
+                  "from its last checkpoint", reason)
         os._exit(1)

@@ -1,17 +1,19 @@
-"""What a run tells: a progress line, metrics.jsonl, TensorBoard, pictures, and Weights & Biases on request."""
+"""What a run tells: progress, metrics.jsonl, TensorBoard, pictures, and Weights & Biases on request."""
 
 import contextlib
 import hashlib
 import json
 import logging
 import math
+import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 import numpy as np
 from PIL import Image, ImageDraw
+from tqdm import tqdm
 
 from vqrae_jax.config import Run
 from vqrae_jax.files import disk_errors, whole
@@ -21,6 +23,7 @@ from vqrae_jax.training.task import Best
 log = logging.getLogger(__name__)
 _EVALUATION = "eval/"
 _SECONDS = 10  # between two lines of `shown`
+_LIVE_SECONDS = 0.5  # the same on a terminal, where a line is overwritten
 Item = TypeVar("Item")
 
 
@@ -43,7 +46,39 @@ def progress_shown() -> Iterator[None]:
         logger.propagate = propagate
 
 
-class _Progress(logging.StreamHandler):
+class Lines(logging.StreamHandler):
+    """Writes a line a record. On a terminal, progress is one more line below them, which is overwritten.
+
+    Args:
+      stream: where to; sys.stderr if None.
+    """
+
+    def __init__(self, stream: TextIO | None = None):
+        super().__init__(stream)
+        self._progress = None
+
+    def show(self, text: str) -> None:
+        """Shows how far something is, instead of what was shown before."""
+        with self.lock or contextlib.nullcontext():
+            if self._progress is None:
+                self._progress = tqdm(bar_format="{desc}", file=self.stream, leave=False, dynamic_ncols=True)
+            self._progress.set_description_str(text)
+
+    def clear(self) -> None:
+        """Shows no progress any more."""
+        with self.lock or contextlib.nullcontext():
+            if self._progress is not None:
+                self._progress.close()
+            self._progress = None
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno >= logging.ERROR:
+            self.clear()  # the last line
+        with tqdm.external_write_mode(self.stream) if self._progress is not None else contextlib.nullcontext():
+            super().emit(record)
+
+
+class _Progress(Lines):
     """Writes what the root logger's level keeps from its handlers, if it has any; the rest goes there as ever."""
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -52,6 +87,16 @@ class _Progress(logging.StreamHandler):
             root.handle(record)
         else:
             super().emit(record)
+
+
+def _terminal() -> Lines | None:
+    """What writes on a terminal, if something does that shows progress."""
+    if not log.isEnabledFor(logging.INFO):
+        return None
+    # A terminal may not know its size, as in some containers; lines then.
+    is_one = lambda stream: stream.isatty() and all(os.get_terminal_size(stream.fileno()))
+    return next((handler for handler in logging.getLogger("vqrae_jax").handlers
+                 if isinstance(handler, Lines) and is_one(handler.stream)), None)
 
 
 class Reporter:
@@ -109,8 +154,14 @@ class Reporter:
         waited = self._waited / max(self._seconds, 1e-9)
         left = (self._config.train.steps - step) * self._seconds / max(steps, 1)
         self.write(step, metrics, {f"{self._unit}_per_second": rate, "data_wait": waited})
-        log.info("step %d/%d  %s  %.0f %s/s, waiting for data %.0f %%  %s to go", step, self._config.train.steps,
-                 shown, rate, self._unit, 100 * waited, duration(left))
+        at, speed, to_go = f"step {step}/{self._config.train.steps}", f"{rate:.0f} {self._unit}/s", duration(left)
+        terminal = _terminal()
+        if terminal and left:
+            terminal.show(f"{at}  {speed}  {to_go} to go  {shown}")
+        else:
+            if terminal:
+                terminal.clear()
+            log.info("%s  %s  %s, waiting for data %.0f %%  %s to go", at, shown, speed, 100 * waited, to_go)
         self._step, self._seconds, self._waited = step, 0.0, 0.0
         self.resume()
 
@@ -151,6 +202,8 @@ class Reporter:
         return (max if best.higher else min)(values, key=values.__getitem__, default=None)
 
     def close(self) -> None:
+        if terminal := _terminal():
+            terminal.clear()
         if self._tensorboard:
             self._tensorboard.close()
         if self._wandb:
@@ -201,26 +254,32 @@ def _start_wandb(workdir: Path, config: Run):
                       name=path.name, resume="allow", config=dataclasses.asdict(config))
 
 
-def shown(batches: Iterable[Item], *, of: int, each: int, done: int = 0) -> Iterator[Item]:
+def shown(batches: Iterable[Item], *, of: int, size: Callable[[Item], int], done: int = 0) -> Iterator[Item]:
     """Batches, and from time to time a line that says how many images are done, and how fast.
 
     Args:
       batches: what takes time to come.
       of: images in all.
-      each: of a batch.
+      size: how many a batch has; of the last one it may be more.
       done: images that were there before.
     """
+    terminal = _terminal()
+    show, pause = (terminal.show, _LIVE_SECONDS) if terminal else (log.info, _SECONDS)
     start = said = time.perf_counter()
-    for number, batch in enumerate(batches):
-        now = time.perf_counter()
-        if not number:
-            start = now  # the first one, for it is compiled, apart
-        elif now > said + _SECONDS:
-            said, rate = now, number * each / (now - start)
-            made = min(of, done + (number + 1) * each)
-            log.info("%s of %s images, %.1f images/s, %s to go", f"{made:,}", f"{of:,}", rate,
-                     duration((of - made) / rate))
-        yield batch
+    first, made = None, done
+    try:
+        for batch in batches:
+            now = time.perf_counter()
+            made = min(of, made + size(batch))
+            if first is None:
+                start, first = now, made  # which is compiled, apart
+            elif now > said + pause:
+                said, rate = now, (made - first) / (now - start)
+                show(f"{made:,} of {of:,} images, {rate:.1f} images/s, {duration((of - made) / rate)} to go")
+            yield batch
+    finally:
+        if terminal:
+            terminal.clear()
 
 
 def duration(seconds: float) -> str:

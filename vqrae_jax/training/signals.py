@@ -4,7 +4,6 @@ import logging
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -109,10 +108,10 @@ class StopSignal:
         code = STOPPED
         try:
             self.finish()
-            print(MESSAGE, file=sys.stderr, flush=True)
+            log.error(MESSAGE)
         except Exception as error:
             code = 1
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            log.error("error: %s", " ".join(str(error).split()))
         for worker in multiprocessing.active_children():
             worker.terminate()
         os._exit(code)

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import logging
 import os
 import pickle
 import re
@@ -19,6 +20,7 @@ from safetensors.numpy import save_file as _save_file
 from vqrae_jax import files
 from vqrae_jax.models import flat
 
+log = logging.getLogger(__name__)
 Tensors = dict[str, np.ndarray]
 
 
@@ -157,6 +159,8 @@ def local_folder(path_or_id: str | Path, patterns: list[str], *, download: bool 
     folder = Path(path_or_id).expanduser()
     if folder.is_dir():
         return folder
+    if download:
+        log.info("%s comes from the Hugging Face hub, unless this machine has it already", path_or_id)
     try:
         return Path(snapshot_download(str(path_or_id), allow_patterns=patterns, local_files_only=not download))
     except Exception as error:  # the hub's client raises what its network stack raises
