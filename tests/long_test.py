@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import random
 import resource
 import signal
@@ -74,12 +75,16 @@ def test_five_kills_at_random_steps_leave_no_trace(stage, tmp_path):
 
 
 def test_nothing_grows_in_20000_steps(tmp_path):
-    """Memory, descriptors, threads, and the time of a step; see soak.py."""
-    subprocess.run([sys.executable, "-m", "tests.soak", str(tmp_path)], cwd=REPOSITORY, check=True)
+    """Memory, descriptors, threads, and the time of a step; see soak.py.
+
+    The C library is told to give back what is free: else what it keeps grows, in an order that threads decide.
+    """
+    given_back = {"MALLOC_ARENA_MAX": "2", "MALLOC_MMAP_THRESHOLD_": "131072"}
+    subprocess.run([sys.executable, "-m", "tests.soak", str(tmp_path)], cwd=REPOSITORY, check=True,
+                   env={**os.environ, **given_back})
     seen = list(map(json.loads, (tmp_path / "soak.jsonl").read_text().splitlines()))
     grows = soak.growth(seen)
-    # What the C library holds beyond what is allocated depends on the order in which threads allocate.
-    assert grows["allocated"] < 1 and grows["process"] < 2 and grows["all"] < 2
+    assert grows["allocated"] < 1 and grows["process"] < 1 and grows["all"] < 1
     assert abs(grows["descriptors"]) < 1 and abs(grows["threads"]) < 0.5
     early, late = seen[len(seen) // 4:len(seen) // 2], seen[-len(seen) // 4:]
     assert statistics.median(line["step"] for line in late) < 1.5 * statistics.median(line["step"] for line in early)
