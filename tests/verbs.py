@@ -14,8 +14,8 @@ from pathlib import Path
 
 from tests.conftest import REPOSITORY
 
-_SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(["vqrae_jax.cli", "vqrae_jax.tokenizer.task", "vqrae_jax.cost.bench",
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["vqrae_jax.cli", "vqrae_jax.tokenizer.task", "vqrae_jax.cost.bench",
                                 "vqrae_jax.cost.plan", "vqrae_jax.weights.pytorch", "ml_collections.config_flags",
                                 "tensorflow_datasets", "tests.verbs"])
 
@@ -25,7 +25,7 @@ def command(module: str, *arguments: object, timeout: float = 300, cwd: Path = R
     """`python -m module arguments`, in the repository's folder if not in another."""
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder) / "out", Path(folder) / "err"
-        process = _SERVER.Process(target=_run, args=(module, list(map(str, arguments)), cwd, environment, out, err))
+        process = SERVER.Process(target=_run, args=(module, list(map(str, arguments)), cwd, environment, out, err))
         process.start()
         process.join(timeout)
         if process.exitcode is None:
