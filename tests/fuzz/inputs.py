@@ -28,16 +28,72 @@ from vqrae_jax.data import CodesRecord, codes
 from vqrae_jax.data.records import serialize_example, written
 
 Files = dict[str, bytes]
-SPECIAL = [0, 1, -1, 2, 3, 7, 127, 128, 255, 256, 2**15, 2**16, 2**20, 2**24, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**48,
-           2**63 - 1, 2**63, 2**64, 10**30, 10**400, -2**31, -2**63]
-TEXTS = ["", " ", "\0", "a\nb", "nano", "../..", "/dev/zero", "~", "é" * 40, "\ud800", "1e999", "NaN", "None", "x" * 5000,
-         "(" * 200, "[0-9", "codes:.", "folder:.", "tfds:x", "array_record:*", "embedded", ":", "%s%n", "{}"]
+SPECIAL = [
+    0,
+    1,
+    -1,
+    2,
+    3,
+    7,
+    127,
+    128,
+    255,
+    256,
+    2**15,
+    2**16,
+    2**20,
+    2**24,
+    2**31 - 1,
+    2**31,
+    2**32 - 1,
+    2**32,
+    2**48,
+    2**63 - 1,
+    2**63,
+    2**64,
+    10**30,
+    10**400,
+    -(2**31),
+    -(2**63),
+]
+TEXTS = [
+    "",
+    " ",
+    "\0",
+    "a\nb",
+    "nano",
+    "../..",
+    "/dev/zero",
+    "~",
+    "é" * 40,
+    "\ud800",
+    "1e999",
+    "NaN",
+    "None",
+    "x" * 5000,
+    "(" * 200,
+    "[0-9",
+    "codes:.",
+    "folder:.",
+    "tfds:x",
+    "array_record:*",
+    "embedded",
+    ":",
+    "%s%n",
+    "{}",
+]
 
 numbers = st.sampled_from(SPECIAL) | st.integers(-10, 300) | st.floats()
 scalars = st.none() | st.booleans() | numbers | st.sampled_from(TEXTS) | st.text(max_size=8)
-anything = st.recursive(scalars, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(
-    st.text(max_size=6), inner, max_size=3), max_leaves=6) | st.just([[[[[]]]]]) | st.builds(
-        lambda value, times: [value] * times, scalars, st.sampled_from([2, 3, 1000]))
+anything = (
+    st.recursive(
+        scalars,
+        lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
+        max_leaves=6,
+    )
+    | st.just([[[[[]]]]])
+    | st.builds(lambda value, times: [value] * times, scalars, st.sampled_from([2, 3, 1000]))
+)
 
 
 @st.composite
@@ -45,8 +101,11 @@ def damaged(draw, content: bytes) -> bytes:
     """Bytes as a disk, a network or somebody who means it leaves them."""
     data, size = bytearray(content), len(content)
     place = lambda: draw(st.integers(0, max(0, size - 1)) | st.integers(0, min(64, max(0, size - 1))))
-    how = draw(st.sampled_from(["bits", "bits", "number", "number", "cut", "empty", "zeros", "remove", "repeat", "append",
-                                "other"]))
+    how = draw(
+        st.sampled_from(
+            ["bits", "bits", "number", "number", "cut", "empty", "zeros", "remove", "repeat", "append", "other"]
+        )
+    )
     if how == "bits" and data:
         for _ in range(draw(st.integers(1, 8))):
             data[place()] ^= 1 << draw(st.integers(0, 7))
@@ -54,20 +113,20 @@ def damaged(draw, content: bytes) -> bytes:
         width = draw(st.sampled_from([2, 4, 8]))
         number = draw(st.sampled_from(SPECIAL)) % (1 << 8 * width)
         at = place()
-        data[at:at + width] = number.to_bytes(width, draw(st.sampled_from(["little", "big"])))
+        data[at : at + width] = number.to_bytes(width, draw(st.sampled_from(["little", "big"])))
     elif how == "cut":
-        del data[place():]
+        del data[place() :]
     elif how == "empty":
         data.clear()
     elif how == "zeros":
         at = place()
-        data[at:at + draw(st.sampled_from([1, 16, 512, 4096]))] = bytes(16)
+        data[at : at + draw(st.sampled_from([1, 16, 512, 4096]))] = bytes(16)
     elif how == "remove":
         at = place()
-        del data[at:at + draw(st.sampled_from([1, 4, 100]))]
+        del data[at : at + draw(st.sampled_from([1, 4, 100]))]
     elif how == "repeat":
         at = place()
-        data[at:at] = data[at:at + draw(st.sampled_from([1, 16, 1000]))]
+        data[at:at] = data[at : at + draw(st.sampled_from([1, 16, 1000]))]
     elif how == "append":
         data += draw(st.binary(min_size=1, max_size=64))
     elif how == "other":
@@ -143,10 +202,10 @@ def damaged_files(draw, files: Files) -> Files:
 @st.composite
 def safetensors_header(draw, content: bytes) -> bytes:
     size = struct.unpack("<Q", content[:8])[0]
-    header = draw(changed(json.loads(content[8:8 + size])))
+    header = draw(changed(json.loads(content[8 : 8 + size])))
     encoded = draw(st.sampled_from([as_json(header), as_json(header) + b" " * 8, b"[" * 3000]))
     length = draw(st.just(len(encoded)) | st.sampled_from([0, 1, 7, 2**31, 2**40, 2**63, 2**64 - 1]))
-    return struct.pack("<Q", length) + encoded + content[8 + size:]
+    return struct.pack("<Q", length) + encoded + content[8 + size :]
 
 
 def folder_files(folder: Path, *names: str) -> Files:
@@ -156,8 +215,22 @@ def folder_files(folder: Path, *names: str) -> Files:
 # Images
 
 _MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "HSV", "I", "I;16", "F")
-_FORMATS = {"JPEG": {}, "PNG": {}, "WEBP": {}, "BMP": {}, "TIFF": {}, "GIF": {}, "PPM": {}, "ICO": {}, "TGA": {}, "PCX": {},
-            "JPEG2000": {}, "SGI": {}, "AVIF": {}, "DDS": {}}
+_FORMATS = {
+    "JPEG": {},
+    "PNG": {},
+    "WEBP": {},
+    "BMP": {},
+    "TIFF": {},
+    "GIF": {},
+    "PPM": {},
+    "ICO": {},
+    "TGA": {},
+    "PCX": {},
+    "JPEG2000": {},
+    "SGI": {},
+    "AVIF": {},
+    "DDS": {},
+}
 
 
 def _in_mode(mode: str, size: tuple[int, int]) -> Image.Image:
@@ -198,7 +271,9 @@ def good_images() -> dict[str, bytes]:
                 add(f"{kind} {mode} {size}", with_mode, kind)
     rgb, small = _in_mode("RGB", (40, 30)), _in_mode("P", (9, 9))
     for compression in ("tiff_lzw", "tiff_deflate", "group4", "jpeg", "packbits", "tiff_adobe_deflate", "zstd"):
-        add(f"TIFF {compression}", rgb.convert("1") if compression == "group4" else rgb, "TIFF", compression=compression)
+        add(
+            f"TIFF {compression}", rgb.convert("1") if compression == "group4" else rgb, "TIFF", compression=compression
+        )
     frames = [_in_mode("RGB", (16, 16)), _in_mode("RGB", (16, 16)).rotate(90)]
     for kind in ("GIF", "PNG", "WEBP", "TIFF", "AVIF"):
         add(f"{kind} animated", frames[0], kind, save_all=True, append_images=frames[1:])
@@ -212,25 +287,48 @@ def good_images() -> dict[str, bytes]:
         exif[274] = orientation
         for kind in ("JPEG", "PNG", "WEBP", "TIFF"):
             add(f"{kind} orientation {orientation}", rgb, kind, exif=exif.tobytes())
-    for odd in (b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x02\0\0\0\x04abc\0\0\0\0\0",
-                b"Exif\0\0II*\0\x08\0\0\0\xff\xff" + b"\x12\x01\x05\0\1\0\0\0\x08\0\0\0" * 40, b"II", b""):
+    for odd in (
+        b"Exif\0\0II*\0\xff\xff\xff\xff",
+        b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x02\0\0\0\x04abc\0\0\0\0\0",
+        b"Exif\0\0II*\0\x08\0\0\0\xff\xff" + b"\x12\x01\x05\0\1\0\0\0\x08\0\0\0" * 40,
+        b"II",
+        b"",
+    ):
         for kind in ("JPEG", "PNG", "WEBP"):
             add(f"{kind} exif {odd[:30]!r}", rgb, kind, exif=odd)
     return found
 
 
 def _png(width: int, height: int, depth: int, colour: int, data: bytes) -> bytes:
-    chunk = lambda name, content: (struct.pack(">I", len(content)) + name + content
-                                   + struct.pack(">I", zlib.crc32(name + content)))
-    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0))
-            + chunk(b"IDAT", data) + chunk(b"IEND", b""))
+    chunk = lambda name, content: (
+        struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+    )
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0))
+        + chunk(b"IDAT", data)
+        + chunk(b"IEND", b"")
+    )
 
 
 @st.composite
 def bombs(draw) -> bytes:
     """Headers that promise more than there is, and files of kilobytes that are hundreds of millions of pixels."""
-    width, height = draw(st.sampled_from([(2**31 - 1, 2**31 - 1), (2**16, 2**16), (1, 2**31 - 1), (2**31 - 1, 1),
-                                          (13000, 13000), (178_000_000, 1), (1, 178_000_000), (65535, 1365), (0, 5)]))
+    width, height = draw(
+        st.sampled_from(
+            [
+                (2**31 - 1, 2**31 - 1),
+                (2**16, 2**16),
+                (1, 2**31 - 1),
+                (2**31 - 1, 1),
+                (13000, 13000),
+                (178_000_000, 1),
+                (1, 178_000_000),
+                (65535, 1365),
+                (0, 5),
+            ]
+        )
+    )
     depth, colour = draw(st.sampled_from([(1, 0), (8, 0), (16, 0), (8, 2), (16, 2), (1, 3), (8, 4), (8, 6), (16, 6)]))
     kind = draw(st.sampled_from(["png", "png whole", "png text", "gif", "bmp", "ppm", "tiff"]))
     if kind == "png whole":
@@ -242,15 +340,29 @@ def bombs(draw) -> bytes:
     if kind == "png text":  # a compressed text
         good = good_images()["PNG RGB (13, 7)"]
         text = b"a\0\0" + _deflated_zeros(1 << 30)
-        return good[:33] + struct.pack(">I", len(text)) + b"zTXt" + text + struct.pack(">I", zlib.crc32(b"zTXt" + text)) + (
-            good[33:])
+        return (
+            good[:33]
+            + struct.pack(">I", len(text))
+            + b"zTXt"
+            + text
+            + struct.pack(">I", zlib.crc32(b"zTXt" + text))
+            + (good[33:])
+        )
     if kind == "png":
         return _png(width, height, depth, colour, zlib.compress(bytes(1000)))
     if kind == "gif":
-        return b"GIF89a" + struct.pack("<HHBBB", width % 65536, height % 65536, 0xf7, 0, 0) + bytes(768) + (
-            b"," + struct.pack("<HHHHB", 0, 0, width % 65536, height % 65536, 0) + b"\x08\x01\x00\x00;")
+        return (
+            b"GIF89a"
+            + struct.pack("<HHBBB", width % 65536, height % 65536, 0xF7, 0, 0)
+            + bytes(768)
+            + (b"," + struct.pack("<HHHHB", 0, 0, width % 65536, height % 65536, 0) + b"\x08\x01\x00\x00;")
+        )
     if kind == "bmp":
-        return b"BM" + struct.pack("<IHHIIiiHHIIiiII", 100, 0, 0, 54, 40, width, height, 1, 24, 0, 0, 0, 0, 0, 0) + bytes(99)
+        return (
+            b"BM"
+            + struct.pack("<IHHIIiiHHIIiiII", 100, 0, 0, 54, 40, width, height, 1, 24, 0, 0, 0, 0, 0, 0)
+            + bytes(99)
+        )
     if kind == "ppm":
         return b"P%d %d %d 255\n" % (draw(st.integers(1, 7)), width, height) + bytes(99)
     entry = lambda tag, value: struct.pack("<HHII", tag, 4, 1, value % 2**32)
@@ -284,11 +396,13 @@ def sharded(files: Files) -> Files:
     """The same weights behind an index."""
     content = files["model.safetensors"]
     size = struct.unpack("<Q", content[:8])[0]
-    names = [name for name in json.loads(content[8:8 + size]) if name != "__metadata__"]
+    names = [name for name in json.loads(content[8 : 8 + size]) if name != "__metadata__"]
     shard = "model-00001-of-00001.safetensors"
     index = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(names, shard)}
     return {name: data for name, data in files.items() if name != "model.safetensors"} | {
-        shard: content, "model.safetensors.index.json": as_json(index)}
+        shard: content,
+        "model.safetensors.index.json": as_json(index),
+    }
 
 
 _WEIGHTS = ("config.json", "preprocessor_config.json", "model.safetensors")
@@ -298,23 +412,30 @@ _WEIGHTS = ("config.json", "preprocessor_config.json", "model.safetensors")
 def encoders(draw) -> tuple[Files, int | None, str]:
     files = folder_files(REFERENCE / draw(st.sampled_from(ENCODERS)), *_WEIGHTS)
     files = sharded(files) if draw(st.integers(0, 3)) == 0 else files
-    return (draw(damaged_files(files)), draw(st.sampled_from([None, 32, 16, 0, 56, 2**14])),
-            draw(st.sampled_from(["affine", "plain"])))
+    return (
+        draw(damaged_files(files)),
+        draw(st.sampled_from([None, 32, 16, 0, 56, 2**14])),
+        draw(st.sampled_from(["affine", "plain"])),
+    )
 
 
 @functools.cache
 def _text_model() -> Files:
     with tempfile.TemporaryDirectory() as folder:
         tiny.text_model(Path(folder))
-        return {**folder_files(Path(folder), "config.json", "model.safetensors", "tokenizer.json"),
-                "tokenizer_config.json": as_json({"tokenizer_class": "PreTrainedTokenizerFast"})}
+        return {
+            **folder_files(Path(folder), "config.json", "model.safetensors", "tokenizer.json"),
+            "tokenizer_config.json": as_json({"tokenizer_class": "PreTrainedTokenizerFast"}),
+        }
 
 
 @st.composite
 def language_models(draw) -> tuple[Files, str]:
     files = _text_model()
     files = sharded(files) if draw(st.integers(0, 3)) == 0 else files
-    return draw(damaged_files(files)), draw(st.sampled_from([text for text in TEXTS if text != "\ud800"]) | st.text(max_size=20))
+    return draw(damaged_files(files)), draw(
+        st.sampled_from([text for text in TEXTS if text != "\ud800"]) | st.text(max_size=20)
+    )
 
 
 def siglips():
@@ -323,17 +444,31 @@ def siglips():
 
 # Tensors
 
-_TENSORS = {"a/kernel": np.ones((3, 4), np.float16), "a/bias": np.zeros(4, np.float32), "codes": np.zeros((2, 2), np.float32)}
+_TENSORS = {
+    "a/kernel": np.ones((3, 4), np.float16),
+    "a/bias": np.zeros(4, np.float32),
+    "codes": np.zeros((2, 2), np.float32),
+}
 
 
 @st.composite
 def safetensors_files(draw) -> tuple[bytes, dict[str, tuple[int, ...]]]:
-    tensors = draw(st.sampled_from([
-        _TENSORS, {**_TENSORS, "more": np.ones(3, np.int64)}, {**_TENSORS, "codes": np.zeros((0, 2), np.float32)},
-        {**_TENSORS, "a/bias": np.zeros(4, np.bool_)}, {**_TENSORS, "a/bias": np.zeros((), np.float64)}]))
+    tensors = draw(
+        st.sampled_from(
+            [
+                _TENSORS,
+                {**_TENSORS, "more": np.ones(3, np.int64)},
+                {**_TENSORS, "codes": np.zeros((0, 2), np.float32)},
+                {**_TENSORS, "a/bias": np.zeros(4, np.bool_)},
+                {**_TENSORS, "a/bias": np.zeros((), np.float64)},
+            ]
+        )
+    )
     content = save(tensors)
-    return (draw(st.just(content) | safetensors_header(content) | damaged(content)),
-            {name: array.shape for name, array in _TENSORS.items()})
+    return (
+        draw(st.just(content) | safetensors_header(content) | damaged(content)),
+        {name: array.shape for name, array in _TENSORS.items()},
+    )
 
 
 @functools.cache
@@ -341,11 +476,19 @@ def _torch_files() -> list[bytes]:
     import torch
 
     made = []
-    for value in ({"ema": {"a.weight": torch.ones(3, 4)}, "model": {"a.weight": torch.ones(3, 4)}, "step": 3},
-                  [torch.ones(2), {"a": (torch.zeros(1), None)}], torch.arange(3), {"a": 1}, {1: torch.ones(1)},
-                  {"a": torch.ones(2, dtype=torch.bfloat16)}, {"a": torch.ones(2, dtype=torch.complex64)},
-                  {"a": torch.ones(2, 2).to_sparse()}, {"a": torch.empty(2, device="meta")},
-                  {"a": torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8)}, {"a": Path("b")}):
+    for value in (
+        {"ema": {"a.weight": torch.ones(3, 4)}, "model": {"a.weight": torch.ones(3, 4)}, "step": 3},
+        [torch.ones(2), {"a": (torch.zeros(1), None)}],
+        torch.arange(3),
+        {"a": 1},
+        {1: torch.ones(1)},
+        {"a": torch.ones(2, dtype=torch.bfloat16)},
+        {"a": torch.ones(2, dtype=torch.complex64)},
+        {"a": torch.ones(2, 2).to_sparse()},
+        {"a": torch.empty(2, device="meta")},
+        {"a": torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8)},
+        {"a": Path("b")},
+    ):
         for zipped in (True, False):
             buffer = io.BytesIO()
             torch.save(value, buffer, _use_new_zipfile_serialization=zipped)
@@ -412,7 +555,8 @@ def pytorch_models(draw) -> tuple[str, bytes, str, int]:
         elif how == "values":
             with np.errstate(all="ignore"):
                 tensors[name] = (array * np.float64(draw(st.sampled_from([0, -1, np.nan, np.inf, 1e30, 1e9])))).astype(
-                    array.dtype)
+                    array.dtype
+                )
         elif how == "scalar":
             tensors[name] = np.float32(draw(st.floats(width=32))).reshape(())
         elif how == "prefix":
@@ -421,12 +565,19 @@ def pytorch_models(draw) -> tuple[str, bytes, str, int]:
         elif how == "more":
             tensors |= {name: array, f"decoder.decoder_layers.{draw(st.integers(0, 10**9))}.x": array}
     content = save({key: np.ascontiguousarray(value) for key, value in tensors.items()})
-    return ("model.safetensors", draw(st.sampled_from([content, content, content, content[:-9]])),
-            str(REFERENCE / draw(st.sampled_from(["siglip_vision", "siglip_vision", "siglip_vision", "dinov3_vit", "intern_vit"]))),
-            draw(st.sampled_from([2, 2, 2, 2, 3, 16])))
+    return (
+        "model.safetensors",
+        draw(st.sampled_from([content, content, content, content[:-9]])),
+        str(
+            REFERENCE
+            / draw(st.sampled_from(["siglip_vision", "siglip_vision", "siglip_vision", "dinov3_vit", "intern_vit"]))
+        ),
+        draw(st.sampled_from([2, 2, 2, 2, 3, 16])),
+    )
 
 
 # Tars and records
+
 
 def tar_of(members: list[tuple[str, bytes, dict[str, Any]]], kind: int = tarfile.GNU_FORMAT) -> bytes:
     buffer = io.BytesIO()
@@ -443,16 +594,63 @@ def tar_of(members: list[tuple[str, bytes, dict[str, Any]]], kind: int = tarfile
 @st.composite
 def plain_tars(draw) -> bytes:
     some = [good_images()[name] for name in ("JPEG RGB (13, 7)", "PNG RGBA (13, 7)", "GIF animated")]
-    names = st.sampled_from(["0001.jpg", "0001.png", "0001.cls", "0001.json", "0001.txt", "../x.jpg", "/etc/x.jpg", "a/b.c.jpg",
-                             "é" * 150 + ".jpg", ".jpg", "0001.", "a\nb.jpg", "\udcff.png", "0002.JPEG"])
-    data = st.sampled_from([*some, b"3", b"-1", b"9" * 5000, b'{"label": 1, "caption": "a"}', b"[" * 10**5, b'{"cls": 1e999}',
-                            b"\xff\xfe", b"", b"a caption", b'{"label": 100000000000000000000, "text": "\\ud800"}'])
-    fields = st.sampled_from([{}, {}, {}, {"type": tarfile.SYMTYPE, "linkname": "../../x"}, {"type": tarfile.LNKTYPE,
-             "linkname": "0001.jpg"}, {"type": tarfile.CHRTYPE}, {"type": tarfile.DIRTYPE}, {"type": tarfile.FIFOTYPE},
-             {"type": b"S"}, {"mtime": 2**40}, {"pax_headers": {"size": "99999999999999", "path": "x.jpg"}},
-             {"pax_headers": {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": "99999999999",
-                              "GNU.sparse.name": "0001.jpg"}},
-             {"pax_headers": {"GNU.sparse.map": "0,5,9999999999,1", "GNU.sparse.size": "nan"}}])
+    names = st.sampled_from(
+        [
+            "0001.jpg",
+            "0001.png",
+            "0001.cls",
+            "0001.json",
+            "0001.txt",
+            "../x.jpg",
+            "/etc/x.jpg",
+            "a/b.c.jpg",
+            "é" * 150 + ".jpg",
+            ".jpg",
+            "0001.",
+            "a\nb.jpg",
+            "\udcff.png",
+            "0002.JPEG",
+        ]
+    )
+    data = st.sampled_from(
+        [
+            *some,
+            b"3",
+            b"-1",
+            b"9" * 5000,
+            b'{"label": 1, "caption": "a"}',
+            b"[" * 10**5,
+            b'{"cls": 1e999}',
+            b"\xff\xfe",
+            b"",
+            b"a caption",
+            b'{"label": 100000000000000000000, "text": "\\ud800"}',
+        ]
+    )
+    fields = st.sampled_from(
+        [
+            {},
+            {},
+            {},
+            {"type": tarfile.SYMTYPE, "linkname": "../../x"},
+            {"type": tarfile.LNKTYPE, "linkname": "0001.jpg"},
+            {"type": tarfile.CHRTYPE},
+            {"type": tarfile.DIRTYPE},
+            {"type": tarfile.FIFOTYPE},
+            {"type": b"S"},
+            {"mtime": 2**40},
+            {"pax_headers": {"size": "99999999999999", "path": "x.jpg"}},
+            {
+                "pax_headers": {
+                    "GNU.sparse.major": "1",
+                    "GNU.sparse.minor": "0",
+                    "GNU.sparse.realsize": "99999999999",
+                    "GNU.sparse.name": "0001.jpg",
+                }
+            },
+            {"pax_headers": {"GNU.sparse.map": "0,5,9999999999,1", "GNU.sparse.size": "nan"}},
+        ]
+    )
     members = draw(st.lists(st.tuples(names, data, fields), max_size=4))
     return tar_of(members, draw(st.sampled_from([tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])))
 
@@ -461,12 +659,40 @@ def plain_tars(draw) -> bytes:
 def tar_header(draw, content: bytes) -> bytes:
     """One field of the first header overwritten, its checksum being right."""
     header = bytearray(content[:512])
-    start, end = draw(st.sampled_from([(0, 100), (100, 108), (124, 136), (136, 148), (156, 157), (157, 257), (257, 265),
-                                       (345, 500), (386, 482), (482, 495)]))
-    value = draw(st.binary(max_size=end - start) | st.sampled_from([
-        b"7" * (end - start), b"\x80" + b"\xff" * (end - start - 1), b"\xff" * (end - start), b"-1", b"x", b"g", b"L", b"S", b"K",
-        b"\x80" + bytes(end - start - 2) + b"\x01"]))
-    header[start:end] = value[:end - start].ljust(end - start, b"\0")
+    start, end = draw(
+        st.sampled_from(
+            [
+                (0, 100),
+                (100, 108),
+                (124, 136),
+                (136, 148),
+                (156, 157),
+                (157, 257),
+                (257, 265),
+                (345, 500),
+                (386, 482),
+                (482, 495),
+            ]
+        )
+    )
+    value = draw(
+        st.binary(max_size=end - start)
+        | st.sampled_from(
+            [
+                b"7" * (end - start),
+                b"\x80" + b"\xff" * (end - start - 1),
+                b"\xff" * (end - start),
+                b"-1",
+                b"x",
+                b"g",
+                b"L",
+                b"S",
+                b"K",
+                b"\x80" + bytes(end - start - 2) + b"\x01",
+            ]
+        )
+    )
+    header[start:end] = value[: end - start].ljust(end - start, b"\0")
     header[148:156] = b" " * 8
     header[148:156] = b"%06o\0 " % sum(header)
     return bytes(header) + content[512:]
@@ -498,9 +724,19 @@ def tars(draw) -> tuple[str, bytes]:
 @st.composite
 def tar_reports(draw) -> tuple[bytes, bytes]:
     content = tar_of([("0001.jpg", good_images()["JPEG RGB (13, 7)"], {})])
-    report = {"tar": "a.tar", "bytes": len(content), "sha256": "0", "images": 1, "labels": 0, "captions": 0, "bad": 0,
-              "damage": None}
-    return content, draw(damaged_file("a.jsonl", as_json({"name": "x", "reason": "y"}) + b"\n" + as_json(report) + b"\n"))
+    report = {
+        "tar": "a.tar",
+        "bytes": len(content),
+        "sha256": "0",
+        "images": 1,
+        "labels": 0,
+        "captions": 0,
+        "bad": 0,
+        "damage": None,
+    }
+    return content, draw(
+        damaged_file("a.jsonl", as_json({"name": "x", "reason": "y"}) + b"\n" + as_json(report) + b"\n")
+    )
 
 
 def _array_record(records: list[bytes]) -> bytes:
@@ -515,14 +751,17 @@ def _array_record(records: list[bytes]) -> bytes:
 @functools.cache
 def _array_records() -> list[bytes]:
     image = good_images()["JPEG RGB (13, 7)"]
-    return [_array_record([serialize_example({"image": image, "label": i, "caption": b"a"}) for i in range(3)]),
-            _array_record([image] * 20), _array_record([])]
+    return [
+        _array_record([serialize_example({"image": image, "label": i, "caption": b"a"}) for i in range(3)]),
+        _array_record([image] * 20),
+        _array_record([]),
+    ]
 
 
 @st.composite
 def examples(draw) -> bytes:
     """A `tf.train.Example` with other features than it should have, or damaged."""
-    value = st.binary(max_size=9) | st.integers(-2**63, 2**63 - 1) | st.just(np.arange(6, dtype="<u2").tobytes())
+    value = st.binary(max_size=9) | st.integers(-(2**63), 2**63 - 1) | st.just(np.arange(6, dtype="<u2").tobytes())
     names = ("image", "image/encoded", "label", "image/class/label", "caption", "codes", "name", "other")
     content = serialize_example(draw(st.dictionaries(st.sampled_from(names), value, max_size=5)))
     return draw(st.just(content) | damaged(content))
@@ -536,8 +775,19 @@ def array_records(draw) -> bytes:
 
 
 _DESCRIPTION = codes.Description(
-    data="embedded", source={"images": 5, "digests": ["0" * 16] * 5}, num_classes=7, tokenizer="ab", weights="ema",
-    codebook_size=300, grid=(4, 4), image_size=32, views=2, batch_size=4, shard_size=3, recipe={"data": "embedded"})
+    data="embedded",
+    source={"images": 5, "digests": ["0" * 16] * 5},
+    num_classes=7,
+    tokenizer="ab",
+    weights="ema",
+    codebook_size=300,
+    grid=(4, 4),
+    image_size=32,
+    views=2,
+    batch_size=4,
+    shard_size=3,
+    recipe={"data": "embedded"},
+)
 
 
 @functools.cache
@@ -547,7 +797,7 @@ def _codes() -> Files:
         begun = codes.begin(folder, _DESCRIPTION)
         records = [CodesRecord(np.full((2, 4, 4), 7 * i, np.uint16), i, f"image {i}", "a" * i) for i in range(5)]
         for number, shard in enumerate(begun.shards(folder)):
-            codes.write_shard(shard, records[3 * number:3 * number + 3])
+            codes.write_shard(shard, records[3 * number : 3 * number + 3])
         codes.end(folder, begun)
         return {path.name: _without_checksum(path.name, path.read_bytes()) for path in folder.iterdir()}
 
@@ -570,13 +820,30 @@ def codes_folders(draw) -> Files:
 
 @st.composite
 def image_folders(draw) -> list[tuple[str, str]]:
-    names = st.sampled_from(["a.jpg", "b.png", "c/a.jpg", "c/b.webp", "d.jpg/e.jpg", ".hidden.jpg", "\udcff.jpg", "a\nb.jpg",
-                             "x" * 250 + ".jpg", "c.jpg", "e/f/g/h.jpg", "é/ü.png"])
-    kinds = st.sampled_from(["file", "file", "folder", "pipe", "link:.", "link:..", "link:/dev/zero", "link:a.jpg", "link:none"])
+    names = st.sampled_from(
+        [
+            "a.jpg",
+            "b.png",
+            "c/a.jpg",
+            "c/b.webp",
+            "d.jpg/e.jpg",
+            ".hidden.jpg",
+            "\udcff.jpg",
+            "a\nb.jpg",
+            "x" * 250 + ".jpg",
+            "c.jpg",
+            "e/f/g/h.jpg",
+            "é/ü.png",
+        ]
+    )
+    kinds = st.sampled_from(
+        ["file", "file", "folder", "pipe", "link:.", "link:..", "link:/dev/zero", "link:a.jpg", "link:none"]
+    )
     return draw(st.lists(st.tuples(names, kinds), max_size=6))
 
 
 # Runs, configs and studies
+
 
 def _lines(*lines: dict[str, Any]) -> bytes:
     return b"".join(as_json(line) + b"\n" for line in lines)
@@ -587,12 +854,18 @@ def _tokenizer_run() -> Files:
     values = conftest.tiny()
     values.model.encoder.path = "encoder"
     encoder = folder_files(REFERENCE / "siglip_vision", "config.json", "preprocessor_config.json")
-    return {"config.json": as_json(dataclasses.asdict(config_lib.parse(values))),
-            "metrics.jsonl": _lines({"step": 1, "loss/total": 1.5}, {"step": 2, "eval/psnr": 9.0, "eval/num_images": 3},
-                                    {"step": 3, "loss/total": None}, {"step": 4, "loss/total": 1.0}),
-            "images.json": as_json({"images": 4096, "digests": ["0" * 16] * 16}),
-            "bad_images.jsonl": _lines({"name": "x", "reason": "y"}, {"name": "z", "reason": "y"}),
-            **{f"encoder/{name}": content for name, content in encoder.items()}}
+    return {
+        "config.json": as_json(dataclasses.asdict(config_lib.parse(values))),
+        "metrics.jsonl": _lines(
+            {"step": 1, "loss/total": 1.5},
+            {"step": 2, "eval/psnr": 9.0, "eval/num_images": 3},
+            {"step": 3, "loss/total": None},
+            {"step": 4, "loss/total": 1.0},
+        ),
+        "images.json": as_json({"images": 4096, "digests": ["0" * 16] * 16}),
+        "bad_images.jsonl": _lines({"name": "x", "reason": "y"}, {"name": "z", "reason": "y"}),
+        **{f"encoder/{name}": content for name, content in encoder.items()},
+    }
 
 
 @functools.cache
@@ -604,8 +877,11 @@ def _generator_run(captions: bool) -> Files:
         values = tiny.tiny(captions=Path("text"))
         values.data.source = "codes:codes"
         files |= {f"text/{name}": content for name, content in _text_model().items() if name != "model.safetensors"}
-    return {**files, "config.json": as_json(dataclasses.asdict(config_lib.parse(values))),
-            "metrics.jsonl": _lines({"step": 1, "loss": 1.5})}
+    return {
+        **files,
+        "config.json": as_json(dataclasses.asdict(config_lib.parse(values))),
+        "metrics.jsonl": _lines({"step": 1, "loss": 1.5}),
+    }
 
 
 def tokenizer_runs():
@@ -634,7 +910,9 @@ def configs():
 def _assignment(draw, values: dict[str, Any]) -> tuple[str, Any]:
     """A dotted key and what it is set to."""
     keys = sorted(_keys(values))
-    return draw(st.sampled_from(keys) | st.sampled_from(["x", "train", "train.x", "model.x.y", "", "optim.lr.x"])), draw(anything)
+    return draw(
+        st.sampled_from(keys) | st.sampled_from(["x", "train", "train.x", "model.x.y", "", "optim.lr.x"])
+    ), draw(anything)
 
 
 def _keys(values: dict[str, Any], prefix: str = ""):
@@ -647,45 +925,144 @@ def config_files(draw) -> str:
     values = draw(st.sampled_from(_config_values()))
     which = "generator" if values["task"] == "generator" else "default"
     lines = [f"    config.{key} = {value!r}" for key, value in draw(st.lists(_assignment(values), max_size=2))]
-    body = draw(st.sampled_from(["config.train.x += 1", "raise KeyError('a')", "raise OSError(3)", "return None", "return 3",
-                                 "return [config]", "return dict(config.train)", "1 / 0", "def", "assert False", "",
-                                 "return config.to_dict()", "raise SystemExit(3)", "import nothing.at.all", "config.unlock()",
-                                 "return config.copy_and_resolve_references()", "raise ValueError('a\\nb')"]))
-    head = draw(st.sampled_from(["def get_config():", "def get_config():", "def get_config(a):", "def get_study():", "get_config = 3",
-                                 "def get_config(*, a):", "\0"]))
-    return "\n".join(["from vqrae_jax import config as c", head, f"    config = c.{which}()", *lines, f"    {body}",
-                      "    return config", ""])
+    body = draw(
+        st.sampled_from(
+            [
+                "config.train.x += 1",
+                "raise KeyError('a')",
+                "raise OSError(3)",
+                "return None",
+                "return 3",
+                "return [config]",
+                "return dict(config.train)",
+                "1 / 0",
+                "def",
+                "assert False",
+                "",
+                "return config.to_dict()",
+                "import nothing.at.all",
+                "config.unlock()",
+                "return config.copy_and_resolve_references()",
+                "raise ValueError('a\\nb')",
+            ]
+        )
+    )
+    head = draw(
+        st.sampled_from(
+            [
+                "def get_config():",
+                "def get_config():",
+                "def get_config(a):",
+                "def get_study():",
+                "get_config = 3",
+                "def get_config(*, a):",
+                "\0",
+            ]
+        )
+    )
+    return "\n".join(
+        [
+            "from vqrae_jax import config as c",
+            head,
+            f"    config = c.{which}()",
+            *lines,
+            f"    {body}",
+            "    return config",
+            "",
+        ]
+    )
 
 
 @st.composite
 def command_lines(draw) -> list[str]:
     root = conftest.REPOSITORY
-    given = [f"--config={root}/configs/" + draw(st.sampled_from(["nano_stage1.py", "nano_generator.py", "ablation.py:dim=384",
-             "ablation.py:dim=x", "ablation.py:" + "=" * 9, "nano_stage1.py:a", "none.py", "", "nano_stage1.py:"]))]
+    given = [
+        f"--config={root}/configs/"
+        + draw(
+            st.sampled_from(
+                [
+                    "nano_stage1.py",
+                    "nano_generator.py",
+                    "ablation.py:dim=384",
+                    "ablation.py:dim=x",
+                    "ablation.py:" + "=" * 9,
+                    "nano_stage1.py:a",
+                    "none.py",
+                    "",
+                    "nano_stage1.py:",
+                ]
+            )
+        )
+    ]
     for _ in range(draw(st.integers(0, 3))):
         key, value = draw(_assignment(draw(st.sampled_from(_config_values()))))
-        given.append(draw(st.sampled_from(["--config.{}={}", "--config.{}={}", "--config.{}", "--noconfig.{}", "--config.{}==={}",
-                                           "--{}={}", "config.{}={}"])).format(key, value))
+        given.append(
+            draw(
+                st.sampled_from(
+                    [
+                        "--config.{}={}",
+                        "--config.{}={}",
+                        "--config.{}",
+                        "--noconfig.{}",
+                        "--config.{}==={}",
+                        "--{}={}",
+                        "config.{}={}",
+                    ]
+                )
+            ).format(key, value)
+        )
     return [argument for argument in given if "\0" not in argument]  # no process has such an argument
 
 
 @st.composite
 def study_files(draw) -> str:
-    row = {"config": str(conftest.REPOSITORY / "configs" / "nano_stage1.py"), "changes": {"train.steps": 300}, "seeds": [0, 1]}
-    study = {"title": "a", "rows": {"first": row, "second": {**row, "init_from": "first"}}, "data": "embedded",
-             "metrics": ["psnr"], "probe": False}
+    row = {
+        "config": str(conftest.REPOSITORY / "configs" / "nano_stage1.py"),
+        "changes": {"train.steps": 300},
+        "seeds": [0, 1],
+    }
+    study = {
+        "title": "a",
+        "rows": {"first": row, "second": {**row, "init_from": "first"}},
+        "data": "embedded",
+        "metrics": ["psnr"],
+        "probe": False,
+    }
     given = draw(changed(study))
-    body = draw(st.sampled_from(["return s"] * 8 + ["return None", "raise SystemExit(1)", "raise KeyError(1)", "1 / 0", "return S"]))
-    return "\n".join(["from vqrae_jax.tokenizer.study import Row, Study", "nan, inf = float('nan'), float('inf')",
-                      "def get_study():", f"    given = {given!r}", "    S = Study",
-                      "    if isinstance(given, dict) and isinstance(given.get('rows'), dict):",
-                      "        given['rows'] = {k: Row(**r) if isinstance(r, dict) else r for k, r in given['rows'].items()}",
-                      "    s = Study(**given)", f"    {body}", ""])
+    body = draw(st.sampled_from(["return s"] * 8 + ["return None", "raise KeyError(1)", "1 / 0", "return S"]))
+    return "\n".join(
+        [
+            "from vqrae_jax.tokenizer.study import Row, Study",
+            "nan, inf = float('nan'), float('inf')",
+            "def get_study():",
+            f"    given = {given!r}",
+            "    S = Study",
+            "    if isinstance(given, dict) and isinstance(given.get('rows'), dict):",
+            "        given['rows'] = {k: Row(**r) if isinstance(r, dict) else r for k, r in given['rows'].items()}",
+            "    s = Study(**given)",
+            f"    {body}",
+            "",
+        ]
+    )
 
 
 INPUTS: dict[str, Callable[[], st.SearchStrategy]] = {
-    "image": images, "encoder": encoders, "language_model": language_models, "siglip_heads": siglips,
-    "safetensors": safetensors_files, "pytorch_file": pytorch_files, "pytorch_model": pytorch_models, "tar": tars,
-    "tar_report": tar_reports, "array_record": array_records, "codes_folder": codes_folders, "image_folder": image_folders,
-    "tokenizer_run": tokenizer_runs, "generator_run": generator_runs, "config": configs, "config_file": config_files,
-    "command_line": command_lines, "study_file": study_files}
+    "image": images,
+    "encoder": encoders,
+    "language_model": language_models,
+    "siglip_heads": siglips,
+    "safetensors": safetensors_files,
+    "pytorch_file": pytorch_files,
+    "pytorch_model": pytorch_models,
+    "tar": tars,
+    "tar_report": tar_reports,
+    "array_record": array_records,
+    "codes_folder": codes_folders,
+    "image_folder": image_folders,
+    "tokenizer_run": tokenizer_runs,
+    "generator_run": generator_runs,
+    "config": configs,
+    "config_file": config_files,
+    "command_line": command_lines,
+    "study_file": study_files,
+}

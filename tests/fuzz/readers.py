@@ -2,7 +2,6 @@
 
 import contextlib
 import itertools
-import json
 import os
 from pathlib import Path
 
@@ -62,8 +61,9 @@ def language_model(folder: Path, value: tuple[dict[str, bytes], str]) -> None:
     text.load_text_tokenizer(folder, spec.vocabulary)(words)
     qwen3.load_lm_params(folder, spec)
     (folder / "out").mkdir()
-    text.save_tokenizer(folder / "out", text=folder, first=spec.vocabulary, shown=["<code_0>"], special=["<begin>"],
-                        longest=8)
+    text.save_tokenizer(
+        folder / "out", text=folder, first=spec.vocabulary, shown=["<code_0>"], special=["<begin>"], longest=8
+    )
 
 
 def siglip_heads(folder: Path, files: dict[str, bytes]) -> None:
@@ -73,8 +73,12 @@ def siglip_heads(folder: Path, files: dict[str, bytes]) -> None:
 def safetensors(folder: Path, value: tuple[bytes, dict[str, tuple[int, ...]]]) -> None:
     content, shapes = value
     write(folder, {packed.WEIGHTS: content})
-    packed.read(folder, {path: jax.ShapeDtypeStruct(shape, np.float32) for path, shape in shapes.items()}, step=None,
-                weights="ema")
+    packed.read(
+        folder,
+        {path: jax.ShapeDtypeStruct(shape, np.float32) for path, shape in shapes.items()},
+        step=None,
+        weights="ema",
+    )
 
 
 def pytorch_file(folder: Path, content: bytes) -> None:
@@ -88,10 +92,10 @@ def pytorch_model(folder: Path, value: tuple[str, bytes, str, int]) -> None:
 
 def tar(folder: Path, value: tuple[str, bytes]) -> None:
     name, content = value
-    before = set(folder.parent.iterdir())
+    inside = folder / "inside"
     for _ in range(2):  # the second time it is finished
-        list(webdataset.convert([write(folder, {name: content}) / name], folder / "out", threads=1))
-    assert set(os.listdir(folder)) == {name, "out"} and set(folder.parent.iterdir()) <= before
+        list(webdataset.convert([write(inside, {name: content}) / name], inside / "out", threads=1))
+    assert os.listdir(folder) == ["inside"] and set(os.listdir(inside)) == {name, "out"}
 
 
 def tar_report(folder: Path, value: tuple[bytes, bytes]) -> None:
@@ -221,7 +225,29 @@ def _generator(parsed: GeneratorConfig, known: generator_build.Codes) -> None:
     generator_state.abstract(parsed, structure, _check(parsed, structure.params))
 
 
-READERS = {name: reader for name, reader in list(globals().items()) if callable(reader) and name in (
-    "image", "encoder", "language_model", "siglip_heads", "safetensors", "pytorch_file", "pytorch_model", "tar",
-    "tar_report", "array_record", "codes_folder", "image_folder", "tokenizer_run", "generator_run", "config",
-    "config_file", "command_line", "study_file")}
+READERS = {
+    name: reader
+    for name, reader in list(globals().items())
+    if callable(reader)
+    and name
+    in (
+        "image",
+        "encoder",
+        "language_model",
+        "siglip_heads",
+        "safetensors",
+        "pytorch_file",
+        "pytorch_model",
+        "tar",
+        "tar_report",
+        "array_record",
+        "codes_folder",
+        "image_folder",
+        "tokenizer_run",
+        "generator_run",
+        "config",
+        "config_file",
+        "command_line",
+        "study_file",
+    )
+}

@@ -24,6 +24,7 @@ from vqrae_jax.data.transforms import decode_image
 _KINDS = {suffix[1:]: "image" for suffix in IMAGE_SUFFIXES} | {kind: kind for kind in ("cls", "txt", "json")}
 _MAX_BYTES = {"image": 64 << 20, "cls": 1 << 10, "txt": 64 << 10, "json": 1 << 20}
 _MAX_HEADER_BYTES = 64 << 10  # with its extensions: long names, PAX records, maps of sparse files
+_MAX_PADDING_BYTES = 64 << 20  # of zeros a gzip file has without end
 _ENDS = 64 << 10
 _SHOWN = 500  # characters of a name in a report
 
@@ -111,7 +112,10 @@ def _fingerprint(tar: Path) -> tuple[int, str]:
 def _finished(tar: Path, output: Path) -> Converted:
     try:
         converted = Converted(**json.loads(report_path(output).read_text().splitlines()[-1]))
-    except (FileNotFoundError, IndexError, TypeError, ValueError) as error:
+        for name in ("images", "labels", "captions", "bad"):
+            if type(getattr(converted, name)) is not int:
+                raise TypeError(f"{name} is no number")
+    except (FileNotFoundError, IndexError, RecursionError, TypeError, ValueError) as error:
         raise ValueError(f"{output} is there, but not the report of how this version made it: choose another folder, "
                          "or remove the file") from error
     if (converted.bytes, converted.sha256) != _fingerprint(tar):
@@ -302,8 +306,11 @@ def _read_tar(file: _Bounded) -> Iterator[_Member]:
     # `tarfile` takes a header that it cannot read for the end; and the checksum of a gzip file comes last.
     if len(file.last) < tarfile.BLOCKSIZE:
         raise tarfile.ReadError("it ends without an end mark: cut off?")
-    while file.last:
+    for _ in range(_MAX_PADDING_BYTES // _MAX_HEADER_BYTES):
+        if not file.last:
+            return
         if file.last.strip(b"\0"):
             raise tarfile.ReadError(f"from byte {tar.offset} on it is no tar")
         file.allowed = _MAX_HEADER_BYTES
         file.read(_MAX_HEADER_BYTES)
+    raise tarfile.ReadError(f"more than {_MAX_PADDING_BYTES} bytes of padding behind its end mark")

@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw
 
 from vqrae_jax.config import Run
 from vqrae_jax.files import disk_errors, whole
+from vqrae_jax.foreign import one_line
 from vqrae_jax.training import distributed
 from vqrae_jax.training.task import Best
 
@@ -166,9 +167,14 @@ def lines_until(file: Path, last_step: float) -> list[str]:
     kept = []
     for line in file.read_text().splitlines(keepends=True) if file.exists() else ():
         try:
-            step = json.loads(line)["step"]
+            values = json.loads(line)
+            step = values["step"]
+            if not all(value is None or type(value) in (int, float) for value in values.values()) or step is None:
+                raise TypeError("a value that is no number")
         except json.JSONDecodeError:
             break  # the process was killed while it wrote this line
+        except (AttributeError, KeyError, RecursionError, TypeError) as error:
+            raise ValueError(f"{file} is damaged in line {len(kept) + 1} ({one_line(error)}): remove that line") from None
         if step <= last_step:
             kept.append(line)
     return kept
