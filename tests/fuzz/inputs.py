@@ -138,16 +138,17 @@ def damaged(draw, content: bytes) -> bytes:
 def changed(draw, value: Any) -> Any:
     """JSON, or the values of a config, with one or two entries replaced, removed, added, or put elsewhere."""
     value = copy.deepcopy(value)
+    fresh = lambda: copy.deepcopy(draw(anything))  # one that stands in two places could be put into itself
     for _ in range(draw(st.sampled_from([1, 1, 1, 2]))):
         places = list(_places(value))
         if not places or draw(st.integers(0, 39)) == 0:
-            return draw(anything)
+            return fresh()
         holder, key = draw(st.sampled_from(places))
         how = draw(st.sampled_from(["scalar", "scalar", "anything", "remove", "add", "number", "nested"]))
         if how == "scalar":
             holder[key] = draw(scalars)
         elif how == "anything":
-            holder[key] = draw(anything)
+            holder[key] = fresh()
         elif how == "number":
             holder[key] = draw(numbers)
         elif how == "remove":
@@ -155,9 +156,9 @@ def changed(draw, value: Any) -> Any:
         elif how == "nested":
             holder[key] = draw(st.sampled_from([lambda x: [x], lambda x: {"a": x}, str]))(holder[key])
         elif isinstance(holder, dict):
-            holder[draw(st.text(max_size=8) | st.just("name"))] = draw(anything)
+            holder[draw(st.text(max_size=8) | st.just("name"))] = fresh()
         else:
-            holder.append(draw(anything))
+            holder.append(fresh())
     return value
 
 
@@ -688,7 +689,7 @@ def tar_header(draw, content: bytes) -> bytes:
                 b"L",
                 b"S",
                 b"K",
-                b"\x80" + bytes(end - start - 2) + b"\x01",
+                b"\x80" + bytes(max(0, end - start - 2)) + b"\x01",
             ]
         )
     )

@@ -111,7 +111,7 @@ def parse_example(record: bytes) -> dict[str, list[Any]]:
 
 
 def label_of(features: Mapping[str, list[Any]], *names: str) -> int:
-    """The label among the features of an example by its first name, -1 where it has none; ValueError if out of range."""
+    """The label among the features of an example by its first name, -1 if it has none; ValueError if out of range."""
     values = next((features[name] for name in names if name in features), [])
     label = values[0] if values and isinstance(values[0], int) else -1
     if not -1 <= label < 2**31:

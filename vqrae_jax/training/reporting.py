@@ -174,7 +174,7 @@ def lines_until(file: Path, last_step: float) -> list[str]:
         except json.JSONDecodeError:
             break  # the process was killed while it wrote this line
         except (AttributeError, KeyError, RecursionError, TypeError) as error:
-            raise ValueError(f"{file} is damaged in line {len(kept) + 1} ({one_line(error)}): remove that line") from None
+            raise ValueError(f"{file} is damaged in line {len(kept) + 1} ({one_line(error)}): remove it") from None
         if step <= last_step:
             kept.append(line)
     return kept
