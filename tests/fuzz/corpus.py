@@ -2,10 +2,13 @@
 
 import copy
 import dataclasses
+import gzip
 import json
 from typing import Any
 
 from tests import conftest
+from tests.fuzz import inputs
+from tests.fuzz.inputs import Files
 from vqrae_jax import config as config_lib
 
 _RUN = dataclasses.asdict(config_lib.parse(conftest.tiny()))
@@ -22,7 +25,24 @@ def _with(key: str, value: Any) -> dict[str, Any]:
     return values
 
 
+def _codes(**changes: Any) -> Files:
+    values = json.loads(inputs.good_codes()["codes.json"])
+    return inputs.good_codes() | {"codes.json": json.dumps(values | changes).encode()}
+
+
 CORPUS = {
+    "zeros without end behind a tar": (
+        "tar",
+        ("a.tar.gz", gzip.compress(inputs.tar_of([])) + gzip.compress(bytes(64 << 20)) * 4),
+    ),
+    "codes of more shards than there are names": ("codes_folder", _codes(source={"images": 10**11, "digests": []})),
+    "codes with a text for a number": ("codes_folder", _codes(shard_size="3")),
+    "codes of no size": ("codes_folder", _codes(grid=[4])),
+    "a line of metrics that is a list": ("tokenizer_run", inputs.good_tokenizer_run() | {"metrics.jsonl": b"[]\n"}),
+    "a run's images that are a number": (
+        "tokenizer_run",
+        inputs.good_tokenizer_run() | {"images.json": b'{"images": 1}'},
+    ),
     "a pipe in the place of an image": ("image_folder", [("a.jpg", "pipe")]),
     "a device in the place of an image": ("image_folder", [("a.jpg", "link:/dev/zero")]),
     "a config that is nothing": ("config", None),

@@ -792,7 +792,7 @@ _DESCRIPTION = codes.Description(
 
 
 @functools.cache
-def _codes() -> Files:
+def good_codes() -> Files:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         begun = codes.begin(folder, _DESCRIPTION)
@@ -812,9 +812,9 @@ def _without_checksum(name: str, content: bytes) -> bytes:
 
 @st.composite
 def codes_folders(draw) -> Files:
-    files = draw(damaged_files(_codes()))
+    files = draw(damaged_files(good_codes()))
     if draw(st.integers(0, 5)) == 0:  # records with other features
-        shard = next(name for name in sorted(_codes()) if name.endswith(".array_record"))
+        shard = next(name for name in sorted(good_codes()) if name.endswith(".array_record"))
         files[shard] = _array_record([draw(examples()) for _ in range(3)])
     return files
 
@@ -851,7 +851,7 @@ def _lines(*lines: dict[str, Any]) -> bytes:
 
 
 @functools.cache
-def _tokenizer_run() -> Files:
+def good_tokenizer_run() -> Files:
     values = conftest.tiny()
     values.model.encoder.path = "encoder"
     encoder = folder_files(REFERENCE / "siglip_vision", "config.json", "preprocessor_config.json")
@@ -873,7 +873,9 @@ def _tokenizer_run() -> Files:
 def _generator_run(captions: bool) -> Files:
     values = tiny.tiny()
     values.data.source = "codes:codes"
-    files = {f"codes/{name}": content for name, content in _codes().items()} | {"codes.json": _codes()["codes.json"]}
+    files = {f"codes/{name}": content for name, content in good_codes().items()} | {
+        "codes.json": good_codes()["codes.json"]
+    }
     if captions:
         values = tiny.tiny(captions=Path("text"))
         values.data.source = "codes:codes"
@@ -886,7 +888,7 @@ def _generator_run(captions: bool) -> Files:
 
 
 def tokenizer_runs():
-    return damaged_files(_tokenizer_run())
+    return damaged_files(good_tokenizer_run())
 
 
 def generator_runs():
