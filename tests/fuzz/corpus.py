@@ -31,6 +31,7 @@ def _codes(**changes: Any) -> Files:
 
 
 CORPUS = {
+    "an image of 178 million rows of a pixel": ("image", ("decode", inputs.png(1, 178_000_000, 1, 0, b""))),
     "zeros without end behind a tar": (
         "tar",
         ("a.tar.gz", gzip.compress(inputs.tar_of([])) + gzip.compress(bytes(64 << 20)) * 4),
