@@ -92,7 +92,7 @@ class Options:
         value = self._value(name)
         if not isinstance(value, str) or value not in among:
             raise ValueError(f"{self.where}{name}={shown(value)} is not supported, only {', '.join(among)}")
-        return value
+        return next(name for name in among if name == value)
 
     def text(self, name: str) -> str:
         """A string."""

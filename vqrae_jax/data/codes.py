@@ -130,11 +130,11 @@ def read_description(folder: Path) -> Description:
     if images > shard_size * _MOST_SHARDS:
         raise ValueError(f"{file}: {images} images are more than {_MOST_SHARDS} shards of shard_size {shard_size}")
     return Description(
-        data=given.text("data"), source=given.section("source").values, num_classes=known("num_classes"),
+        data=given.text("data"), source=dict(given.section("source").values), num_classes=known("num_classes"),
         tokenizer=given.text("tokenizer"), weights=given.one_of("weights", get_args(Weights)),
         codebook_size=given.whole("codebook_size", 1, 2**32), grid=given.pair("grid", 1, 2**10),
         image_size=given.whole("image_size", 1, 2**14), views=given.whole("views", 1, 2**10),
-        batch_size=given.whole("batch_size", 1, 2**31), shard_size=shard_size, recipe=given.section("recipe").values,
+        batch_size=given.whole("batch_size", 1, 2**31), shard_size=shard_size, recipe=dict(given.section("recipe").values),
         **{name: known(name) for name in _AT_THE_END})
 
 
