@@ -134,7 +134,8 @@ def read_description(folder: Path) -> Description:
         tokenizer=given.text("tokenizer"), weights=given.one_of("weights", get_args(Weights)),
         codebook_size=given.whole("codebook_size", 1, 2**32), grid=given.pair("grid", 1, 2**10),
         image_size=given.whole("image_size", 1, 2**14), views=given.whole("views", 1, 2**10),
-        batch_size=given.whole("batch_size", 1, 2**31), shard_size=shard_size, recipe=dict(given.section("recipe").values),
+        batch_size=given.whole("batch_size", 1, 2**31), shard_size=shard_size,
+        recipe=dict(given.section("recipe").values),
         **{name: known(name) for name in _AT_THE_END})
 
 
