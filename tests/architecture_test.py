@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "vqrae_jax"
 
 MAP = Path(__file__).parents[1] / "docs" / "architecture.md"
-VERBS = {file.stem for file in PACKAGE.glob("*.py")} - {"__init__", "cli", "config", "console", "files"}
+VERBS = {file.stem for file in PACKAGE.glob("*.py")} - {"__init__", "cli", "config", "console", "files", "foreign"}
 
 
 def arrows() -> dict[str, set[str]]:

@@ -26,6 +26,7 @@ from typing import Any, Literal, TypeVar
 import ml_collections
 
 from vqrae_jax import files
+from vqrae_jax.foreign import one_line, shown
 from vqrae_jax.models import inception
 from vqrae_jax.models.decoder import DECODER_SHAPES
 from vqrae_jax.models.discriminators import DISCRIMINATORS
@@ -80,7 +81,7 @@ class Train:
 class Data:
     # embedded | folder:PATH | tfds:NAME[:SPLIT][@DATA_DIR] | array_record:GLOB; may move, but must hold the same images
     source: str = _key("embedded", free=True)
-    image_size: int = _key(256, low=8)
+    image_size: int = _key(256, low=8, high=2**14)
     crop_scale_min: float = _key(0.8, low=1e-3, high=1.0)  # least share of the area that a random crop keeps
     flip: bool = True
     # Share of the images that is never trained on and that evaluation shows, where the data hold out none themselves.
@@ -103,7 +104,7 @@ class Eval:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Encoder:
     path: str = _key("nano", free=True)  # a Hugging Face folder or hub id, or `nano`, which ships with the package
-    input_size: int = _key(0, low=0)  # side of the image the encoder sees; 0 is data.image_size
+    input_size: int = _key(0, low=0, high=2**14)  # side of the image the encoder sees; 0 is data.image_size
     final_norm: Literal["affine", "plain"] = "affine"
     layers: tuple[int, ...] = ()  # whose tokens are the features, 1 is the first block's; empty: the last
     combine: Literal["sum", "concat"] = "sum"  # of several layers
@@ -113,8 +114,8 @@ class Encoder:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Quantizer:
     kind: str = _key("simvq", among=(QUANTIZERS,))  # none: an autoencoder, no codes; own: an object given to train
-    size: int = _key(16384, low=2)  # number of codes; FSQ: the product of its levels
-    dim: int = _key(1536, low=1)  # width of a code; FSQ: the number of its levels
+    size: int = _key(16384, low=2, high=2**24)  # number of codes; FSQ: the product of its levels
+    dim: int = _key(1536, low=1, high=2**16)  # width of a code; FSQ: the number of its levels
     levels: tuple[int, ...] = ()  # FSQ only
     projection: bool = False  # linear layers around the codebook even where dim equals the encoder's width
     input_projection: bool = False  # SimVQ: an identity-initialised layer before the search
@@ -130,11 +131,11 @@ class Quantizer:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Decoder:
     shape: str = _key("symmetric", among=(("symmetric",), DECODER_SHAPES, ("custom",)))
-    width: int = _key(0, low=0)  # custom only, as are the next three
-    depth: int = _key(0, low=0)
-    heads: int = _key(0, low=0)
-    mlp_dim: int = _key(0, low=0)
-    patch_size: int = _key(0, low=0)  # side of the square of pixels a token becomes; 0 is the encoder's
+    width: int = _key(0, low=0, high=2**16)  # custom only, as are the next three
+    depth: int = _key(0, low=0, high=2**10)
+    heads: int = _key(0, low=0, high=2**10)
+    mlp_dim: int = _key(0, low=0, high=2**18)
+    patch_size: int = _key(0, low=0, high=2**10)  # side of the square of pixels a token becomes; 0 is the encoder's
     cls_token: bool = False
     learned_positions: bool = False  # position embeddings that start as sin-cos and learn
 
@@ -191,7 +192,7 @@ class Gan:
     lecam_decay: float = _key(0.999, low=0.0, high=BELOW_ONE)
     augment: bool = False  # DiffAug
     cutout: float = _key(0.0, low=0.0, high=1.0)  # side of DiffAug's hole as a share of the image's
-    channels: int = _key(128, low=32)  # PatchGAN: of the first layer, a multiple of 32
+    channels: int = _key(128, low=32, high=2**12)  # PatchGAN: of the first layer, a multiple of 32
     # DINO: weights of the frozen ViT, read once: a file, a folder or a hub id; empty: the published ones
     backbone: str = _key("", free=True)
     heads: str = _key("", free=True)  # DINO: a PyTorch checkpoint with trained heads; empty: new ones
@@ -209,9 +210,9 @@ class Gan:
 class CodesData:
     source: str = _key("", free=True)  # codes:DIR, which `tokenize` made; may move, but must hold the same codes
     # What the codes must be; 0 is whatever they are. With all three a step can be planned where there are no codes yet.
-    grid: int = _key(0, low=0)  # tokens a side
-    size: int = _key(0, low=0)  # of the codebook
-    classes: int = _key(0, low=0)  # that labels tell apart
+    grid: int = _key(0, low=0, high=2**10)  # tokens a side
+    size: int = _key(0, low=0, high=2**24)  # of the codebook
+    classes: int = _key(0, low=0, high=2**24)  # that labels tell apart
     # Share of the images whose codes are never trained on and that evaluation shows.
     holdout: float = _key(0.01, low=0.0, high=0.5)
     max_bad: float = _key(0.01, low=0.0, high=1.0, free=True)  # share of records that may be unreadable
@@ -233,12 +234,12 @@ class LanguageModel:
     random_weights: bool = False  # read only the shape from path: for tests and measurements
     # How the embeddings of tokens begin that path has not: at the mean of those it has, or N(0, 0.02).
     new_rows: Literal["mean", "normal"] = "mean"
-    width: int = _key(768, low=1)  # without path only, as are the next seven
-    depth: int = _key(12, low=1)
-    heads: int = _key(12, low=1)
-    kv_heads: int = _key(12, low=1)  # of keys and values, each for heads / kv_heads queries
-    head_dim: int = _key(64, low=2)
-    mlp_dim: int = _key(2048, low=1)
+    width: int = _key(768, low=1, high=2**16)  # without path only, as are the next seven
+    depth: int = _key(12, low=1, high=2**10)
+    heads: int = _key(12, low=1, high=2**10)
+    kv_heads: int = _key(12, low=1, high=2**10)  # of keys and values, each for heads / kv_heads queries
+    head_dim: int = _key(64, low=2, high=2**12)
+    mlp_dim: int = _key(2048, low=1, high=2**18)
     tied_embeddings: bool = False  # one matrix takes tokens in and gives their logits
     rope_theta: float = _key(10_000.0, low=1.0)
     dropout: float = _key(0.0, low=0.0, high=0.9)  # of embeddings and of what each attention and MLP adds
@@ -252,7 +253,7 @@ class Prefix:
     """What stands before an image's codes: its class's token, or its caption and a token that says an image begins."""
 
     kind: Literal["class", "caption"] = "class"
-    longest: int = _key(64, low=1)  # caption: tokens of text that are kept
+    longest: int = _key(64, low=1, high=2**20)  # caption: tokens of text that are kept
     drop: float = _key(0.1, low=0.0, high=1.0)  # share of images in training whose prefix is the empty one
 
 
@@ -338,8 +339,8 @@ def type_of(values: ml_collections.ConfigDict | dict[str, Any]) -> type[TaskConf
       ValueError: there is no such task.
     """
     task: Any = values["task"] if "task" in values else Config.task
-    if task not in CONFIGS:
-        raise ValueError(f"config key task must be one of {', '.join(CONFIGS)}, not {task!r}")
+    if not isinstance(task, str) or task not in CONFIGS:
+        raise ValueError(f"config key task must be one of {', '.join(CONFIGS)}, not {shown(task)}")
     return CONFIGS[task]
 
 
@@ -360,11 +361,10 @@ def parse(values: ml_collections.ConfigDict | dict[str, Any], config_type: type[
       ValueError: a key is unknown, missing, of the wrong type or out of range, two keys contradict each other, or it is
         another task's.
     """
-    if not isinstance(values, dict):
-        values = values.to_dict()
+    values = _plain(values)
     config_type = config_type or type_of(values)
     if "task" in values and values["task"] != config_type.task:
-        raise ValueError(f"config key task is {values['task']!r}, but this is for a {config_type.task}")
+        raise ValueError(f"config key task is {shown(values['task'])}, but this is for a {config_type.task}")
     config = _parse_section(config_type, values, prefix="", root=config_type)
     _check_run(config)
     if isinstance(config, Config):
@@ -373,6 +373,14 @@ def parse(values: ml_collections.ConfigDict | dict[str, Any], config_type: type[
         _check_generator(config)
     _check_schedules(config)
     return config
+
+
+def _plain(values: Any) -> dict[str, Any]:
+    if isinstance(values, ml_collections.ConfigDict):
+        return values.to_dict()
+    if not isinstance(values, dict):
+        raise ValueError(f"a config must be an ml_collections.ConfigDict, or a dictionary, not {shown(values)}")
+    return values
 
 
 def load_config(file: str | os.PathLike, **changes: Any) -> TaskConfig:
@@ -390,7 +398,7 @@ def load_config(file: str | os.PathLike, **changes: Any) -> TaskConfig:
       ValueError: it has no `get_config`, or a key is unknown, of the wrong type or out of range, or two keys
         contradict each other.
     """
-    values = call_file(os.fspath(file), "get_config", "config").to_dict()
+    values = _plain(call_file(os.fspath(file), "get_config", "config"))
     for key, value in changes.items():
         check_key(key, type_of(values))
         *sections, last = key.split(".")
@@ -408,7 +416,7 @@ def call_file(file: str, function: str, what: str) -> Any:
 
     Raises:
       FileNotFoundError: there is no such file; the message names one of a similar name beside it.
-      ValueError: it defines no such function, or one without arguments.
+      ValueError: it fails, or defines no such function, or one without arguments.
     """
     name, colon, arguments = file.partition(":")
     check_file(name, what)
@@ -418,13 +426,26 @@ def call_file(file: str, function: str, what: str) -> Any:
         if spec is None or spec.loader is None:
             raise ValueError(f"{name} is no {what} file: it must be a Python file that defines {function}()")
         module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        with _named(name):
+            spec.loader.exec_module(module)
         if not hasattr(module, function):
             raise ValueError(f"{name} is no {what} file: it defines no {function}()")
         make = getattr(module, function)
         if colon and not inspect.signature(make).parameters:
             raise ValueError(f"{name} takes no arguments, but {arguments!r} follows its name")
-        return make(arguments) if colon else make()
+        with _named(name):
+            return make(arguments) if colon else make()
+
+
+@contextlib.contextmanager
+def _named(file: str) -> Iterator[None]:
+    """Makes a line of whatever a file of Python raises; what is one already stays so."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, ValueError | OSError) and str(error) == one_line(error):
+            raise
+        raise ValueError(f"{file}: {type(error).__name__}: {one_line(error)}") from error
 
 
 def check_file(name: str, what: str = "config") -> None:
@@ -473,7 +494,7 @@ def load(file: Path, config_type: type[ConfigType] = Config) -> ConfigType:
     """
     values = _read(file)
     task = values["task"] if "task" in values else Config.task  # without one of a version that had but one
-    if task in CONFIGS and task != config_type.task:
+    if isinstance(task, str) and task in CONFIGS and task != config_type.task:
         raise ValueError(f"{file.parent} is the run of a {task}, where that of a {config_type.task} is needed")
     try:
         return parse(_with_defaults(_earlier(config_type), values), config_type)
@@ -625,8 +646,9 @@ def _parse_section(section: type, values: Any, *, prefix: str, root: type[Run]) 
     if not isinstance(values, dict):
         raise ValueError(f"config key {prefix.rstrip('.')} must hold keys, not {values!r}")
     fields = {field.name: field for field in dataclasses.fields(section)}
-    if unknown := sorted(values.keys() - fields.keys()):
-        raise ValueError(f"unknown config key {prefix}{unknown[0]}: {_instead_of(prefix + unknown[0], root)}")
+    if unknown := sorted(map(str, values.keys() - fields.keys())):
+        raise ValueError(f"unknown config key {prefix}{shown(unknown[0])[1:-1]}: "
+                         f"{_instead_of(prefix + unknown[0], root)}")
     if missing := sorted(fields.keys() - values.keys()):
         raise ValueError(f"config key {prefix}{missing[0]} is missing")
     types = typing.get_type_hints(section)
@@ -642,10 +664,10 @@ def _parse_value(hint: Any, value: Any, limits: Mapping[str, Any], *, name: str,
         return value
     if limits["among"] and not any(value in names for names in limits["among"]):
         names = [name for names in limits["among"] for name in names]
-        raise ValueError(f"config key {name} must be one of {', '.join(names)}, not {value!r}")
+        raise ValueError(f"config key {name} must be one of {', '.join(names)}, not {shown(value)}")
     low, high = limits["low"], limits["high"]
     if (low is not None and value < low) or (high is not None and value > high):
-        raise ValueError(f"config key {name} must be {_bounds(low, high)}, not {value!r}")
+        raise ValueError(f"config key {name} must be {_bounds(low, high)}, not {shown(value)}")
     return value
 
 
@@ -653,18 +675,20 @@ def _convert(hint: Any, value: Any, *, name: str) -> Any:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         if value not in arguments:
-            raise ValueError(f"config key {name} must be one of {', '.join(arguments)}, not {value!r}")
+            raise ValueError(f"config key {name} must be one of {', '.join(arguments)}, not {shown(value)}")
         return value
     if origin is tuple and isinstance(value, list | tuple):
         hints = arguments[:1] * len(value) if arguments[1:] == (...,) else arguments
         if len(hints) != len(value):
-            raise ValueError(f"config key {name} must have {len(hints)} entries, not {value!r}")
+            raise ValueError(f"config key {name} must have {len(hints)} entries, not {shown(value)}")
         return tuple(_convert(entry_hint, entry, name=name) for entry_hint, entry in zip(hints, value, strict=True))
+    if type(value) is int and abs(value) >= 2**31:  # JAX counts with 32 bits
+        raise ValueError(f"config key {name} must be less than 2^31, not {shown(value)}")
     if hint is float and type(value) is int:
         return float(value)
     if origin is tuple or type(value) is not hint:
         expected = "tuple" if origin is tuple else hint.__name__
-        raise ValueError(f"config key {name} must be of type {expected}, not {value!r}")
+        raise ValueError(f"config key {name} must be of type {expected}, not {shown(value)}")
     if hint is float and not math.isfinite(value):
         raise ValueError(f"config key {name} must be a finite number, not {value}")
     return value

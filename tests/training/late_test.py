@@ -22,7 +22,7 @@ def together(module: str, folder: Path, *flags: str) -> list[str]:
     late = lambda others, hours: (f"from tests.training import late; late.install({str(folder)!r}, {others!r}, "
                                   f"seconds=2, hours={hours})")
     seconds = r"process_1|-0000[13]-of"
-    firsts = rf"^(?!.*({seconds}|\.part|/run$|run/config\.json))"
+    firsts = rf"^(?!.*({seconds}|\.part))"
     return finish(run_together(module, 2, *flags, patches=[late(seconds, 0), late(firsts, -5)]))
 
 

@@ -12,7 +12,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
@@ -20,16 +20,20 @@ from vqrae_jax import files
 from vqrae_jax.data.records import (
     RecordFiles,
     caption_of,
+    label_of,
     parse_example,
     read_report,
     report_path,
     serialize_example,
     written,
 )
+from vqrae_jax.foreign import Options, shown
 
 log = logging.getLogger(__name__)
 DESCRIPTION = "codes.json"
 _ANEW = "remove that file and give the command tokenize that made it once more, and it makes it anew"
+Weights = Literal["ema", "raw"]
+_MOST_SHARDS = 99_999  # their names have five digits
 _AT_THE_END = ("records", "labels", "captions", "bad_images")
 
 
@@ -84,7 +88,7 @@ class Description:
     source: dict[str, Any]
     num_classes: int | None
     tokenizer: str
-    weights: Literal["ema", "raw"]
+    weights: Weights
     codebook_size: int
     grid: tuple[int, int]
     image_size: int
@@ -119,11 +123,23 @@ def read_description(folder: Path) -> Description:
     if not file.exists():
         raise FileNotFoundError(f"{folder} is no folder of codes, for it holds no {DESCRIPTION}: give one that the "
                                 "command tokenize made")
-    content = files.read_json(file)
-    try:
-        return Description(**{**content, "grid": tuple(content["grid"])})
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{file} does not describe codes of this version: {' '.join(str(error).split())}") from error
+    given = Options(files.read_json(file), f"{file}: ")
+    names = {field.name for field in dataclasses.fields(Description)}
+    if unknown := sorted(given.values.keys() - names):
+        raise ValueError(f"{file} does not describe codes of this version: {shown(unknown[0])} is unknown")
+    count = lambda name: given.whole(name, 0, 2**40)
+    known = lambda name: None if given.values.get(name) is None else count(name)
+    shard_size, images = given.whole("shard_size", 1, 2**31), given.section("source").whole("images", 1, 2**40)
+    if images > shard_size * _MOST_SHARDS:
+        raise ValueError(f"{file}: {images} images are more than {_MOST_SHARDS} shards of shard_size {shard_size}")
+    return Description(
+        data=given.text("data"), source=dict(given.section("source").values), num_classes=known("num_classes"),
+        tokenizer=given.text("tokenizer"), weights=given.one_of("weights", get_args(Weights)),
+        codebook_size=given.whole("codebook_size", 1, 2**32), grid=given.pair("grid", 1, 2**10),
+        image_size=given.whole("image_size", 1, 2**14), views=given.whole("views", 1, 2**10),
+        batch_size=given.whole("batch_size", 1, 2**31), shard_size=shard_size,
+        recipe=dict(given.section("recipe").values),
+        **{name: known(name) for name in _AT_THE_END})
 
 
 def write_description(folder: Path, description: Description) -> None:
@@ -259,7 +275,7 @@ class CodesSource(RecordFiles):
             codes = codes.reshape(description.views, *description.grid)
             if codes.max() >= description.codebook_size:
                 raise ValueError(f"code {codes.max()} is not below {description.codebook_size}")
-            label = int(features["label"][0]) if "label" in features else -1
+            label = label_of(features, "label")
             return CodesRecord(codes, label, os.fsdecode(features["name"][0]), caption_of(features))
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise ValueError(f"{self.name(index)} is damaged ({error}): {_ANEW}") from error

@@ -1,10 +1,12 @@
 """Whether a source still holds the images it held, wherever it lies now."""
 
 import hashlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from vqrae_jax import files
 from vqrae_jax.data import faults
 from vqrae_jax.data.sources import Source
 
@@ -35,9 +37,17 @@ def _digest(source: Source, index: int) -> str | None:
     return hashlib.sha256(content).hexdigest()[:16]
 
 
+def read(file: Path) -> dict[str, Any]:
+    """The fingerprint that a file holds; OSError or ValueError where there is none."""
+    found = files.read_json(file)
+    if type(found.get("images")) is not int or not isinstance(found.get("digests"), list):
+        raise ValueError(f"{file} is damaged: it does not say what images there are; remove it to go on without")
+    return found
+
+
 def difference(old: dict[str, Any], new: dict[str, Any]) -> str:
     """What two fingerprints differ in, in words; empty where the images are the same."""
     if old["images"] != new["images"]:
         return f"{new['images']:,} images instead of {old['images']:,}"
-    unequal = [None not in pair and pair[0] != pair[1] for pair in zip(old["digests"], new["digests"], strict=True)]
+    unequal = [None not in pair and pair[0] != pair[1] for pair in zip(old["digests"], new["digests"], strict=False)]
     return f"{sum(unequal)} of {len(unequal)} images that were looked at are others" if any(unequal) else ""

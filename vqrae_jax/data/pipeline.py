@@ -62,12 +62,13 @@ class BadImages:
         if self.path is None or not self.path.exists():
             return dict(self._reasons)
         reasons = {}
-        for line in self.path.read_text().splitlines():
+        for line in self.path.read_text(errors="replace").splitlines():
             try:
                 entry = json.loads(line)
-            except json.JSONDecodeError:
+                name, reason = entry["name"], entry["reason"]
+            except (ValueError, KeyError, TypeError, RecursionError):
                 continue  # the process was killed while it wrote this line; the image will be met again
-            reasons.setdefault(entry["name"], entry["reason"])
+            reasons.setdefault(str(name), str(reason))
         return reasons
 
     def summary(self) -> str:

@@ -113,6 +113,15 @@ def parse_example(record: bytes) -> dict[str, list[Any]]:
     return {name: [*feature.bytes_list.value, *feature.int64_list.value] for name, feature in features.items()}
 
 
+def label_of(features: Mapping[str, list[Any]], *names: str) -> int:
+    """The label among the features of an example by its first name, -1 if it has none; ValueError if out of range."""
+    values = next((features[name] for name in names if name in features), [])
+    label = values[0] if values and isinstance(values[0], int) else -1
+    if not -1 <= label < 2**31:
+        raise ValueError(f"the label {label} is not in [0, 2^31)")
+    return label
+
+
 def caption_of(features: Mapping[str, list[Any]]) -> str:
     """The caption among the features of an example, empty where there is none."""
     values = features["caption"] if "caption" in features else []

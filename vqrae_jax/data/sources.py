@@ -8,6 +8,7 @@ import hashlib
 import importlib.resources
 import os
 import pathlib
+import stat
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic, Literal, NamedTuple, NoReturn, Protocol, TypeVar, runtime_checkable
 
@@ -16,7 +17,7 @@ from PIL import Image
 
 from vqrae_jax.data import faults
 from vqrae_jax.data.codes import CodesSource
-from vqrae_jax.data.records import RecordFiles, caption_of, parse_example
+from vqrae_jax.data.records import RecordFiles, caption_of, label_of, parse_example
 from vqrae_jax.data.shared import SharedArray, SharedNames
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
@@ -234,10 +235,18 @@ class FolderSource:
 
     def __getitem__(self, index: int) -> Record:
         name = self.name(index)
-        return Record(pathlib.Path(name).read_bytes(), self._labels.values[self._stretch(index)], name)
+        return Record(_read_file(name), self._labels.values[self._stretch(index)], name)
 
     def _stretch(self, index: int) -> int:
         return bisect.bisect_right(self._ends.values, index)
+
+
+def _read_file(path: str) -> bytes:
+    """The content of a plain file: a pipe waits for who writes into it, and a device does not end."""
+    with open(path, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise ValueError("not a readable image: no plain file")
+        return file.read()
 
 
 def _images(path: str, folder: str, visited: set[str]) -> Iterator[tuple[str, str]]:
@@ -385,8 +394,7 @@ class ArrayRecordSource(RecordFiles):
         if not images or len(images[0]) != 1 or not isinstance(images[0][0], bytes):
             raise ValueError("a tf.train.Example without one 'image' or 'image/encoded' of bytes, only "
                              f"{sorted(features)}")
-        labels = [features[key] for key in ("label", "image/class/label") if key in features]
-        label = labels[0][0] if labels and labels[0] and isinstance(labels[0][0], int) else -1
+        label = label_of(features, "label", "image/class/label")
         return Record(images[0][0], label, self.name(index), caption_of(features))
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps
 from PIL.JpegImagePlugin import JpegImageFile
 
+_LONGEST_SIDE = 2**18  # what takes a minute to decode is all rows of one pixel
 _WHITE = (255, 255, 255, 255)
 # A JPEG is decoded at a half, a quarter or an eighth where the crop keeps this many times the resolution of the result.
 _SHRUNK_RESOLUTION = 1.25
@@ -29,7 +30,8 @@ def decode_image(data: bytes | np.ndarray) -> np.ndarray:
 
     Raises:
       ValueError: in one line, when the data are truncated, no image, of a kind whose value range is unknown
-        (float or 32-bit), or larger than Pillow's limit against decompression bombs.
+        (float or 32-bit), or larger than Pillow's limit against decompression bombs,
+        or longer than 2^18 pixels.
     """
     if isinstance(data, np.ndarray):
         _check_array(data)
@@ -51,6 +53,8 @@ def _opened(data: bytes) -> Iterator[Image.Image]:
     # Pillow's decoders raise almost anything on corrupt input: OSError, SyntaxError, struct.error, zlib.error, ...
     try:
         with Image.open(io.BytesIO(data)) as image:
+            if max(image.size) > _LONGEST_SIDE:
+                raise ValueError(f"{image.width} x {image.height} pixels, a side has more than {_LONGEST_SIDE}")
             yield image
     except Exception as error:
         # The message of UnidentifiedImageError is the repr of our buffer, an address that changes with every run.

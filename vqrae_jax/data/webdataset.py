@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 _KINDS = {suffix[1:]: "image" for suffix in IMAGE_SUFFIXES} | {kind: kind for kind in ("cls", "txt", "json")}
 _MAX_BYTES = {"image": 64 << 20, "cls": 1 << 10, "txt": 64 << 10, "json": 1 << 20}
 _MAX_HEADER_BYTES = 64 << 10  # with its extensions: long names, PAX records, maps of sparse files
+_MAX_PADDING_BYTES = 64 << 20  # of zeros a gzip file has without end
 _ENDS = 64 << 10
 _SHOWN = 500  # characters of a name in a report
 
@@ -118,6 +119,9 @@ def _finished(tar: Path, output: Path) -> Converted | None:
                          "the file")
     try:
         converted = Converted(**read_report(output, look_at_records=True)[0])
+        for name in ("images", "labels", "captions", "bad"):
+            if type(getattr(converted, name)) is not int:
+                raise TypeError(f"{name} is no number")
     except (TypeError, ValueError) as error:
         log.warning("%s is damaged (%s): it is made anew", output, error)
         return None
@@ -309,8 +313,11 @@ def _read_tar(file: _Bounded) -> Iterator[_Member]:
     # `tarfile` takes a header that it cannot read for the end; and the checksum of a gzip file comes last.
     if len(file.last) < tarfile.BLOCKSIZE:
         raise tarfile.ReadError("it ends without an end mark: cut off?")
-    while file.last:
+    for _ in range(_MAX_PADDING_BYTES // _MAX_HEADER_BYTES):
+        if not file.last:
+            return
         if file.last.strip(b"\0"):
             raise tarfile.ReadError(f"from byte {tar.offset} on it is no tar")
         file.allowed = _MAX_HEADER_BYTES
         file.read(_MAX_HEADER_BYTES)
+    raise tarfile.ReadError(f"more than {_MAX_PADDING_BYTES} bytes of padding behind its end mark")

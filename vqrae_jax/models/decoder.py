@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from vqrae_jax.models.vit import SAVE_MATMULS, Linear, Remat, Transformer, TransformerSpec, unpatchify
+from vqrae_jax.models.vit import SAVE_MATMULS, Linear, Remat, Transformer, TransformerSpec, check_positions, unpatchify
 
 # RAE's decoders (arXiv 2510.11690), whose checkpoints have these shapes.
 _RAE = {"activation": "gelu", "norm_eps": 1e-12}
@@ -22,8 +22,9 @@ def sincos_positions(width: int, grid: int) -> np.ndarray:
     the position times 10000^(-i / (width/4)) (MAE's `get_2d_sincos_pos_embed`, arXiv 2111.06377).
 
     Raises:
-      ValueError: width is not a multiple of 4.
+      ValueError: width is not a multiple of 4, or the embeddings are of a size that is no model's.
     """
+    check_positions(grid, width)
     if width % 4:
         raise ValueError(f"sin-cos positions need a width that is a multiple of 4, not {width}")
     frequencies = 10000.0 ** -(np.arange(width // 4) / (width // 4))

@@ -91,6 +91,12 @@ def layer_norm(width: int, *, eps: float, affine: bool = True, dtype=jnp.float32
                          use_fast_variance=False, rngs=rngs)
 
 
+def check_positions(grid: int, width: int) -> None:
+    """Raises ValueError where a table of positions, made on the host, would fill its memory: 128^2 of 4096 are fine."""
+    if grid * grid * width > 2**26:
+        raise ValueError(f"{grid} x {grid} tokens of width {width} are more than any model has")
+
+
 def rope_table(head_dim: int, grid: int, *, theta: float, prefix_tokens: int) -> Rope:
     """cos and sin of the angles by which queries and keys are turned, `[prefix_tokens + grid**2, head_dim]` float32.
 
@@ -98,6 +104,7 @@ def rope_table(head_dim: int, grid: int, *, theta: float, prefix_tokens: int) ->
     the angles belongs to the row, the second to the column of the patch's centre in [-1, 1], each times
     2 pi theta^(-4i / head_dim). `head_dim` is a multiple of 4. Prefix tokens are not turned.
     """
+    check_positions(grid, head_dim)
     frequencies = 2 * np.pi * theta ** -(np.arange(head_dim // 4) * 4 / head_dim)
     rows, columns = np.divmod(np.arange(grid * grid), grid)
     centre = lambda i: (2 * i[:, None] + 1) / grid - 1

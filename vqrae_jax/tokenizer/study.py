@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from vqrae_jax.config import Config, call_file, load, load_config
 from vqrae_jax.files import disk_errors
+from vqrae_jax.foreign import shown
 from vqrae_jax.tokenizer import recipe, study_report, task
 from vqrae_jax.tokenizer.comparison import Comparison, Options
 from vqrae_jax.tokenizer.study_report import StudyRow
@@ -74,14 +75,10 @@ def read(file: str) -> Study:
       FileNotFoundError: there is no such file.
       ValueError: it fails, gives no study, or one that contradicts itself.
     """
-    try:
-        study = call_file(file, "get_study", "study")
-    except (ValueError, FileNotFoundError):
-        raise
-    except Exception as error:  # it is arbitrary Python
-        raise ValueError(f"{file}: {type(error).__name__}: {error}") from error
+    study = call_file(file, "get_study", "study")
     if not isinstance(study, Study):
-        raise ValueError(f"{file}: get_study() must return a vqrae_jax.tokenizer.study.Study, not {study!r}")
+        raise ValueError(f"{file}: get_study() must return a vqrae_jax.tokenizer.study.Study, not {shown(study)}")
+    _check_types(study, file)
     if not study.rows or not study.metrics:
         raise ValueError(f"{file}: a study needs at least one row and one of metrics, the table's columns")
     for name, row in study.rows.items():
@@ -93,6 +90,22 @@ def read(file: str) -> Study:
         if row.init_from and (missing := set(row.seeds) - set(study.rows[row.init_from].seeds)):
             raise ValueError(f"{file}: {name} starts from {row.init_from}, which has no seed {min(missing)}")
     return study
+
+
+def _check_types(values: Study | Row, where: str) -> None:
+    """Raises ValueError where a field has another type than its class says."""
+    types = {"rows": Mapping, "changes": Mapping, "seeds": tuple | list, "metrics": tuple | list, "probe": bool,
+             "options": Options}
+    of_entries = {"seeds": int, "metrics": str, "rows": str, "changes": str}  # or of keys
+    for field in dataclasses.fields(values):
+        value, wanted = getattr(values, field.name), types[field.name] if field.name in types else str
+        if not isinstance(value, wanted) or not all(
+                type(entry) is of_entries[field.name] for entry in (value if field.name in of_entries else ())):
+            raise ValueError(f"{where}: {field.name} must be {field.type}, not {shown(value)}")
+    for name, row in values.rows.items() if isinstance(values, Study) else ():
+        if not isinstance(row, Row):
+            raise ValueError(f"{where}: the row {name!r} must be a vqrae_jax.tokenizer.study.Row, not {shown(row)}")
+        _check_types(row, f"{where}: row {shown(name)}")
 
 
 def cells(study: Study, out: Path) -> list[Cell]:

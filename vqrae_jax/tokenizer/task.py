@@ -26,6 +26,7 @@ from vqrae_jax.data import (
     open_parts,
     train_batches,
 )
+from vqrae_jax.data.fingerprint import read as read_fingerprint
 from vqrae_jax.models import flat
 from vqrae_jax.models.quantizers import Quantizer, own
 from vqrae_jax.tokenizer import evaluate, init, runs, train_state
@@ -118,7 +119,7 @@ class TokenizerTask:
         self._eval_source = evaluate.choose_source(config, self._source, held_out)
         self._images = fingerprint(self._source)
         if before and (workdir / _IMAGES).exists():  # version 0.3 kept none
-            self._check_images(files.read_json(workdir / _IMAGES), before.data.source)
+            self._check_images(read_fingerprint(workdir / _IMAGES), before.data.source)
 
     def _check_images(self, before: dict[str, Any], source: str) -> None:
         """Data that moved must hold the same images; data that changed where they are cost only exact continuation."""

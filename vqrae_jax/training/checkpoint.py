@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 import orbax.checkpoint as ocp
 
 from vqrae_jax import config as config_lib
-from vqrae_jax.files import disk_errors
+from vqrae_jax.files import disk_errors, wait_for
 from vqrae_jax.models.flat import Arrays
 from vqrae_jax.training import distributed, lock, verified
 
@@ -58,6 +58,7 @@ def open_run(workdir: Path, config: config_lib.Run, write_files: Callable[[Path]
             if existing != config:
                 config_lib.save(config, file)
     distributed.wait_for_all("open_run")
+    wait_for([file])
     if not file.exists():
         raise OSError(f"{workdir} is not the same folder for all processes of the run: put it on a file system that "
                       "they share")

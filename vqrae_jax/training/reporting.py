@@ -223,13 +223,16 @@ def to_json(content: Mapping[str, Any], *, indent: int | None = None) -> str:
 
 
 def lines_until(file: Path, last_step: float) -> list[str]:
-    """The lines of metrics.jsonl up to a step, less one that a killed process left incomplete; none without a file."""
+    """The lines of metrics.jsonl up to a step, or to one that is damaged or that a killed process left incomplete."""
     kept = []
     for line in file.read_text(errors="replace").splitlines(keepends=True) if file.exists() else ():
         try:
-            step = json.loads(line)["step"]
-        except (ValueError, KeyError, TypeError):
-            break  # the process was killed while it wrote this line
+            values = json.loads(line)
+            step = values["step"]
+            if step is None or not all(value is None or type(value) in (int, float) for value in values.values()):
+                break
+        except (AttributeError, KeyError, RecursionError, TypeError, ValueError):
+            break
         if step <= last_step:
             kept.append(line)
     return kept

@@ -20,9 +20,9 @@ import numpy as np
 from flax import nnx
 from safetensors import SafetensorError, safe_open
 
+from vqrae_jax.foreign import Options, one_line
 from vqrae_jax.models.encoders import Combine, Encoder, interpolate_positions
 from vqrae_jax.models.vit import IMAGENET_MEAN, IMAGENET_STD, Activation, FinalNorm, ViTSpec
-from vqrae_jax.weights.options import Options
 from vqrae_jax.weights.tensors import local_folder, save_file
 
 Params = dict[str, np.ndarray]
@@ -354,7 +354,7 @@ def params_from_tensors(found: Mapping[str, tuple[str, Any]], spec: EncoderSpec,
     arrays = _allocate(spec)
     views = foreign_views(family.keys, arrays)
     for key in found.keys() & expected.keys():
-        views[key][...] = found[key][1][:]
+        views[key][...] = read_tensor(*found[key])
 
     params = _fold_prefix(arrays)
     if (path := "vit/position_embedding") in params:
@@ -387,6 +387,14 @@ def check_tensors(found: Mapping[str, tuple[str, Any]], expected: Mapping[str, t
     if missing := sorted(expected.keys() - found.keys() - optional):
         raise ValueError(f"{origin}{missing[0]} is missing, which {architecture} has" +
                          (f", and {len(missing) - 1} more" if len(missing) > 1 else ""))
+
+
+def read_tensor(called: str, tensor: Any) -> np.ndarray:
+    """The values of a tensor, an array or a lazy slice; OSError where NumPy has no such numbers or the file no more."""
+    try:
+        return tensor[:]
+    except (AttributeError, KeyError, SafetensorError, TypeError) as error:
+        raise OSError(f"{called} cannot be read ({one_line(error)}): save it as float32") from None
 
 
 def final_norm_tensors(spec: EncoderSpec) -> set[str]:

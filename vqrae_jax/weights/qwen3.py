@@ -10,11 +10,11 @@ import numpy as np
 from flax import nnx
 from huggingface_hub import split_state_dict_into_shards_factory
 
+from vqrae_jax.foreign import Options
 from vqrae_jax.models import flat
 from vqrae_jax.models.lm import LanguageModel, LMSpec
 from vqrae_jax.weights import huggingface
 from vqrae_jax.weights.huggingface import Params
-from vqrae_jax.weights.options import Options
 from vqrae_jax.weights.tensors import local_folder, save_file
 
 Init = Literal["mean", "normal"]
@@ -110,7 +110,7 @@ def load_lm_params(path_or_id: str | Path, spec: LMSpec) -> Params:
                               architecture=_ARCHITECTURE, origin=f"{folder}: tensor ")
     params = {path: np.zeros(shape, np.float32) for path, shape in shapes.items()}
     for key, view in huggingface.foreign_views(_KEYS, params).items():
-        view[...] = found[key][1][:]
+        view[...] = huggingface.read_tensor(*found[key])
     return params
 
 

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from vqrae_jax.foreign import Options, one_line
 from vqrae_jax.models import flat
 from vqrae_jax.models.siglip import SiglipHeads, TextSpec
 from vqrae_jax.weights import huggingface
 from vqrae_jax.weights.huggingface import ACTIVATIONS, SIGLIP
-from vqrae_jax.weights.options import Options
 from vqrae_jax.weights.tensors import local_folder
 
 # What `transformers` assumes where text_config says nothing; a projection_size of null is the hidden_size.
@@ -84,7 +84,7 @@ def load_siglip_heads(path_or_id: str | Path) -> SiglipHeads:
                               origin=f"{folder}: tensor ")
     arrays = {path: np.zeros(value.shape, np.float32) for path, value in shapes.items()}
     for key, view in huggingface.foreign_views(_KEYS, arrays).items():
-        view[...] = found[key][1][:]
+        view[...] = huggingface.read_tensor(*found[key])
     return flat.merge(graphdef, {path: jnp.asarray(value) for path, value in arrays.items()})
 
 
@@ -113,9 +113,9 @@ def load_tokenizer(path_or_id: str | Path, length: int) -> Callable[[list[str]],
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except ImportError as error:
         raise OSError(f"the tokenizer of {folder} needs transformers and sentencepiece: pip install transformers "
-                      f"sentencepiece protobuf ({_one_line(error)})") from None
+                      f"sentencepiece protobuf ({one_line(error)})") from None
     except Exception as error:  # transformers and its tokenizers raise anything
-        raise OSError(f"the tokenizer of {folder} cannot be read ({type(error).__name__}: {_one_line(error)}): "
+        raise OSError(f"the tokenizer of {folder} cannot be read ({type(error).__name__}: {one_line(error)}): "
                       "download it again") from None
     end, padding = tokenizer.eos_token_id, tokenizer.pad_token_id
     if end is None or padding is None:
@@ -158,7 +158,3 @@ def _local_folder(path_or_id: str | Path) -> Path:
     weights = ("config.json", "preprocessor_config.json", "model.safetensors", "model.safetensors.index.json",
                "model-*-of-*.safetensors")
     return local_folder(path_or_id, [*weights, *_TOKENIZER_FILES, "tokenizer_config.json", "special_tokens_map.json"])
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

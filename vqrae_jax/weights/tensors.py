@@ -18,6 +18,7 @@ from safetensors.numpy import load_file, save
 from safetensors.numpy import save_file as _save_file
 
 from vqrae_jax import files
+from vqrae_jax.foreign import one_line
 from vqrae_jax.models import flat
 
 log = logging.getLogger(__name__)
@@ -57,19 +58,26 @@ def read(file: Path) -> Tensors:
             raise OSError(f"{file} holds more than tensors ({what[1]}) and was not read, for that could run code: "
                           "save only the state_dict") from None
         raise OSError(f"{file} is damaged, or no PyTorch file") from None
-    except (RuntimeError, EOFError, ValueError) as error:
-        raise OSError(f"{file} is damaged, or no PyTorch file ({_first_line(error)})") from None
+    except Exception as error:  # what it raises on a damaged file is anything
+        raise OSError(f"{file} is damaged, or no PyTorch file ({one_line(error)})") from None
     tensors = {}
 
     def collect(value: Any, name: str) -> None:
         if isinstance(value, torch.Tensor):
             value = value.detach()
-            tensors[name] = (value.float() if value.is_floating_point() else value).numpy()
+            try:
+                tensors[name] = (value.float() if value.is_floating_point() else value).numpy()
+            except (RuntimeError, TypeError) as error:
+                raise OSError(f"{file}: tensor {name} is of a kind that NumPy does not have ({one_line(error)}): "
+                              "save it as a dense one of float32") from None
         elif isinstance(value, Mapping):
             for key, entry in value.items():
                 collect(entry, f"{name}.{key}" if name else str(key))
 
-    collect(content, "")
+    try:
+        collect(content, "")
+    except RecursionError:
+        raise OSError(f"{file} holds dictionaries inside each other without end: save only the state_dict") from None
     return tensors
 
 
@@ -194,7 +202,3 @@ def local_file(path_or_id: str | Path, *, download: bool = True) -> Path:
 
 def _float32(value: np.ndarray) -> np.ndarray:
     return value if value.dtype.kind in "iub" else value.astype(np.float32, copy=False)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

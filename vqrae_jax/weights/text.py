@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from vqrae_jax.weights.options import Options
+from vqrae_jax.foreign import Options, one_line
 from vqrae_jax.weights.tensors import local_folder
 
 Tokenize = Callable[[str], list[int]]
@@ -39,7 +39,7 @@ def _open(folder: Path, vocabulary: int) -> Any:
     try:
         tokenizer = library.Tokenizer.from_file(str(folder / _TOKENIZER))
     except Exception as error:  # it raises nothing more special
-        raise OSError(f"{folder / _TOKENIZER} cannot be read ({' '.join(str(error).split())[:200]}): download it "
+        raise OSError(f"{folder / _TOKENIZER} cannot be read ({one_line(error)}): download it "
                       "again") from None
     if (size := tokenizer.get_vocab_size(with_added_tokens=True)) > vocabulary:
         raise ValueError(f"{folder / _TOKENIZER} has {size:,} tokens, the language model beside it only {vocabulary:,}")

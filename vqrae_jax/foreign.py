@@ -1,9 +1,11 @@
-"""JSON from other people's files: nothing of it is used before its type and range are known."""
+"""What others wrote: JSON, of which nothing is used before its type and range are known; values, errors in a line."""
 
 import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+Name = TypeVar("Name", bound=str)
 
 
 class Options:
@@ -34,7 +36,7 @@ class Options:
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{file} is not valid JSON ({error}): download it again") from None
         if not isinstance(values, dict):
-            raise ValueError(f"{file} must hold a JSON object, not {_shown(values)}")
+            raise ValueError(f"{file} must hold a JSON object, not {shown(values)}")
         return cls(values, f"{file}: ")
 
     def with_defaults(self, defaults: Mapping[str, Any]) -> "Options":
@@ -60,7 +62,7 @@ class Options:
         value = self._value(name)
         if isinstance(value, list) and len(value) == 2:
             if value[0] != value[1]:
-                raise ValueError(f"{self.where}{name}={_shown(value)} is not supported, only squares")
+                raise ValueError(f"{self.where}{name}={shown(value)} is not supported, only squares")
             return Options({name: value[0]}, self.where).whole(name, 1, high)
         return self.whole(name, 1, high)
 
@@ -70,6 +72,14 @@ class Options:
             raise self._wrong(name, f"a number between {low:g} and {high:g}")
         return float(value)
 
+    def pair(self, name: str, low: int, high: int) -> tuple[int, int]:
+        """A list of two integers from `low` to `high`."""
+        value = self._value(name)
+        if not isinstance(value, list) or len(value) != 2 or not all(
+                type(entry) is int and low <= entry <= high for entry in value):
+            raise self._wrong(name, f"a list of 2 whole numbers between {low} and {high}")
+        return value[0], value[1]
+
     def triple(self, name: str, low: float, high: float) -> tuple[float, float, float]:
         """A list of three numbers from `low` to `high`."""
         value = self._value(name)
@@ -77,12 +87,12 @@ class Options:
             raise self._wrong(name, f"a list of 3 numbers between {low:g} and {high:g}")
         return float(value[0]), float(value[1]), float(value[2])
 
-    def one_of(self, name: str, among: Collection[str]) -> str:
+    def one_of(self, name: str, among: Collection[Name]) -> Name:
         """A name of several."""
         value = self._value(name)
         if not isinstance(value, str) or value not in among:
-            raise ValueError(f"{self.where}{name}={_shown(value)} is not supported, only {', '.join(among)}")
-        return value
+            raise ValueError(f"{self.where}{name}={shown(value)} is not supported, only {', '.join(among)}")
+        return next(name for name in among if name == value)
 
     def text(self, name: str) -> str:
         """A string."""
@@ -99,7 +109,7 @@ class Options:
     def require(self, name: str, value: Any) -> None:
         """Refuses every other value than the one."""
         if type(found := self._value(name)) is not type(value) or found != value:
-            raise ValueError(f"{self.where}{name}={_shown(found)} is not supported, only {value!r}")
+            raise ValueError(f"{self.where}{name}={shown(found)} is not supported, only {value!r}")
 
     def _value(self, name: str) -> Any:
         if name not in self.values:
@@ -107,13 +117,22 @@ class Options:
         return self.values[name]
 
     def _wrong(self, name: str, expected: str) -> ValueError:
-        return ValueError(f"{self.where}{name} must be {expected}, not {_shown(self.values[name])}")
+        return ValueError(f"{self.where}{name} must be {expected}, not {shown(self.values[name])}")
 
 
 def _is_number(value: Any, low: float, high: float) -> bool:
     return type(value) in (int, float) and low <= value <= high
 
 
-def _shown(value: Any) -> str:
-    text = repr(value)
+def shown(value: Any) -> str:
+    """A value as Python writes it, in at most 60 characters."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # of more digits, or lists in each other, than Python writes
+        return f"a {type(value).__name__} too long to be shown"
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, or its type if it says nothing, in at most 300 characters."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
