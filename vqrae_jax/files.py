@@ -8,6 +8,7 @@ import contextlib
 import errno
 import glob
 import json
+import mmap
 import os
 import time
 import uuid
@@ -24,7 +25,7 @@ LATE_SECONDS = 60.0  # after so long a network file system shows every host what
 _CHECKSUM = "checksum"  # the key of a JSON file that holds that of the others
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _CANNOT_WRITE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT)
-_READ_AT_ONCE = 4 << 20
+_READ_AT_ONCE = 1 << 20
 
 
 @contextmanager
@@ -150,8 +151,9 @@ class Checksum(NamedTuple):
 
 def checksum(file: Path) -> Checksum:
     """Of a file as it is now; OSError where it cannot be read."""
-    found, size, buffer = xxhash.xxh3_128(), 0, memoryview(bytearray(_READ_AT_ONCE))
-    with file.open("rb", buffering=0) as opened:
+    found, size = xxhash.xxh3_128(), 0
+    # Memory of the system's, for what is freed of the C library's teaches it to keep as much.
+    with file.open("rb", buffering=0) as opened, mmap.mmap(-1, _READ_AT_ONCE) as space, memoryview(space) as buffer:
         while read := opened.readinto(buffer):
             found.update(buffer[:read])
             size += read
