@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from vqrae_jax.data import BadImages, codes_eval_batches, hold_out, open_source
-from vqrae_jax.files import disk_errors, read_json, whole, write_json
+from vqrae_jax.files import disk_errors, read_json, wait_for, whole, write_json
 from vqrae_jax.generator import evaluate
 from vqrae_jax.generator.inference import Generator
 from vqrae_jax.generator.sampling import Options
@@ -86,6 +86,7 @@ class Samples:
         """All images' codes, `[num, h, w]` int32: what is on disk already is read, the others are drawn."""
         files = [self._folder / f"{number:06d}.npz" for number in range(math.ceil(self._num / self._size))]
         there = distributed.agreed(next((i for i, file in enumerate(files) if not file.exists()), len(files)))
+        wait_for(files[:there])
         found = [_read(file) for file in files[:there]]
         numbers = itertools.islice(self._generator.batches(self._num, self._size), there, None)
         drawn = (self._generator.draw(self._prefixes, of_batch, self._options) for of_batch in numbers)
