@@ -324,6 +324,11 @@ def _finish(processes: list[Any], logs: Path, stopped_seconds: float = 0.0) -> l
         process.kill()
         process.join()
     errors = [logs / str(number) / "err" for number in range(len(processes))]
+    # Of one that a library aborted another process says the last line.
+    until = time.monotonic() + 10
+    aborted = [file for process, file in zip(processes, errors, strict=True) if process.exitcode == -signal.SIGABRT]
+    while time.monotonic() < until and not all(file.exists() and file.read_text().strip() for file in aborted):
+        time.sleep(0.1)
     return [Ended(None if hangs else process.exitcode, file.read_text() if file.exists() else "")
             for process, hangs, file in zip(processes, hung, errors, strict=True)]
 
