@@ -39,7 +39,6 @@ CORPUS = {
     "codes of more shards than there are names": ("codes_folder", _codes(source={"images": 10**11, "digests": []})),
     "codes with a text for a number": ("codes_folder", _codes(shard_size="3")),
     "codes of no size": ("codes_folder", _codes(grid=[4])),
-    "a line of metrics that is a list": ("tokenizer_run", inputs.good_tokenizer_run() | {"metrics.jsonl": b"[]\n"}),
     "a run's images that are a number": (
         "tokenizer_run",
         inputs.good_tokenizer_run() | {"images.json": b'{"images": 1}'},

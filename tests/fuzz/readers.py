@@ -159,7 +159,7 @@ def tokenizer_run(folder: Path, files: dict[str, bytes]) -> None:
     task.bad_images.record(name="a", reason="b")
     task.bad_images.summary()
     report.curves(folder / "metrics.jsonl")
-    Reporter(folder, config, unit="images", first_step=3).close()
+    Reporter(folder, config, unit="images", first_step=3, saved_lines=None).close()
 
 
 def generator_run(folder: Path, files: dict[str, bytes]) -> None:

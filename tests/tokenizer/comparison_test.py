@@ -151,6 +151,7 @@ def measured(lab: Path, out: Path, *, devices: int, batch_size: int, to_others: 
     copy = Path(shutil.copytree(lab / "run", out / f"run{jax.process_index()}"))
     content = json.loads((copy / "config.json").read_text())
     content["eval"]["batch_size"] = batch_size
+    del content["checksum"]
     (copy / "config.json").write_text(json.dumps(content))
     mesh = sharding.make_mesh(config_lib.Mesh(), jax.devices()[:devices])
     _, result = compared(copy, everything(lab), out, mesh)
@@ -252,6 +253,7 @@ def test_what_is_missing_costs_itself_only(lab, tmp_path):
     content = json.loads((workdir / "config.json").read_text())
     content["eval"]["inception"] = "/nowhere/inception.pth"
     content["loss"]["perceptual"]["lpips_vgg16"] = "/nowhere/vgg16.pth"
+    del content["checksum"]
     (workdir / "config.json").write_text(json.dumps(content))
     made, result = compared(workdir, everything(lab, fd=("/nowhere/dinov2",), probe="folder:/nowhere/train",
                                                 classes="/nowhere/names.txt"), tmp_path)
