@@ -16,7 +16,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, get_type_hints
 
 from vqrae_jax.data.records import Report, load_examples, read_report, report_path, serialize_example, written
 from vqrae_jax.data.sources import IMAGE_SUFFIXES
@@ -119,9 +119,9 @@ def _finished(tar: Path, output: Path) -> Converted | None:
                          "the file")
     try:
         converted = Converted(**read_report(output, look_at_records=True)[0])
-        for name in ("images", "labels", "captions", "bad"):
-            if type(getattr(converted, name)) is not int:
-                raise TypeError(f"{name} is no number")
+        for name, kind in get_type_hints(Converted).items():
+            if not isinstance(getattr(converted, name), kind):
+                raise TypeError(f"{name} is not of type {kind}")
     except (TypeError, ValueError) as error:
         log.warning("%s is damaged (%s): it is made anew", output, error)
         return None
