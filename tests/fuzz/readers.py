@@ -136,6 +136,8 @@ def image_folder(folder: Path, names: list[tuple[str, str]]) -> None:
         with contextlib.suppress(OSError, ValueError):  # not every name can be there
             path = folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
+            if os.path.lexists(path):  # a pipe would take nothing
+                continue
             if kind == "pipe":
                 os.mkfifo(path)
             elif kind == "folder":
