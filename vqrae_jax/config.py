@@ -432,7 +432,7 @@ def call_file(file: str, function: str, what: str) -> Any:
             raise ValueError(f"{name} is no {what} file: it defines no {function}()")
         make = getattr(module, function)
         if colon and not inspect.signature(make).parameters:
-            raise ValueError(f"{name} takes no arguments, but {arguments!r} follows its name")
+            raise ValueError(f"{name} takes no arguments, but {shown(arguments)} follows its name")
         with _named(name):
             return make(arguments) if colon else make()
 
@@ -644,7 +644,7 @@ def differing(configs: Mapping[str, Run]) -> dict[str, dict[str, Any]]:
 
 def _parse_section(section: type, values: Any, *, prefix: str, root: type[Run]) -> Any:
     if not isinstance(values, dict):
-        raise ValueError(f"config key {prefix.rstrip('.')} must hold keys, not {values!r}")
+        raise ValueError(f"config key {prefix.rstrip('.')} must hold keys, not {shown(values)}")
     fields = {field.name: field for field in dataclasses.fields(section)}
     if unknown := sorted(map(str, values.keys() - fields.keys())):
         raise ValueError(f"unknown config key {prefix}{shown(unknown[0])[1:-1]}: "
@@ -762,7 +762,7 @@ def _check_kinds(section: str, values: Any, kind: str, keys_by_kind: dict[str, t
         kinds = [other for other, keys in keys_by_kind.items() if name in keys]
         value = getattr(values, name)
         if kind not in kinds and value != getattr(type(values)(), name):
-            raise ValueError(f"config key {section}.{name} {value!r} has no meaning for {kind}, "
+            raise ValueError(f"config key {section}.{name} {shown(value)} has no meaning for {kind}, "
                              f"only for {' and '.join(kinds)}")
 
 
@@ -795,6 +795,6 @@ def _check_multipliers(key: str, multipliers: tuple[tuple[str, float], ...]) -> 
         try:
             re.compile(pattern)
         except re.error as error:
-            raise ValueError(f"config key {key}: {pattern!r} is not a pattern: {error}") from None
+            raise ValueError(f"config key {key}: {shown(pattern)} is not a pattern: {error}") from None
         if factor < 0:
-            raise ValueError(f"config key {key}: {pattern!r} has the negative factor {factor}")
+            raise ValueError(f"config key {key}: {shown(pattern)} has the negative factor {factor}")
