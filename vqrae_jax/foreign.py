@@ -125,9 +125,9 @@ def _is_number(value: Any, low: float, high: float) -> bool:
 
 
 def shown(value: Any) -> str:
-    """A value as Python writes it, in at most 60 characters."""
+    """A value as Python writes it, in one line of at most 60 characters."""
     try:
-        text = repr(value)
+        text = " ".join(repr(value).split())
     except (ValueError, RecursionError):  # of more digits, or lists in each other, than Python writes
         return f"a {type(value).__name__} too long to be shown"
     return text if len(text) <= 60 else text[:57] + "..."
