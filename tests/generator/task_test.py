@@ -218,8 +218,8 @@ def damaged(file: Path, how: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("damage", "flags", "says"), [
     ("gone", [], "lacks 1 of 1 files of codes, for example codes-00000-of-00001.array_record: give the"),
-    ("cut", [], "as ArrayRecord: corrupt record: "),
-    ("flipped", [], "remove that file and give the command tokenize that made it once more, and it makes it anew; "),
+    ("cut", [], "(codes-00000-of-00001.array_record has 1,000 bytes instead of "),
+    ("flipped", [], "(the content of codes-00000-of-00001.array_record has changed): give the command tokenize"),
     ("none", ["--config.prefix.longest=49"], "prefix.longest 49 and an image of 16 codes are more than the 64 "),
 ])
 def test_training_fails_in_one_line(damage, flags, says, tmp_path):

@@ -266,7 +266,7 @@ def test_kill_9_at_three_random_records_leaves_no_trace(folder, whole, tmp_path)
 @pytest.mark.parametrize(("run", "damage", "says"), [
     ("run1", "none", "are of another tokenizer than that of "),
     ("run0", "gone", "lacks 1 of 3 files of codes, for example codes-00001-of-00003.array_record: give the command "),
-    ("run0", "flipped", "remove that file and give the command tokenize that made it once more"),
+    ("run0", "flipped", "array_record has changed): give the command tokenize that made it once more"),
 ])
 def test_detokenize_fails_in_one_line(run, damage, says, folder, whole, tmp_path):
     shard = Path(shutil.copytree(whole, tmp_path / "codes")) / "codes-00001-of-00003.array_record"
