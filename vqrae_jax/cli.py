@@ -24,8 +24,7 @@ from vqrae_jax.training.signals import STOPPED
 # Without process 0 the others are aborted by JAX, with its stacks: those that fail for the same reason say so before.
 FIRST_LEAVES_LAST_SECONDS = 2
 _LOG = logging.getLogger("vqrae_jax")
-_TRACEBACK = flags.DEFINE_bool("traceback", False, "show where an error was raised, and what libraries say, for "
-                               "reports of bugs")
+flags.DEFINE_bool("traceback", False, "show where an error was raised, and what libraries say, for reports of bugs")
 flags.disclaim_key_flags()  # a verb's help shows what is defined for it below
 
 

@@ -194,7 +194,9 @@ class Reporter:
 
     def lines(self) -> list[str]:
         """Those of metrics.jsonl."""
-        return lines_until(self._file, math.inf) if self._writes else []
+        if not self._writes or not self._file.exists():
+            return []
+        return self._file.read_text().splitlines(keepends=True)  # whole, for this process wrote or looked at them
 
     def best_step(self, best: Best, steps: Iterable[int]) -> int | None:
         """Which of some steps had the best evaluation; None if none was evaluated."""

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import jax
 
+from vqrae_jax.foreign import one_line
 from vqrae_jax.training import distributed
 
 log = logging.getLogger(__name__)
@@ -111,7 +112,7 @@ class StopSignal:
             log.error(MESSAGE)
         except Exception as error:
             code = 1
-            log.error("error: %s", " ".join(str(error).split()))
+            log.error("error: %s", one_line(error))
         for worker in multiprocessing.active_children():
             worker.terminate()
         os._exit(code)

@@ -18,6 +18,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from vqrae_jax import files
+from vqrae_jax.foreign import one_line
 from vqrae_jax.training import distributed
 
 log = logging.getLogger(__name__)
@@ -112,17 +113,20 @@ def damage(folder: Path, items: Sequence[str] | None = None, *, shared: bool = F
       OSError: the machine cannot read, which says nothing of the checkpoint.
     """
     processes, process = (jax.process_count(), jax.process_index()) if shared else (1, 0)
-    if processes > 1 and distributed.agreed((folder / files.CHECKSUMS).exists()):
+    there = (folder / files.CHECKSUMS).exists()
+    if processes > 1 and (there := bool(distributed.agreed(there))):
         files.wait_for([folder / files.CHECKSUMS])
+    if not there:
+        if process == 0:
+            log.warning("%s has no checksums, as versions before 0.7 wrote it: it is read unchecked", folder)
+        return ""
     try:
         expected = files.read_checksums(folder)
+        if expected is None:  # another process sees them
+            raise ValueError(f"{files.CHECKSUMS} is missing")
     except ValueError as error:
         found = str(error)
     else:
-        if expected is None:
-            if process == 0:
-                log.warning("%s has no checksums, as versions before 0.7 wrote it: it is read unchecked", folder)
-            return ""
         names = [name for name in sorted(expected) if items is None or name.partition("/")[0] in items]
         if processes > 1:
             files.wait_for([folder / name for name in names])
@@ -154,8 +158,7 @@ def read_arrays(folder: Path, name: str, abstract: Any) -> Any:
     except (OSError, jax.errors.JaxRuntimeError):
         raise
     except Exception as error:  # whatever Orbax, TensorStore and their parsers say of a file they do not understand
-        raise ValueError(f"{folder / name} cannot be read: {' '.join(str(error).split()) or type(error).__name__}") \
-            from error
+        raise ValueError(f"{folder / name} cannot be read: {one_line(error)}") from error
 
 
 def read_json(folder: Path, name: str) -> dict[str, Any] | None:
