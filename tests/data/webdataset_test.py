@@ -333,6 +333,23 @@ def test_tars_that_would_become_one_file_are_refused(tmp_path):
     (tmp_path / "out" / "0.jsonl").unlink()
     with pytest.raises(ValueError, match="not the report"):
         convert(tars[1], tmp_path / "out")
+    # Somebody else's files of these names stay as they are.
+    (tmp_path / "out" / "0.jsonl").write_text('{"mine": 1}\n')
+    theirs = contents(tmp_path / "out")
+    with pytest.raises(ValueError, match="not the report"):
+        convert(tars[1], tmp_path / "out")
+    assert contents(tmp_path / "out") == theirs
+
+
+def test_damaged_records_are_made_anew(tmp_path, caplog):
+    tar, records = shard(tmp_path / "x.tar"), tmp_path / "out" / "x.array_record"
+    convert(tar, tmp_path / "out")
+    whole, data = contents(tmp_path / "out"), bytearray(records.read_bytes())
+    data[len(data) // 2] ^= 1
+    records.write_bytes(data)
+    convert(tar, tmp_path / "out")
+    assert contents(tmp_path / "out") == whole
+    assert "is damaged (the content of x.array_record has changed): it is made anew" in caplog.text
 
 
 def test_a_tar_that_grows_meanwhile_is_no_finished_one(tmp_path, monkeypatch):

@@ -168,10 +168,13 @@ def taken(folder: Path, name: str) -> None:
     (lambda at: (at / "out").mkdir() or (at / "out" / "notes.txt").touch(), "out is not empty: choose another --out$"),
     (lambda at: (at / "out").touch(), "cannot write to .*out: Not a directory; choose a folder you may write to$"),
     (lambda at: (at / "caption" / "config.json").unlink(), "caption is not the folder of a run$"),
-    (lambda at: (at / "caption" / "config.json").write_text("[]"), r"config.json is damaged .it is no JSON object"),
+    (lambda at: (at / "caption" / "config.json").write_text("[]"),
+     r"config.json is damaged \(it is no JSON object\): restore it from a copy; if it was changed on purpose, remove"),
     (lambda at: edit(at / "caption" / "config.json", task="chess"), "config.json is not .* key task must be one of"),
-    (lambda at: (at / "caption" / "text" / "tokenizer.json").unlink(), "text is damaged .tokenizer.json is missing."),
-    (lambda at: (at / "caption" / "text" / "tokenizer.json").write_text("{"), "text is damaged .tokenizer.json has"),
+    (lambda at: (at / "caption" / "text" / "tokenizer.json").unlink(),
+     r"text is damaged \(tokenizer.json is missing\): restore it from a copy$"),
+    (lambda at: (at / "caption" / "text" / "tokenizer.json").write_text("{"),
+     r"text is damaged \(tokenizer.json has 1 bytes instead of [0-9,]+\): restore it from a copy$"),
     (lambda at: taken(at, "<code_7>"), "has a token <code_7> already: it cannot be that of a code or of a class as"),
 ])
 def test_what_cannot_be_written_is_one_line_and_leaves_nothing(damage, says, folder, tmp_path):

@@ -123,7 +123,7 @@ def test_losses_and_codes_are_the_same_on_every_mesh(on_each_mesh):
     expected = on_each_mesh[1, 1]
     for run in on_each_mesh.values():
         for ours, theirs in zip(run["losses"], expected["losses"], strict=True):
-            assert ours == pytest.approx(theirs, rel=2e-5)  # 1.02e-5 with JAX 0.10.0
+            assert ours == pytest.approx(theirs, rel=1e-5)
         assert run["counts"] == expected["counts"]
         assert run["indices"] == expected["indices"]
         assert run["brightness"] == pytest.approx(expected["brightness"], rel=1e-5)

@@ -199,9 +199,12 @@ def whole_shards(shards: Iterable[Path]) -> Iterator[bool]:
         found = shard.exists()
         if found:
             try:
-                read_report(shard, look_at_records=True)
+                _, records = read_report(shard)
+                how = files.damage(shard.parent, {shard.name: records}) if records else ""
             except ValueError as error:
-                log.warning("%s is damaged (%s): it is made anew", shard, error)
+                how = str(error)
+            if how:
+                log.warning("%s is damaged (%s): it is made anew", shard, how)
                 found = False
         yield found
 
@@ -216,7 +219,7 @@ def end(folder: Path, begun: Description) -> Description:
     counts, found = dict.fromkeys(_AT_THE_END, 0), {}
     for shard in begun.shards(folder):
         try:
-            last, found[shard.name] = read_report(shard, look_at_records=False)
+            last, found[shard.name] = read_report(shard)
             counts = {name: count + last[name] for name, count in counts.items()}
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{report_path(shard)} is missing or damaged: remove it and {shard.name}, and give the "

@@ -40,7 +40,8 @@ def _digest(source: Source, index: int) -> str | None:
 def read(file: Path) -> dict[str, Any]:
     """The fingerprint that a file holds; OSError or ValueError where there is none."""
     found = files.read_json(file)
-    if type(found.get("images")) is not int or not isinstance(found.get("digests"), list):
+    images, digests = found.get("images"), found.get("digests")
+    if type(images) is not int or not isinstance(digests, list) or len(digests) != min(SAMPLES, images):
         raise ValueError(f"{file} is damaged: it does not say what images there are; remove it to go on without")
     return found
 
@@ -49,5 +50,5 @@ def difference(old: dict[str, Any], new: dict[str, Any]) -> str:
     """What two fingerprints differ in, in words; empty where the images are the same."""
     if old["images"] != new["images"]:
         return f"{new['images']:,} images instead of {old['images']:,}"
-    unequal = [None not in pair and pair[0] != pair[1] for pair in zip(old["digests"], new["digests"], strict=False)]
+    unequal = [None not in pair and pair[0] != pair[1] for pair in zip(old["digests"], new["digests"], strict=True)]
     return f"{sum(unequal)} of {len(unequal)} images that were looked at are others" if any(unequal) else ""

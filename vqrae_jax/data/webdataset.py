@@ -18,7 +18,8 @@ from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, get_type_hints
 
-from vqrae_jax.data.records import Report, load_examples, read_report, report_path, serialize_example, written
+from vqrae_jax import files
+from vqrae_jax.data.records import Report, load_examples, read_report, serialize_example, written
 from vqrae_jax.data.sources import IMAGE_SUFFIXES
 from vqrae_jax.data.transforms import decode_image
 
@@ -113,21 +114,22 @@ def _fingerprint(tar: Path) -> tuple[int, str]:
 
 
 def _finished(tar: Path, output: Path) -> Converted | None:
-    """What became of a tar before, None where a file is damaged."""
-    if not report_path(output).exists():
-        raise ValueError(f"{output} is there, but not the report of how it was made: choose another folder, or remove "
-                         "the file")
+    """What became of a tar before, None where its records are damaged."""
     try:
-        converted = Converted(**read_report(output, look_at_records=True)[0])
+        last, records = read_report(output)
+        converted = Converted(**last)
         for name, kind in get_type_hints(Converted).items():
             if not isinstance(getattr(converted, name), kind):
                 raise TypeError(f"{name} is not of type {kind}")
     except (TypeError, ValueError) as error:
-        log.warning("%s is damaged (%s): it is made anew", output, error)
-        return None
+        raise ValueError(f"{output} is there, but not the report of how this version made it: choose another folder, "
+                         "or remove the file") from error
     if (converted.bytes, converted.sha256) != _fingerprint(tar):
         raise ValueError(f"{output} was made of another {converted.tar} than {tar}: choose another folder, or remove "
                          "the file to have it made anew")
+    if records and (how := files.damage(output.parent, {output.name: records})):
+        log.warning("%s is damaged (%s): it is made anew", output, how)
+        return None
     return converted
 
 
