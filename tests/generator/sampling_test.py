@@ -155,7 +155,7 @@ def test_parameters_that_were_cast_give_the_same_logits():
     params = random_arrays(structure.params)
     run = jax.jit(lambda params: (model := flat.merge(structure.graphdef, params)).logits(
         model.hidden(jnp.arange(16)[None]), structure.vocabulary.code))
-    cast = sampling.cast(params, jnp.bfloat16)
+    cast = sampling.cast(structure, params)
     np.testing.assert_array_equal(run(params), run(cast))
     assert sum(x.nbytes for x in cast.values()) < 0.52 * sum(x.nbytes for x in params.values())
 

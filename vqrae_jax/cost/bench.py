@@ -29,7 +29,6 @@ from vqrae_jax.generator import init as generator_init
 from vqrae_jax.generator import sampling
 from vqrae_jax.models import flat
 from vqrae_jax.models.quantizers import EMAVQ
-from vqrae_jax.models.vit import DTYPES
 from vqrae_jax.tokenizer import build, codes, init, train_state
 from vqrae_jax.tokenizer.inference import Tokenizer
 from vqrae_jax.tokenizer.loss import make_train_step, phase_of
@@ -128,7 +127,7 @@ def _drawn(config: GeneratorConfig, case: str) -> int:
 def _generate(config: GeneratorConfig, images: int) -> tuple[int, Callable[[], Any]]:
     """Sampling without guidance, behind the first class or the longest caption."""
     structure, mesh = generator_build.structure(config, generator_build.planned_codes(config)), sharding.one_device()
-    cast = jax.jit(functools.partial(sampling.cast, dtype=DTYPES[config.model.dtype]))
+    cast = jax.jit(functools.partial(sampling.cast, structure))
     params = cast(generator_init.params(config, structure, mesh))
     batch = {"label": np.zeros(images, np.int32), "number": np.arange(images, dtype=np.int32)}
     if longest := generator_build.longest_caption(config):
@@ -157,6 +156,7 @@ def _train(config: Config, images: np.ndarray) -> Callable[[], Any]:
     structure = build.structure(config)
     arrays = (*init.model_arrays(config, structure, mesh), *init.network_arrays(config, mesh))
     state, frozen = train_state.made(config, structure, mesh, *arrays)
+    frozen = sharding.cast(frozen, train_state.in_training(config, structure, mesh)[1])
     step = sharding.jit_step(make_train_step(config, structure, phase_of(config, config.train.steps)), mesh, state)
     return _repeat(lambda state: step(state, frozen, sharding.put_batch(mesh, {"image": images})), state)
 

@@ -99,7 +99,7 @@ def _tokenizer(config: Config) -> Subject:
     phase, structure = loss.phase_of(config, config.train.steps), build.structure(config)
     work, model = flops.flops(config, structure, phase), _sizes({**structure.params, **structure.buffers})
     return Subject(
-        abstract=lambda mesh: (*train_state.abstract(config, structure, mesh), task.abstract_batch(config, mesh)),
+        abstract=lambda mesh: (*train_state.in_training(config, structure, mesh), task.abstract_batch(config, mesh)),
         train_step=loss.make_train_step(config, structure, phase),
         parameters=lambda state, frozen: {
             **{part: model[part] for part in ("encoder", "quantizer", "decoder")},
@@ -114,7 +114,7 @@ def _generator(config: GeneratorConfig) -> Subject:
     structure = generator_build.structure(config, generator_build.planned_codes(config))
     per_image, model = flops.generator_work(config, structure).backward(), _sizes(structure.params)
     return Subject(
-        abstract=lambda mesh: (*generator_state.abstract(config, structure, mesh),
+        abstract=lambda mesh: (*generator_state.in_training(config, structure, mesh),
                                generator_task.abstract_batch(config, structure, mesh)),
         train_step=generator_loss.make_train_step(config, structure), parameters=lambda state, frozen: model,
         averages=lambda state: (state.opt_state, state.ema),

@@ -14,7 +14,6 @@ from jax.sharding import Mesh
 from vqrae_jax.generator import prefix, runs, sampling
 from vqrae_jax.generator.runs import Loaded
 from vqrae_jax.generator.sampling import Options, Schedule
-from vqrae_jax.models.vit import DTYPES
 from vqrae_jax.training import distributed, sharding
 from vqrae_jax.training.checkpoint import Weights
 from vqrae_jax.weights.text import load_text_tokenizer
@@ -51,7 +50,7 @@ class Generator:
     def __init__(self, run: Loaded, mesh: Mesh):
         self.config, self.codes, self.structure, self._mesh = run.config, run.codes, run.structure, mesh
         self.grid, self.num_codes, self.num_classes = run.structure.codes
-        self._params = jax.jit(functools.partial(sampling.cast, dtype=DTYPES[run.config.model.dtype]))(run.params)
+        self._params = jax.jit(functools.partial(sampling.cast, run.structure))(run.params)
         self._sample = jax.jit(sharding.on(mesh, functools.partial(sampling.sample, run.structure)),
                                static_argnames="top_k")
 

@@ -103,14 +103,14 @@ def guidance_scales(options: Options, tokens: int) -> np.ndarray:
     return (1 + (options.cfg - 1) * reached).astype(np.float32)
 
 
-def cast(params: Arrays, dtype: Any) -> Arrays:
-    """A language model's parameters as sampling reads them, with the same result.
+def cast(structure: Structure, params: Arrays) -> Arrays:
+    """A model's parameters as sampling reads them, with the same result.
 
-    What the model itself would cast to the type of its blocks for every token is cast once: the memory's speed is what
+    What the model itself would cast for every token (see `flat.cast_types`) is cast once: the memory's speed is what
     limits sampling.
     """
-    return {path: value.astype(dtype) if path.endswith(("kernel", "token_embedding")) else value
-            for path, value in params.items()}
+    types = flat.cast_types(structure.graphdef, params)
+    return {path: value.astype(types[path]) if path in types else value for path, value in params.items()}
 
 
 def sample(structure: Structure, params: Arrays, batch: Batch, draw: Draw, *, top_k: int) -> jax.Array:

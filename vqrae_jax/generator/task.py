@@ -126,7 +126,7 @@ class GeneratorTask:
 
     def abstract(self, mesh: Mesh) -> tuple[TrainState, Frozen, dict[str, Any]]:
         """Shapes and shardings of state, frozen arrays and a batch."""
-        return (*train_state.abstract(self.config, self.structure, mesh),
+        return (*train_state.in_training(self.config, self.structure, mesh),
                 abstract_batch(self.config, self.structure, mesh))
 
     def init(self, mesh: Mesh) -> tuple[TrainState, Frozen]:

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from vqrae_jax.config import GeneratorConfig
 from vqrae_jax.generator.build import Structure
+from vqrae_jax.models import flat
 from vqrae_jax.models.flat import Arrays
 from vqrae_jax.training import optim, sharding
 
@@ -36,7 +37,10 @@ class TrainState(NamedTuple):
 
 
 class Frozen(NamedTuple):
-    """Everything that does not change: the parameters whose learning rate is 0."""
+    """Everything that does not change: the parameters whose learning rate is 0.
+
+    They are saved as they were given, and trained with as `in_training` says.
+    """
 
     params: Arrays
 
@@ -54,8 +58,14 @@ def init(config: GeneratorConfig, params: Arrays) -> tuple[TrainState, Frozen]:
 
 
 def abstract(config: GeneratorConfig, structure: Structure, mesh: Mesh) -> tuple[TrainState, Frozen]:
-    """Shapes of a run's state and its place on a mesh; nothing is allocated."""
+    """Shapes of a run's state as it is saved, and its place on a mesh; nothing is allocated."""
     return sharding.placed(mesh, jax.eval_shape(functools.partial(init, config), structure.params), sharding.RULES)
+
+
+def in_training(config: GeneratorConfig, structure: Structure, mesh: Mesh) -> tuple[TrainState, Frozen]:
+    """As `abstract`, but frozen arrays have the types to which their modules cast them; see `flat.cast_types`."""
+    state, frozen = abstract(config, structure, mesh)
+    return state, Frozen(flat.with_types(frozen.params, flat.cast_types(structure.graphdef, structure.params)))
 
 
 def made(config: GeneratorConfig, mesh: Mesh, params: Arrays) -> tuple[TrainState, Frozen]:

@@ -61,9 +61,9 @@ class Decoder(nnx.Module):
         self.embedding = Linear(latent_width, spec.width, dtype=dtype, rngs=rngs)
         # Not zeros: under a LayerNorm with eps 1e-12 a zero token takes all of the first steps' gradient norm.
         normal = nnx.initializers.normal(0.02)
-        self.cls = nnx.Param(normal(rngs.params(), (1, spec.width))) if cls_token else None
-        positions = nnx.Param(jnp.asarray(sincos_positions(spec.width, grid))) if learned_positions else None
-        self.position_embedding = positions
+        self.cls = nnx.Param(normal(rngs.params(), (1, spec.width)), cast_to=dtype) if cls_token else None
+        positions = lambda: nnx.Param(jnp.asarray(sincos_positions(spec.width, grid)), cast_to=dtype)
+        self.position_embedding = positions() if learned_positions else None
         self.transformer = Transformer(spec, remat=remat, dtype=dtype, rngs=rngs)
         self.pixels = Linear(spec.width, patch_size**2 * 3, rngs=rngs)
 

@@ -32,6 +32,22 @@ def merge(graphdef: nnx.GraphDef, *dictionaries: Mapping[str, jax.Array]) -> Any
     return nnx.merge(graphdef, nnx.from_flat_state(leaves))
 
 
+def cast_types(graphdef: nnx.GraphDef, *dictionaries: Mapping[str, Any]) -> dict[str, Any]:
+    """The types to which a module casts its parameters before it does anything else with them, `{path: dtype}`.
+
+    A module says so where it makes one, `nnx.Param(value, cast_to=dtype)`. While such a parameter does not learn it can
+    as well be kept in that type: with the same result, and in less memory. Those that are not in here are used as they
+    are. The dictionaries, of arrays or shapes, are those of `merge`.
+    """
+    params = nnx.to_flat_state(nnx.state(merge(graphdef, *dictionaries), nnx.Param))
+    return {_path(path): variable.cast_to for path, variable in params if variable.has_metadata("cast_to")}
+
+
+def with_types(shapes: Mapping[str, Any], types: Mapping[str, Any]) -> dict[str, Any]:
+    """Shapes, of which those that are in `types` have another one."""
+    return {path: shape.update(dtype=types[path]) if path in types else shape for path, shape in shapes.items()}
+
+
 def prefixed(prefix: str, tree: Mapping) -> Arrays:
     """Nested dictionaries as a flat one whose paths start with `prefix`."""
     flat = {}
@@ -56,4 +72,8 @@ def parts(paths: Iterable[str]) -> list[str]:
 
 
 def _arrays(state: nnx.State) -> Arrays:
-    return {"/".join(map(str, path)): variable.get_value() for path, variable in nnx.to_flat_state(state)}
+    return {_path(path): variable.get_value() for path, variable in nnx.to_flat_state(state)}
+
+
+def _path(names: Iterable[Any]) -> str:
+    return "/".join(map(str, names))

@@ -154,7 +154,7 @@ class LanguageModel(nnx.Module):
     def __init__(self, spec: LMSpec, *, dropout: float, remat: Remat = SAVE_MATMULS, dtype=jnp.float32,
                  rngs: nnx.Rngs):
         self.spec, self.dropout, self.remat, self.dtype = spec, dropout, remat, dtype
-        self.token_embedding = nnx.Param(_NORMAL(rngs.params(), (spec.vocabulary, spec.width)))
+        self.token_embedding = nnx.Param(_NORMAL(rngs.params(), (spec.vocabulary, spec.width)), cast_to=dtype)
         make_block = lambda rngs: Block(spec, dropout=dropout, dtype=dtype, rngs=rngs)
         self.blocks = vit.stack(make_block, spec.depth, rngs)
         self.norm = _rms_norm(spec.width, spec, dtype=jnp.float32, rngs=rngs)

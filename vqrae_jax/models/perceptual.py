@@ -36,7 +36,8 @@ class LPIPS(nnx.Module):
         for width, depth in VGG16:
             stage = []
             for _ in range(depth):
-                stage.append(nnx.Conv(channels, width, (3, 3), padding=1, dtype=dtype, rngs=rngs))
+                stage.append(nnx.Conv(channels, width, (3, 3), padding=1, dtype=dtype, rngs=rngs,
+                                      kernel_metadata={"cast_to": dtype}, bias_metadata={"cast_to": dtype}))
                 channels = width
             stages.append(nnx.List(stage))
         self.stages = nnx.List(stages)
@@ -177,7 +178,7 @@ class _Block(nnx.Module):
         self.norm = layer_norm(width, eps=1e-6, dtype=dtype, rngs=rngs)
         self.fc1 = Linear(width, 4 * width, dtype=dtype, rngs=rngs)
         self.fc2 = Linear(4 * width, width, dtype=dtype, rngs=rngs)
-        self.scale = nnx.Param(jnp.full(width, 1e-6, jnp.float32))
+        self.scale = nnx.Param(jnp.full(width, 1e-6, jnp.float32), cast_to=dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = self.fc2(gelu(self.fc1(self.norm(self.depthwise(x)))))
@@ -189,7 +190,7 @@ class _Depthwise(nnx.Module):
 
     def __init__(self, width: int, *, dtype, rngs: nnx.Rngs):
         self.kernel = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (7, 7, width), jnp.float32))
-        self.bias = nnx.Param(jnp.zeros(width, jnp.float32))
+        self.bias = nnx.Param(jnp.zeros(width, jnp.float32), cast_to=dtype)
         self.dtype = dtype
 
     def __call__(self, x: jax.Array) -> jax.Array:

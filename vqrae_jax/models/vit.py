@@ -73,8 +73,9 @@ class Linear(nnx.Module):
 
     def __init__(self, in_features: int, out_features: int, *, use_bias: bool = True, dtype=jnp.float32,
                  kernel_init=nnx.initializers.xavier_uniform(), rngs: nnx.Rngs):
-        self.kernel = nnx.Param(kernel_init(rngs.params(), (in_features, out_features), jnp.float32))
-        self.bias = nnx.Param(jnp.zeros(out_features, jnp.float32)) if use_bias else None
+        kernel = kernel_init(rngs.params(), (in_features, out_features), jnp.float32)
+        self.kernel = nnx.Param(kernel, cast_to=dtype)
+        self.bias = nnx.Param(jnp.zeros(out_features, jnp.float32), cast_to=dtype) if use_bias else None
         self.dtype = dtype
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -214,7 +215,7 @@ class Attention(nnx.Module):
     def __init__(self, spec: TransformerSpec, *, key_bias: bool = True, dtype, rngs: nnx.Rngs):
         self.heads = spec.heads
         self.qkv = Linear(spec.width, 3 * spec.width, use_bias=key_bias, dtype=dtype, rngs=rngs)
-        self.query_value_bias = None if key_bias else nnx.Param(jnp.zeros(2 * spec.width))
+        self.query_value_bias = None if key_bias else nnx.Param(jnp.zeros(2 * spec.width), cast_to=dtype)
         self.out = Linear(spec.width, spec.width, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array, rope: Rope | None = None) -> jax.Array:
@@ -264,7 +265,7 @@ class Block(nnx.Module):
         self.attention = Attention(spec, key_bias=key_bias, dtype=dtype, rngs=rngs)
         self.norm2 = layer_norm(spec.width, eps=spec.norm_eps, dtype=dtype, rngs=rngs)
         self.mlp = Mlp(spec, dtype=dtype, rngs=rngs)
-        ones = lambda: nnx.Param(jnp.ones(spec.width)) if spec.layer_scale else None
+        ones = lambda: nnx.Param(jnp.ones(spec.width), cast_to=dtype) if spec.layer_scale else None
         self.scale1, self.scale2 = ones(), ones()
 
     def __call__(self, x: jax.Array, rope: Rope | None = None) -> jax.Array:
@@ -402,9 +403,10 @@ class ViT(nnx.Module):
         normal = nnx.initializers.normal(0.02)
         self.patch_embedding = Linear(spec.patch_size**2 * 3, spec.width, dtype=dtype, rngs=rngs)
         learned = spec.rope_theta is None
-        self.position_embedding = nnx.Param(normal(rngs.params(), (self.grid**2, spec.width))) if learned else None
+        table = lambda tokens: nnx.Param(normal(rngs.params(), (tokens, spec.width)), cast_to=dtype)
+        self.position_embedding = table(self.grid**2) if learned else None
         # The cls token's own position embedding is folded into it when weights are loaded.
-        self.prefix = nnx.Param(normal(rngs.params(), (spec.prefix_tokens, spec.width))) if spec.prefix_tokens else None
+        self.prefix = table(spec.prefix_tokens) if spec.prefix_tokens else None
         self.transformer = Transformer(spec, final_norm=final_norm if spec.has_final_norm else None,
                                        key_bias=learned, remat=remat, dtype=dtype, rngs=rngs)
 

@@ -139,7 +139,7 @@ class TokenizerTask:
 
     def abstract(self, mesh: Mesh) -> tuple[TrainState, Frozen, dict[str, Any]]:
         """Shapes and shardings of state, frozen arrays and a batch."""
-        return (*train_state.abstract(self.config, self.structure, mesh), abstract_batch(self.config, mesh))
+        return (*train_state.in_training(self.config, self.structure, mesh), abstract_batch(self.config, mesh))
 
     def init(self, mesh: Mesh) -> tuple[TrainState, Frozen]:
         """State and frozen arrays at the start of a run."""

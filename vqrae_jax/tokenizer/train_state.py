@@ -47,7 +47,7 @@ class TrainState(NamedTuple):
 
 
 class Frozen(NamedTuple):
-    """Everything that does not change.
+    """Everything that does not change; it is saved as it was given, and trained with as `in_training` says.
 
     Attributes:
       params: the model's frozen parameters.
@@ -103,10 +103,20 @@ def init(config: Config, structure: Structure, params: Arrays, buffers: Arrays, 
 
 
 def abstract(config: Config, structure: Structure, mesh: Mesh) -> tuple[TrainState, Frozen]:
-    """Shapes of a run's state and its place on a mesh; nothing is allocated."""
+    """Shapes of a run's state as it is saved, and its place on a mesh; nothing is allocated."""
     shapes = jax.eval_shape(functools.partial(init, config, structure), structure.params, structure.buffers,
                             structure.networks.params, structure.networks.buffers)
     return sharding.placed(mesh, shapes, rules(config))
+
+
+def in_training(config: Config, structure: Structure, mesh: Mesh) -> tuple[TrainState, Frozen]:
+    """As `abstract`, but frozen arrays have the types to which their modules cast them; see `flat.cast_types`."""
+    state, frozen = abstract(config, structure, mesh)
+    types, networks = flat.cast_types(structure.graphdef, structure.params, structure.buffers), structure.networks
+    for name, graphdef in networks.graphdefs.items():
+        arrays = flat.under(f"{name}/", {**networks.params, **networks.buffers})
+        types |= flat.prefixed(f"{name}/", flat.cast_types(graphdef, arrays))
+    return state, Frozen(*(flat.with_types(arrays, types) for arrays in frozen))
 
 
 def made(config: Config, structure: Structure, mesh: Mesh, *arrays: Arrays) -> tuple[TrainState, Frozen]:

@@ -274,7 +274,10 @@ def save_frozen(workdir: Path, frozen: Any) -> None:
 
 
 def load_frozen(workdir: Path, abstract: Any) -> Any:
-    """Reads what `save_frozen` wrote, all processes together; `abstract` gives shapes, dtypes and shardings."""
+    """Reads what `save_frozen` wrote, all processes together.
+
+    `abstract` gives shapes, types and shardings. Arrays of another type are cast on the host, shard by shard.
+    """
     if any(abstract):
         _check_frozen(workdir, None, shared=True)
     read = lambda name, arrays: verified.read_arrays(workdir / "frozen", name, arrays) if arrays else {}

@@ -58,6 +58,7 @@ def run(task: Task, workdir: Path) -> dict[str, float]:
         if saved_step is None:
             state, frozen = task.init(mesh)
             checkpoint.save_frozen(workdir, frozen)
+            frozen = sharding.cast(frozen, abstract_frozen)  # what is saved is not rounded
         else:
             frozen = checkpoint.load_frozen(workdir, abstract_frozen)
             items, position, saved_lines = checkpoints.restore(saved_step, task.items(abstract_state))

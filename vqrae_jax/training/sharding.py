@@ -12,7 +12,7 @@ import functools
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,8 @@ RULES: Rules = (
     (r".*token_embedding", (-2, -1)),
     (r".*", ()),  # biases, norms, positions, counters
 )
+
+Tree = TypeVar("Tree")
 
 
 def make_mesh(mesh: config_lib.Mesh, devices: Sequence[Any] | None = None) -> Mesh:
@@ -74,6 +76,17 @@ def placed(mesh: Mesh, shapes: Any, rules: Rules) -> Any:
 def made(init: Callable[..., Any], mesh: Mesh, rules: Rules, *arrays: Any) -> Any:
     """What `init(*arrays)` makes, every device making its own share."""
     return jax.jit(init, out_shardings=of(mesh, jax.eval_shape(init, *arrays), rules))(*arrays)
+
+
+def cast(arrays: Tree, shapes: Tree) -> Tree:
+    """Arrays in the types of shapes and where these are; those that have their type already are not copied."""
+    leaves, structure = jax.tree.flatten(arrays)
+    wanted = jax.tree.leaves(shapes)
+    changed = {i: leaf for i, leaf in enumerate(leaves) if leaf.dtype != wanted[i].dtype}
+    # One program for all: to compile one for every shape would take seconds.
+    converted = jax.jit(lambda arrays: {i: array.astype(wanted[i].dtype) for i, array in arrays.items()},
+                        out_shardings={i: wanted[i].sharding for i in changed})(changed)
+    return structure.unflatten(converted[i] if i in converted else leaf for i, leaf in enumerate(leaves))
 
 
 def put(mesh: Mesh, arrays: Mapping[str, Any], rules: Rules) -> dict[str, jax.Array]:

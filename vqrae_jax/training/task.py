@@ -48,7 +48,8 @@ class Task(Protocol):
     """Something to be trained.
 
     Its state is a NamedTuple, of which the loop reads `step` (batches seen) and `skipped_in_a_row` (steps that were not
-    finite, see `update.guarded`). What is frozen is a NamedTuple of `{path: array}`, written once.
+    finite, see `update.guarded`). What is frozen is a NamedTuple of `{path: array}`, written once, as `init` makes it;
+    steps and evaluations take it in the types that `abstract` says, into which the loop casts it.
 
     Attributes:
       config: of the run.
@@ -72,11 +73,11 @@ class Task(Protocol):
         ...
 
     def abstract(self, mesh: Mesh) -> tuple[Any, Any, Any]:
-        """Shapes and shardings of state, frozen arrays and a training batch; nothing is allocated."""
+        """Shapes, types and shardings of what a step takes: state, frozen arrays, batch; nothing is allocated."""
         ...
 
     def init(self, mesh: Mesh) -> tuple[Any, Any]:
-        """State and frozen arrays at the start of a run, placed as `abstract` says."""
+        """State and frozen arrays at the start of a run, placed as `abstract` says, and as they are to be saved."""
         ...
 
     def items(self, state: Any) -> dict[str, Any]:
