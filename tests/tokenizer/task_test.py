@@ -46,8 +46,9 @@ def stage2(config, stage1: Path):
 @pytest.fixture(scope="module")
 def stage1_run(tmp_path_factory) -> Path:
     """A run that tests only read."""
-    workdir = tmp_path_factory.mktemp("task") / "stage1"
-    task.train(config_lib.parse(tiny()), workdir)
+    workdir, config = tmp_path_factory.mktemp("task") / "stage1", tiny()
+    config.model.dtype = "bfloat16"
+    task.train(config_lib.parse(config), workdir)
     return workdir
 
 
@@ -70,6 +71,7 @@ def test_a_continued_run_equals_one_that_never_stopped(tiny_config, tmp_path, st
     """All there is to save: a teacher, averages, and a discriminator that has learned before the run dies."""
     caplog.set_level("INFO", "vqrae_jax")
     stage2(tiny_config, stage1_run)
+    tiny_config.model.dtype = "bfloat16"
     tiny_config.gan.update(discriminator="patchgan", channels=32, adaptive=True, discriminator_start_step=1,
                            start_step=3, lecam_weight=0.1, augment=True)
     tiny_config.model.quantizer.kind = "simvq"
@@ -86,6 +88,12 @@ def test_a_continued_run_equals_one_that_never_stopped(tiny_config, tmp_path, st
     assert "continuing at step 4" in caplog.text
     assert lines(tmp_path / "parts") == lines(tmp_path / "whole")
     chex.assert_trees_all_equal(arrays(tmp_path / "parts"), arrays(tmp_path / "whole"))
+    # Trained with in bfloat16, the encoder of stage 1 and the teacher of stage 2 are on disk as they were given.
+    given = huggingface.load_encoder_params(REFERENCE / "siglip_vision", image_size=32)
+    for workdir in (stage1_run, tmp_path / "parts"):
+        kept = runs.pretrained_encoder(workdir, config_lib.load(workdir / "config.json"), arrays(workdir),
+                                       sharding.one_device())
+        chex.assert_trees_all_equal(kept, given)
     records = [json.loads(line) for line in lines(tmp_path / "whole")]
     assert [r["step"] for r in records if "loss/discriminator" in r] == [2, 3, 4, 5, 6]
     assert [r["weight/gan"] > 0 for r in records if "weight/gan" in r] == [False, False, True, True, True]

@@ -216,6 +216,30 @@ def test_a_run_that_died_in_an_evaluation_makes_up_for_it(whole, tmp_path, monke
     assert result == {"bits": json.loads(lines(whole)[-1])["eval/bits"]}
 
 
+def test_what_is_frozen_is_used_in_the_type_that_the_task_says_and_saved_as_it_was(tmp_path):
+    used = []
+
+    class Half(toy.NextCharacter):
+        def abstract(self, mesh):
+            state, frozen, batch = super().abstract(mesh)
+            return state, toy.Frozen({path: x.update(dtype=np.float16) for path, x in frozen.embedding.items()}), batch
+
+        def _loss(self, params, frozen, batch):
+            used.append(frozen.embedding["embedding"].dtype)
+            return super()._loss(params, frozen, batch)
+
+        def evaluator(self, mesh):
+            return lambda state, frozen: ({"bits": float(np.sum(frozen.embedding["embedding"], dtype=np.float32))}, {})
+
+    first, second = (loop.run(Half(toy.config(steps)), tmp_path) for steps in (3, 5))
+    assert set(used) == {np.dtype(np.float16)}
+    assert first == second  # the same, cast where they were made or where they were read
+    task = toy.NextCharacter(toy.config(3))
+    mesh = sharding.one_device()
+    saved = checkpoint.load_frozen(tmp_path, task.abstract(mesh)[1])
+    np.testing.assert_array_equal(saved.embedding["embedding"], task.init(mesh)[1].embedding["embedding"])
+
+
 def test_a_step_that_is_not_finite_is_skipped_and_too_many_stop_the_run(tmp_path, monkeypatch):
     batch = toy.Batches.__next__
 

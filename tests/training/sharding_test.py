@@ -83,7 +83,10 @@ def train(config: config_lib.Config) -> dict:
 
 
 def move(configs: list[config_lib.Config], folder: Path) -> None:
-    """Saves a state and what is frozen from each mesh and restores both on the next: not a bit may change."""
+    """Saves a state and what is frozen from each mesh and restores both on the next: not a bit may change.
+
+    What is frozen can as well be read in the types that a step takes.
+    """
     compiled, state, frozen, batch = start(configs[0])
     state, _ = compiled(state, frozen, batch)
     expected = jax.device_get((state, frozen))
@@ -92,13 +95,19 @@ def move(configs: list[config_lib.Config], folder: Path) -> None:
         with closing(checkpoint.Checkpoints(folder / str(i))) as checkpoints:
             checkpoints.save(1, train_state.items(state), {"next_batch": 1}, [])
         mesh = make_mesh(config)
-        abstract, abstract_frozen = train_state.abstract(config, build.structure(config), mesh)
+        structure = build.structure(config)
+        abstract, abstract_frozen = train_state.abstract(config, structure, mesh)
         with closing(checkpoint.Checkpoints(folder / str(i))) as checkpoints:
             items, *_ = checkpoints.restore(1, train_state.items(abstract))
         state = train_state.from_items(items)
         frozen = checkpoint.load_frozen(folder / str(i), abstract_frozen)
         chex.assert_trees_all_equal(jax.device_get((state, frozen)), expected)
-        assert all(leaf.sharding.mesh == mesh for leaf in jax.tree.leaves((state, frozen)))
+        used = train_state.in_training(config, structure, mesh)[1]
+        cast, read = sharding.cast(frozen, used), checkpoint.load_frozen(folder / str(i), used)
+        assert jnp.dtype(jnp.bfloat16) in {leaf.dtype for leaf in jax.tree.leaves(cast)}
+        chex.assert_trees_all_equal(jax.device_get(cast), jax.device_get(read))
+        assert all(leaf.sharding.mesh == mesh for leaf in jax.tree.leaves((state, frozen, cast, read)))
+        chex.assert_trees_all_equal(*(jax.tree.map(lambda leaf: leaf.sharding, tree) for tree in (cast, read)))
 
 
 def in_a_process_with_eight_devices(*arguments: object, module: str = "tests.training.sharding_test") -> None:
@@ -187,6 +196,7 @@ if __name__ == "__main__":
     values["model"]["encoder"]["path"] = str(REFERENCE / "siglip_vision")
     values["optim"].update(lr=1e-3, warmup_steps=2, ema_decay=0.9)
     if kind in MOVES:
+        values["model"]["dtype"] = "bfloat16"
         move([make_config(values, kind="simvq", mesh=mesh) for mesh in MOVES[kind]], Path(out))
     else:
         results = [(mesh, train(make_config(values, kind=kind, mesh=mesh))) for mesh in KINDS[kind]["meshes"]]
