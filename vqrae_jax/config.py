@@ -142,7 +142,7 @@ class Decoder:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Model:
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of computation; parameters are float32
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of computation; what learns and all files are float32
     # What of a block the backward pass recomputes: nothing, all but the matmuls, or everything but the block's input.
     remat: Literal["none", "minimal", "full"] = _key("minimal", free=True)
     noise_tau: float = _key(0.0, low=0.0)  # of the noise on features in training (RAE); codes want none
@@ -243,7 +243,7 @@ class LanguageModel:
     tied_embeddings: bool = False  # one matrix takes tokens in and gives their logits
     rope_theta: float = _key(10_000.0, low=1.0)
     dropout: float = _key(0.0, low=0.0, high=0.9)  # of embeddings and of what each attention and MLP adds
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of computation; parameters are float32
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of computation; what learns and all files are float32
     # What of a block the backward pass recomputes: nothing, all but the matmuls, or everything but the block's input.
     remat: Literal["none", "minimal", "full"] = _key("minimal", free=True)
 
