@@ -205,7 +205,7 @@ def _say(message: str, stderr: console.Stderr | None) -> None:
 
 
 def _leave(code: int) -> NoReturn:
-    """Ends this process, without waiting for a compiler, nor for others of the same run, which may be waiting for it."""
+    """Ends this process, without waiting for a compiler or for others of the same run, who may wait for this one."""
     together = jax.distributed.is_initialized()
     if not together and not compilation.under_way():
         sys.exit(code)

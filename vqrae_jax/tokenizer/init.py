@@ -143,11 +143,15 @@ def initial_arrays(config: Config, structure: Structure, open_batches: Callable[
         raise ValueError("config key model.latent_statistics needs a run to take them from: set init_from")
     if config.model.quantizer.init == "kmeans" and not any(flat.part(path) == "quantizer" for path in restored):
         batches = open_batches()  # an iterator of its own: training starts at batch 0
-        needed = KMEANS_TOKENS_PER_CODE * config.model.quantizer.size
+        needed = math.ceil(KMEANS_TOKENS_PER_CODE * config.model.quantizer.size / structure.tokens)
+        # Of a batch with more images than are needed, the first ones: a run of any number of processes has the same.
+        share = mesh.size * config.train.accumulate
+        count = min(config.train.batch_size, math.ceil(needed / share) * share)
+        first = jax.jit(lambda images: images[:count], out_shardings=sharding.batch_sharding(mesh))
         images = []
-        for _ in range(math.ceil(needed / (structure.tokens * config.train.batch_size))):
+        for _ in range(math.ceil(needed / count)):
             signals.stop_if_preempted()
-            images.append(sharding.put_batch(mesh, next(batches)["image"]))
+            images.append(first(sharding.put_batch(mesh, next(batches)["image"])))
         batches.close()
         initial = initial | sharding.on(mesh, codebook_from_data)(config, structure, initial, images)
         log.info("codebook initialised by k-means on %d tokens", sum(map(len, images)) * structure.tokens)
