@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import multiprocessing
 import os
 import re
 import signal
@@ -204,10 +205,13 @@ def _say(message: str, stderr: console.Stderr | None) -> None:
 
 
 def _leave(code: int) -> NoReturn:
-    """Ends this process, without waiting for others of the same run, which may be waiting for it."""
-    if not jax.distributed.is_initialized():
+    """Ends this process, without waiting for a compiler or for others of the same run, who may wait for this one."""
+    together = jax.distributed.is_initialized()
+    if not together and not compilation.under_way():
         sys.exit(code)
     sys.stdout.flush()
-    if jax.process_index() == 0:
+    for worker in multiprocessing.active_children():
+        worker.terminate()
+    if together and jax.process_index() == 0:
         time.sleep(FIRST_LEAVES_LAST_SECONDS)
     os._exit(code)

@@ -3,6 +3,7 @@
 import dataclasses
 from pathlib import Path
 
+import huggingface_hub
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,7 +25,6 @@ from vqrae_jax.models.discriminators import (
     round_to_8_bits,
 )
 from vqrae_jax.models.flat import Buffer
-from vqrae_jax.weights import tensors
 from vqrae_jax.weights.discriminators import load_dino_backbone, load_dino_heads
 
 # A small DINO; its published position embeddings are for a grid of 4 x 4.
@@ -503,7 +503,7 @@ def test_backbone_tensors_that_do_not_fit_are_named(tmp_path, changes, message):
 def test_missing_files_say_how_to_get_them(tmp_path, monkeypatch):
     def offline(repo_id, **options):
         raise ConnectionError("no route to host")
-    monkeypatch.setattr(tensors, "snapshot_download", offline)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
     for spec, patch in ((DINO_S8, 8), (DINO_S16, 16)):
         with pytest.raises(OSError, match=f"no DINO weights at .*`hf download facebook/dino-vits{patch}`.*"
                                           f"/dino/dino_deitsmall{patch}_pretrain/dino_deitsmall{patch}_pretrain.pth"):

@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import huggingface_hub
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -18,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 from tests.conftest import REFERENCE
 from vqrae_jax.models import flat
 from vqrae_jax.models.encoders import Encoder, interpolate_positions, resize_bicubic, resize_bicubic_8bit
-from vqrae_jax.weights import huggingface, tensors
+from vqrae_jax.weights import huggingface
 
 FINAL_NORM = ("siglip_vision", "siglip", "dinov2", "dinov2_with_registers", "vit_mae", "siglip_so400m", "dinov3_vit")
 NAMES = (*FINAL_NORM, "intern_vit")
@@ -549,7 +550,7 @@ def test_half_precision_files_written_by_torch(dtype, folder):
 def test_hub_model_without_a_network_is_a_one_line_error(monkeypatch):
     def offline(repo_id, **options):
         raise ConnectionError("no route to host\nlong explanation")
-    monkeypatch.setattr(tensors, "snapshot_download", offline)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
     with pytest.raises(OSError, match="some/model is not a folder.*give the local folder") as error:
         huggingface.build_encoder("some/model")
     assert "\n" not in str(error.value)
@@ -561,7 +562,7 @@ def test_reading_the_spec_from_the_hub_asks_for_no_weights(monkeypatch):
         assert not local_files_only
         asked.append(allow_patterns)
         return str(REFERENCE / "dinov2")
-    monkeypatch.setattr(tensors, "snapshot_download", download)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     huggingface.read_encoder_spec("some/model")
     assert not any("safetensors" in pattern for pattern in asked[0])
     huggingface.load_encoder_params("some/model")

@@ -4,6 +4,7 @@ import functools
 import os
 import re
 
+import huggingface_hub
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -463,7 +464,7 @@ def test_an_absent_file_is_one_line_with_the_command_that_gets_it(tiny_vgg16, tm
 
     def offline(repo_id, **options):
         raise ConnectionError("no route to host\nlong explanation")
-    monkeypatch.setattr(tensors, "snapshot_download", offline)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
     assert vgg16 in message(convert.load_lpips, "timm/vgg16.tv_in1k")
 
 

@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec
 from tests.conftest import REPOSITORY
 from vqrae_jax import config as config_lib
 from vqrae_jax.models import flat
+from vqrae_jax.models.quantizers.search import kmeans
 from vqrae_jax.tokenizer import build, init, train_state
 from vqrae_jax.tokenizer.inference import decode_codes
 from vqrae_jax.tokenizer.loss import make_train_step
@@ -74,10 +75,13 @@ def train(config: config_lib.Config) -> dict:
     arrays = {**state.params, **state.buffers}
     indices = encode(arrays, batch["image"])
     images = jax.jit(sharding.on(mesh, functools.partial(decode_codes, graphdef)))(arrays, indices)
+    cluster = jax.jit(sharding.on(mesh, lambda tokens: kmeans(tokens, CODES, rng=jax.random.key(0))))
+    tokens = jax.ShapeDtypeStruct((TOKENS, 8), jnp.float32, sharding=sharding.batch_sharding(mesh))
     moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim == 3]
     return {"losses": losses, "counts": counts, "indices": np.asarray(indices).tolist(),
             "brightness": np.asarray(images).mean((1, 2, 3)).tolist(),
             "decoded_at_once": images.sharding.shard_shape(images.shape)[0], "hlo": compiled.as_text(),
+            "kmeans": cluster.lower(tokens).compile().as_text(),
             "moments": [leaf.shape for leaf in moments],
             "shard_shapes": [leaf.sharding.shard_shape(leaf.shape) for leaf in moments]}
 
@@ -149,6 +153,8 @@ def test_no_device_ever_holds_all_of_what_is_split(on_each_mesh):
         scores = set(re.findall(rf"f32\[(\d+),{CODES}\]", run["hlo"]))
         assert scores, "the search left no matrix of scores in the program: this test looks in the wrong place"
         assert max(map(int, scores)) <= TOKENS // (data * fsdp)
+        compared = re.findall(rf"f32\[(\d+),{CODES}\]\S* dot\(", run["kmeans"])
+        assert set(map(int, compared)) == {TOKENS // (data * fsdp)}
 
 
 @pytest.mark.parametrize("moves", marked(MOVES))

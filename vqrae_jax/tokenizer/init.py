@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +74,7 @@ def model_arrays(config: Config, structure: Structure, mesh: Mesh,
 
     def init():
         _, params, buffers = flat.split(build.model(config, structure.encoder, nnx.Rngs(config.seed), quantizer))
-        without = lambda arrays, known: {path: value for path, value in arrays.items() if path not in known}
-        return without(params, given), without(buffers, given_buffers)
+        return _without((params, buffers), (given, given_buffers))
 
     params, buffers = sharding.made(init, mesh, train_state.rules(config))
     put = lambda arrays: sharding.put(mesh, arrays, train_state.rules(config))
@@ -93,8 +92,7 @@ def network_arrays(config: Config, mesh: Mesh) -> tuple[Arrays, Arrays]:
       OSError: weights that are not there; the message says how to get them.
       ValueError: weights of another network.
     """
-    params, buffers = sharding.made(lambda: build.split(build.loss_networks(config, nnx.Rngs(config.seed)))[1:], mesh,
-                                    train_state.rules(config))
+    make = lambda: build.split(build.loss_networks(config, nnx.Rngs(config.seed)))[1:]
     loaded, loaded_buffers = {}, {}
     if not config.loss.perceptual.random_weights:
         for name in build.perceptual_networks(config):
@@ -106,11 +104,19 @@ def network_arrays(config: Config, mesh: Mesh) -> tuple[Arrays, Arrays]:
         with config_lib.says_where("gan.backbone", "gan.heads"):
             theirs = [flat.prefixed("discriminator/", arrays)
                       for arrays in discriminators.LOADERS[kind](config.gan, backbone)]
-        for ours, arrays in zip((params, buffers), theirs, strict=True):
+        for ours, arrays in zip(jax.eval_shape(make), theirs, strict=True):
             _check_heads(config, ours, arrays)
         loaded, loaded_buffers = loaded | theirs[0], theirs[1]
+    params, buffers = sharding.made(lambda: _without(make(), (loaded, loaded_buffers)), mesh,
+                                    train_state.rules(config))
     put = lambda arrays: sharding.put(mesh, arrays, train_state.rules(config))
     return params | put(loaded), buffers | put(loaded_buffers)
+
+
+def _without(made: Sequence[Arrays], given: Sequence[Mapping[str, Any]]) -> tuple[Arrays, ...]:
+    """What was made and is not given, which a compiler then leaves out with all that it was made of."""
+    return tuple({path: value for path, value in arrays.items() if path not in known}
+                 for arrays, known in zip(made, given, strict=True))
 
 
 def _check_heads(config: Config, ours: Arrays, theirs: dict[str, Any]) -> None:
@@ -143,11 +149,15 @@ def initial_arrays(config: Config, structure: Structure, open_batches: Callable[
         raise ValueError("config key model.latent_statistics needs a run to take them from: set init_from")
     if config.model.quantizer.init == "kmeans" and not any(flat.part(path) == "quantizer" for path in restored):
         batches = open_batches()  # an iterator of its own: training starts at batch 0
-        needed = KMEANS_TOKENS_PER_CODE * config.model.quantizer.size
+        needed = math.ceil(KMEANS_TOKENS_PER_CODE * config.model.quantizer.size / structure.tokens)
+        # Of a batch with more images than are needed, the first ones: a run of any number of processes has the same.
+        share = mesh.size * config.train.accumulate
+        count = min(config.train.batch_size, math.ceil(needed / share) * share)
+        first = jax.jit(lambda images: images[:count], out_shardings=sharding.batch_sharding(mesh))
         images = []
-        for _ in range(math.ceil(needed / (structure.tokens * config.train.batch_size))):
+        for _ in range(math.ceil(needed / count)):
             signals.stop_if_preempted()
-            images.append(sharding.put_batch(mesh, next(batches)["image"]))
+            images.append(first(sharding.put_batch(mesh, next(batches)["image"])))
         batches.close()
         initial = initial | sharding.on(mesh, codebook_from_data)(config, structure, initial, images)
         log.info("codebook initialised by k-means on %d tokens", sum(map(len, images)) * structure.tokens)

@@ -5,7 +5,10 @@ import logging
 import os
 import platform
 import re
+import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 log = logging.getLogger(__name__)
 GIB = 2**30
+_THREAD = "compiling"
 
 
 def deterministic() -> None:
@@ -52,22 +56,39 @@ def _processor() -> str:
     return f"{platform.machine()}-{hashlib.sha256(features.encode()).hexdigest()[:8]}"
 
 
-def compiled(step: Any, *arguments: Any, name: str) -> Any:
-    """A jitted training step, compiled for abstract arguments, and what it takes.
+def begin(step: Any, *arguments: Any, name: str) -> Callable[[], Any]:
+    """Traces a jitted training step, and begins to compile it in a thread of its own.
+
+    Tracing is Python, which threads do not speed up, and what it sees of JAX's settings may be the caller's thread's
+    own. A compiler is none, runs no collective, and on GPUs XLA itself keeps kernels that it times apart from others.
 
     Args:
       step: from `sharding.jit_step`.
       *arguments: shapes and shardings of what it will be called with.
       name: what messages call it.
 
-    Raises:
-      ValueError: the devices have too little memory for it.
+    Returns:
+      what waits for the program, to be called once. It raises what the compiler raised, and ValueError where the
+      devices have too little memory for the program.
     """
     started = time.perf_counter()
-    program = step.lower(*arguments).compile()
-    log.info("compiled %s in %.1f s", name, time.perf_counter() - started)
-    check_memory(program.memory_analysis(), jax.local_devices()[0].memory_stats(), name=name)
-    return program
+    lowered = step.lower(*arguments)
+    thread = ThreadPoolExecutor(1, thread_name_prefix=_THREAD)
+    compiling = thread.submit(lambda: (lowered.compile(), time.perf_counter() - started))
+    thread.shutdown(wait=False)  # it ends with its work
+
+    def compiled() -> Any:
+        program, seconds = compiling.result()
+        log.info("compiled %s in %.1f s", name, seconds)
+        check_memory(program.memory_analysis(), jax.local_devices()[0].memory_stats(), name=name)
+        return program
+
+    return compiled
+
+
+def under_way() -> bool:
+    """Whether something is being compiled that `begin` began; Python's own exit would wait for that."""
+    return any(thread.name.startswith(_THREAD) for thread in threading.enumerate())
 
 
 def memory_in_use(needed: Any) -> int:

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Callable
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ def run(task: Task, workdir: Path) -> dict[str, float]:
       KeyboardInterrupt: a signal stopped the run; nothing is lost.
       FloatingPointError: `train.max_skipped` steps in a row had a loss or gradient that was not finite.
     """
-    config = task.config
+    config, took = task.config, reporting.Parts()
     compilation.keep_programs(config.log.compilation_cache)
     with ExitStack() as stack:  # whatever ends the run, it is unwound in the reverse order
         stack.enter_context(distributed.ends_with_the_others())  # what fails while the run starts or is unwound
@@ -55,6 +56,14 @@ def run(task: Task, workdir: Path) -> dict[str, float]:
         checkpoints = stack.enter_context(closing(checkpoint.Checkpoints(
             workdir, lambda steps: reporter.best_step(task.best, steps))))
         stop.finish = lambda: (checkpoints.wait(), release())
+        took.end("preparations")
+        # All before the first step: what does not fit into memory must not strand the run when its turn comes. And
+        # while arrays are read or made, which needs no compiler for long.
+        phases = dict.fromkeys(map(task.phase, range((saved_step or 0) + 1, config.train.steps + 1)))
+        programs = {phase: compilation.begin(
+            sharding.jit_step(task.train_step(phase), mesh, abstract_state), abstract_state, abstract_frozen,
+            abstract_batch, name=f"the {phase} training step".replace("  ", " ")) for phase in phases}
+        took.end("tracing")
         if saved_step is None:
             state, frozen = task.init(mesh)
             checkpoint.save_frozen(workdir, frozen)
@@ -68,14 +77,16 @@ def run(task: Task, workdir: Path) -> dict[str, float]:
         reporter = stack.enter_context(closing(reporting.Reporter(
             workdir, config, unit=task.unit, first_step=saved_step or 0, saved_lines=saved_lines)))
         stack.enter_context(distributed.ends_with_the_others())  # before anything that is unwound waits for them
-        result = _loop(task, mesh, state, frozen, batches, abstract_batch, checkpoints, reporter, stop)
+        took.end("arrays")
+        result = _loop(task, mesh, state, frozen, batches, programs, checkpoints, reporter, stop, took)
     # The first process may have pictures and curves to write: JAX ends those that wait for it too long at their exit.
     distributed.wait_for_all("end of training")
     return result
 
 
-def _loop(task: Task, mesh: Mesh, state: Any, frozen: Any, batches: Batches, abstract_batch: Any,
-          checkpoints: checkpoint.Checkpoints, reporter: reporting.Reporter, stop: StopSignal) -> dict[str, float]:
+def _loop(task: Task, mesh: Mesh, state: Any, frozen: Any, batches: Batches, programs: dict[str, Callable[[], Any]],
+          checkpoints: checkpoint.Checkpoints, reporter: reporting.Reporter, stop: StopSignal,
+          took: reporting.Parts) -> dict[str, float]:
     """Steps from `state` to the end; returns the metrics of the evaluation there."""
     train, first = task.config.train, int(state.step) + 1
     steps = range(first, train.steps + 1)
@@ -84,10 +95,8 @@ def _loop(task: Task, mesh: Mesh, state: Any, frozen: Any, batches: Batches, abs
         if state.skipped_in_a_row >= train.max_skipped:
             raise _not_finite(state, checkpoints.workdir)
         log.info("step %d of %d is reached: nothing left to do", state.step, train.steps)
-    # All before the first step: what does not fit into memory must not strand the run when its turn comes.
-    compiled = {phase: compilation.compiled(sharding.jit_step(task.train_step(phase), mesh, state), state, frozen,
-                                            abstract_batch, name=f"the {phase} training step".replace("  ", " "))
-                for phase in dict.fromkeys(map(task.phase, steps))}
+    compiled = {phase: program() for phase, program in programs.items()}
+    took.end("compiling beside that")
     evaluate = task.evaluator(mesh)
 
     def report_evaluation(step: int) -> None:
@@ -98,6 +107,7 @@ def _loop(task: Task, mesh: Mesh, state: Any, frozen: Any, batches: Batches, abs
     due = first > 1 and ((first - 1) % train.eval_every == 0 or not steps)
     if due and not distributed.agreed(first - 1 in reporter.evaluations):
         report_evaluation(first - 1)
+        took.end("an evaluation")
     if steps:
         log.info("training to step %d", train.steps)
     with stop.deferred():
@@ -109,6 +119,10 @@ def _loop(task: Task, mesh: Mesh, state: Any, frozen: Any, batches: Batches, abs
             if state.step.is_ready():  # else the devices still had work, and nothing waited for this batch
                 reporter.waited_for_data(time.perf_counter() - asked)
             state, metrics = compiled[task.phase(step)](state, frozen, sharding.put_batch(mesh, batch))
+            if step == first:
+                jax.block_until_ready(state)
+                took.end("the step")
+                log.info("the first step ended %s after the start", took)
             if step % train.log_every == 0 or last:
                 metrics = {name: float(value) for name, value in metrics.items()}
                 reporter.train(step, metrics, task.shown(metrics))

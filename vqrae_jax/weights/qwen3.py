@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import huggingface_hub
 import numpy as np
 from flax import nnx
-from huggingface_hub import split_state_dict_into_shards_factory
 
 from vqrae_jax.foreign import Options
 from vqrae_jax.models import flat
@@ -141,7 +141,7 @@ def save_lm(folder: str | Path, spec: LMSpec, params: Mapping[str, Any], dtype: 
               "intermediate_size": spec.mlp_dim, "rope_theta": spec.rope_theta, "rms_norm_eps": spec.norm_eps,
               "tie_word_embeddings": spec.tied, "max_position_embeddings": spec.max_positions, **_REQUIRED}
     views = huggingface.foreign_views(_KEYS, {path: np.asarray(value) for path, value in params.items()})
-    split = split_state_dict_into_shards_factory(
+    split = huggingface_hub.split_state_dict_into_shards_factory(
         views, get_storage_size=lambda view: view.size * np.dtype(dtype).itemsize,
         filename_pattern="model{suffix}.safetensors", max_shard_size=SHARD_BYTES)
     folder.mkdir(parents=True, exist_ok=True)

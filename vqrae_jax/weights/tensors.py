@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub  # by its name: what is not used of it is not imported, which takes long
 import numpy as np
 from flax import nnx
-from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 from safetensors.numpy import save_file as _save_file
@@ -170,7 +170,8 @@ def local_folder(path_or_id: str | Path, patterns: list[str], *, download: bool 
     if download:
         log.info("%s comes from the Hugging Face hub, unless this machine has it already", path_or_id)
     try:
-        return Path(snapshot_download(str(path_or_id), allow_patterns=patterns, local_files_only=not download))
+        return Path(huggingface_hub.snapshot_download(str(path_or_id), allow_patterns=patterns,
+                                                      local_files_only=not download))
     except Exception as error:  # the hub's client raises what its network stack raises
         if not download:
             raise FileNotFoundError(f"{path_or_id} is neither a folder nor in the Hugging Face hub's cache") from error
