@@ -15,7 +15,7 @@ from tests.tiny import Run, reduced
 from vqrae_jax import config as config_lib
 from vqrae_jax.models import flat, losses
 from vqrae_jax.models.quantizers import Quantizer
-from vqrae_jax.tokenizer import gan, init
+from vqrae_jax.tokenizer import gan, init, slices
 from vqrae_jax.tokenizer.build import perceptual_shares
 from vqrae_jax.tokenizer.loss import gradients, make_train_step
 from vqrae_jax.training import optim, update
@@ -459,9 +459,29 @@ def test_the_discriminator_sees_reconstructions_rounded_to_8_bits(tiny_config):
     images = run.batch()["image"].astype(np.float32) / 255
     fakes = np.float32(np.random.default_rng(1).integers(0, 255, images.shape) + 0.1) / 255
     rngs = jax.random.split(jax.random.key(0))
-    loss = jax.jit(lambda fakes: gan.Gan(run.config, run.structure).discriminator_loss(
-        run.state.gan.params, run.state.gan, run.frozen.networks, images, fakes, rngs=rngs)[0])
+    loss = jax.jit(lambda fakes: gan.Gan(run.config, run.structure).gradients(
+        run.state.gan, run.frozen.networks, images, fakes, rngs=rngs)[1]["loss/discriminator"])
     assert loss(fakes) == loss(fakes + np.float32(0.2 / 255)) != loss(fakes + np.float32(1 / 255))
+
+
+def test_slices_change_neither_gradients_nor_metrics(tiny_config, monkeypatch):
+    """Whatever the networks of the image losses see at a time; here a fourth of the batch, and a pair of images."""
+    tiny_config.loss.update(perceptual_weight=2.0)
+    tiny_config.loss.perceptual.update(convnext_s=3.0, encoder=1.0, random_weights=True)
+    run = Run(config_lib.parse(adversarial(tiny_config, adaptive=True, augment=True)))
+    images = run.batch()["image"]
+
+    def step():
+        (grads, gan_grads, metrics), _ = jax.jit(lambda images: gradients(
+            run.config, run.structure, run.state, run.frozen, images, rng=jax.random.key(0), phase="gan"))(images)
+        return grads, gan_grads, metrics
+
+    whole = step()
+    monkeypatch.setattr(slices, "PIXELS", 1)
+    assert slices.count_for(images) == len(images)
+    scale = jax.tree.map(lambda x: np.abs(x).max(), whole)
+    close = lambda x, y, scale: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5 * scale)
+    jax.tree.map(close, step(), whole, scale)
 
 
 def test_usage_is_counted_over_a_window(tiny_config):

@@ -21,8 +21,15 @@ def whole(x: jax.Array) -> jax.Array:
     return _hint(x, PartitionSpec())
 
 
+def devices() -> int:
+    """How many devices `split_batch` splits a batch over."""
+    return jax.sharding.get_abstract_mesh().size if _hinted() else 1
+
+
 def _hint(x: jax.Array, spec: PartitionSpec) -> jax.Array:
+    return jax.lax.with_sharding_constraint(x, spec) if _hinted() else x
+
+
+def _hinted() -> bool:
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or any(kind != AxisType.Auto for kind in mesh.axis_types):
-        return x
-    return jax.lax.with_sharding_constraint(x, spec)
+    return not mesh.empty and all(kind == AxisType.Auto for kind in mesh.axis_types)
