@@ -97,7 +97,7 @@ class Gan:
         seen, pull_back = jax.vjp(lambda fakes: self.augmented(fakes, rng), fakes)
         count = slices.count_for(seen)
         value, cotangent = slices.in_slices(loss, seen, count=count)
-        return value, pull_back(cotangent / count)[0]
+        return value, pull_back(cotangent.reshape(seen.shape) / count)[0]
 
     def weighted_loss(self, state: GanState, networks: Arrays, fakes: jax.Array, other_cotangent: jax.Array, *,
                       decoder: Decoder, hidden: jax.Array, step: jax.Array,
@@ -115,10 +115,15 @@ class Gan:
           rng: a key.
         """
         ramp = self.ramp(step)
-        loss = lambda fakes: self.generator_loss(state, networks, fakes, rng=rng)
+
+        def loss(fakes: jax.Array) -> tuple[jax.Array, jax.Array]:
+            value, cotangent = self.generator_loss(state, networks, fakes, rng=rng)
+            return value, slices.flat(cotangent)
+
         # While only the discriminator learns, the decoder's pass through it is left out.
         value, cotangent = jax.lax.cond(
-            ramp > 0, loss, lambda fakes: (jnp.zeros(()), jnp.zeros_like(fakes)), fakes)
+            ramp > 0, loss, lambda fakes: (jnp.zeros(()), jnp.zeros_like(slices.flat(fakes))), fakes)
+        cotangent = cotangent.reshape(fakes.shape)
         weight, metrics = self.config.gan.weight * ramp, {}
         if self.config.gan.adaptive:
             adaptive = adaptive_weight(decoder, hidden, other_cotangent, cotangent,
@@ -142,9 +147,8 @@ class Gan:
         loss = functools.partial(self._discriminator_loss, state=state, networks=networks)
         # LeCam's is no mean over images, but a function of the whole batch's mean logits.
         count = 1 if self.config.gan.lecam_weight else slices.count_for(both)
-        means, _ = slices.in_slices(lambda both: (jax.grad(loss, has_aux=True)(state.params, both), ()), both,
-                                    count=count)
-        return means
+        of_slice = lambda both: (jax.grad(loss, has_aux=True)(state.params, both), jnp.zeros(len(both)))
+        return slices.in_slices(of_slice, both, count=count)[0]
 
     def _discriminator_loss(self, params: Arrays, both: jax.Array, *, state: GanState,
                             networks: Arrays) -> tuple[jax.Array, Metrics]:

@@ -116,7 +116,7 @@ def model_loss(config: Config, structure: Structure, model: VQRAE, teacher: Enco
 
     count = slices.count_for(images)
     (losses, metrics), cotangent = slices.in_slices(of_slice, (fakes, images, features), count=count)
-    cotangent = cotangent / count
+    cotangent = cotangent.reshape(fakes.shape) / count
     if generator:
         losses["gan"], gan_cotangent, gan_metrics = generator(fakes, cotangent, decoder=model.decoder,
                                                               hidden=output.hidden)
