@@ -14,7 +14,7 @@ from configs import siglip2_so400m_256_stage2
 def get_config() -> ConfigDict:
     config = siglip2_so400m_256_stage2.get_config()
     config.init_from = "runs/internvit_stage1"
-    config.train.update(steps=60_000, batch_size=768)
+    config.train.update(steps=60_000, batch_size=768, accumulate=2)
     config.data.image_size = 448
     config.model.encoder.path = "OpenGVLab/InternViT-300M-448px"
     config.gan.update(discriminator_start_step=30_000, start_step=30_000)

@@ -16,7 +16,7 @@ from configs import siglip2_so400m_256_stage1
 def get_config() -> ConfigDict:
     config = siglip2_so400m_256_stage1.get_config()
     config.init_from = "runs/so400m_256_stage1"
-    config.train.update(steps=70_000, accumulate=2)
+    config.train.update(steps=70_000)
     config.loss.distill_weight = 1.0
     config.gan.update(discriminator="patchgan", weight=0.1, discriminator_start_step=50_000, start_step=50_000,
                       ramp_steps=2000, lr=4e-5, end_lr=4e-5, warmup_steps=2000, weight_decay=1e-4, clip_norm=1.0)

@@ -13,6 +13,7 @@ from configs import siglip2_so400m_256_stage2
 
 def get_config() -> ConfigDict:
     config = siglip2_so400m_256_stage2.get_config()
+    config.train.accumulate = 2
     config.data.image_size = 512
     config.model.encoder.path = "google/siglip2-so400m-patch16-512"
     config.init_from = "runs/so400m_512_stage1"

@@ -15,5 +15,7 @@ cd "$(dirname "$0")/.."
   exit 1
 }
 export JAX_PLATFORMS=cuda,cpu
+# Lets computation go on while GPUs exchange parameters and gradients: XLA's default is off, JAX's GPU guide turns it on.
+export XLA_FLAGS="--xla_gpu_enable_latency_hiding_scheduler=true ${XLA_FLAGS:-}"
 unset SLURM_JOB_ID  # in a shell inside a SLURM job, JAX would take one GPU only
 exec .venv/bin/python -m vqrae_jax.main "$@"

@@ -26,6 +26,8 @@ fi
   exit 1
 }
 export JAX_PLATFORMS=cuda,cpu
+# Lets computation go on while GPUs exchange parameters and gradients: XLA's default is off, JAX's GPU guide turns it on.
+export XLA_FLAGS="--xla_gpu_enable_latency_hiding_scheduler=true ${XLA_FLAGS:-}"
 status=0
 # srun does not take --cpus-per-task from sbatch by itself. JAX ends the tasks that outlive another one; were srun to kill
 # them, its exit code would not be the 75 of a task that was stopped.

@@ -1,10 +1,12 @@
 """launch/: what each script would run, checked with commands that only record their arguments, and the notebook."""
 
 import math
+import os
 import re
 import shlex
 import shutil
 import subprocess
+import sys
 import tarfile
 import tomllib
 from pathlib import Path
@@ -62,6 +64,16 @@ def test_no_launch_file_sets_hyperparameters():
     lines = [line for file in files for line in file.read_text().splitlines() if not line.lstrip().startswith("#")]
     keys = {key for line in lines for key in re.findall(r"--config\.([\w.]+)", line.split("  # ")[0])}
     assert keys <= {"data.source", "init_from", "key"}  # the last is in a usage line
+
+
+def test_scripts_give_xla_flags_that_it_knows():
+    lines = [line for script in ("gpu.sh", "slurm.sh") for line in (LAUNCH / script).read_text().splitlines()]
+    (given,) = {line for line in lines if line.startswith("export XLA_FLAGS=")}
+    started = f'{given}; exec "$0" -c "import jax, os; jax.devices(); print(os.environ[\'XLA_FLAGS\'])"'
+    ran = subprocess.run(["bash", "-c", started, sys.executable], capture_output=True, text=True,
+                         env=os.environ | {"XLA_FLAGS": "--xla_gpu_deterministic_ops=true"})
+    assert ran.returncode == 0, ran.stderr  # of one that it does not know, XLA dies
+    assert ran.stdout.endswith("true --xla_gpu_deterministic_ops=true\n")  # the user's own comes last and counts
 
 
 def test_launch_files_install_extras_that_exist():

@@ -7,9 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
 
 from vqrae_jax.models import flat, vit
 from vqrae_jax.models.vit import Transformer, TransformerSpec, attend
+from vqrae_jax.training import sharding
 
 SPEC = TransformerSpec(width=16, depth=3, heads=2, mlp_dim=32)
 
@@ -66,7 +68,28 @@ def test_a_cpu_program_holds_nothing_of_cudnn(monkeypatch):
     assert "cudnn" not in jax.jit(attend).lower(x, x, x).as_text()
     # Beside a GPU as well: the choice is made when the program is lowered.
     monkeypatch.setattr(vit, "_has_cudnn", lambda: True)
-    monkeypatch.setattr(vit, "_flash", lambda *arguments: jnp.sin(reference(*arguments)))
+    monkeypatch.setattr(vit, "_cudnn", lambda *arguments, causal: jnp.sin(reference(*arguments, causal)))
     assert "sine" not in jax.jit(lambda x: attend(x, x, x)).lower(x).as_text()
     exported = jax.export.export(jax.jit(lambda x: attend(x, x, x)), platforms=["cuda"])(x)
     assert "sine" in exported.mlir_module()
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_kernel_of_tpus_is_the_same_attention(causal, monkeypatch):
+    """In an interpreter, split over a mesh, with a length and a head width that are no multiple of 128."""
+    q, k, v, dy = (jax.random.normal(key, (2, 130, 24)) for key in jax.random.split(jax.random.key(0), 4))
+    on_mesh = sharding.on(sharding.one_device(), functools.partial(vit._splash, causal=causal))
+    make = functools.partial(splash_attention_kernel.make_splash_mha_single_device, interpret=True)
+    monkeypatch.setattr(splash_attention_kernel, "make_splash_mha_single_device", make)
+    ours, pull_back = jax.vjp(jax.jit(on_mesh), q, k, v)
+    theirs, their_pull_back = jax.vjp(functools.partial(reference, causal=causal), q, k, v)
+    for a, b in zip((ours, *pull_back(dy)), (theirs, *their_pull_back(dy)), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+def test_only_a_tpu_attends_by_its_kernel_and_only_to_many_tokens():
+    attended = jax.jit(sharding.on(sharding.one_device(), lambda x: attend(x, x, x)))
+    module = lambda tokens, platform: jax.export.export(attended, platforms=[platform])(
+        jax.ShapeDtypeStruct((4, tokens, 72), jnp.bfloat16)).mlir_module()
+    assert "tpu_custom_call" in module(vit.LONG, "tpu")
+    assert "tpu_custom_call" not in module(vit.LONG, "cpu") + module(vit.LONG - 1, "tpu")

@@ -14,8 +14,9 @@ from tests.config_test import TOKENIZERS
 from tests.tiny import Run, reduced
 from vqrae_jax import config as config_lib
 from vqrae_jax.models import flat, losses
+from vqrae_jax.models.discriminators import DISCRIMINATORS, PatchGAN
 from vqrae_jax.models.quantizers import Quantizer
-from vqrae_jax.tokenizer import gan, init
+from vqrae_jax.tokenizer import gan, init, slices
 from vqrae_jax.tokenizer.build import perceptual_shares
 from vqrae_jax.tokenizer.loss import gradients, make_train_step
 from vqrae_jax.training import optim, update
@@ -459,9 +460,47 @@ def test_the_discriminator_sees_reconstructions_rounded_to_8_bits(tiny_config):
     images = run.batch()["image"].astype(np.float32) / 255
     fakes = np.float32(np.random.default_rng(1).integers(0, 255, images.shape) + 0.1) / 255
     rngs = jax.random.split(jax.random.key(0))
-    loss = jax.jit(lambda fakes: gan.Gan(run.config, run.structure).discriminator_loss(
-        run.state.gan.params, run.state.gan, run.frozen.networks, images, fakes, rngs=rngs)[0])
+    loss = jax.jit(lambda fakes: gan.Gan(run.config, run.structure).gradients(
+        run.state.gan, run.frozen.networks, images, fakes, rngs=rngs)[1]["loss/discriminator"])
     assert loss(fakes) == loss(fakes + np.float32(0.2 / 255)) != loss(fakes + np.float32(1 / 255))
+
+
+@pytest.mark.parametrize("side", [256, 512, 2048])
+def test_slices_give_the_mean_and_every_row_in_its_place(side):
+    """Of batches whose images are as large as `side` says; what is computed with is small."""
+    images = jax.ShapeDtypeStruct((48, side, side, 3), np.float32)
+    count = slices.count_for(images)
+    assert count == {256: 3, 512: 12, 2048: 48}[side]
+    x, y = np.random.default_rng(0).normal(size=(2, 48, 2, 3)).astype(np.float32)
+    loss = lambda x, y: jnp.mean(jnp.sin(x * y)**2)
+    means, rows = jax.jit(lambda batch: slices.in_slices(lambda rows: jax.value_and_grad(loss)(*rows), batch,
+                                                         count=count))((x, y))
+    value, gradient = jax.value_and_grad(loss)(x, y)
+    np.testing.assert_allclose(means, value, rtol=1e-6)
+    np.testing.assert_allclose(rows.reshape(x.shape) / count, gradient, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.slow
+def test_slices_change_neither_gradients_nor_metrics(tiny_config, monkeypatch):
+    """However few images the networks of the image losses see at a time: here one, of a batch of four."""
+    small = lambda gan, **options: PatchGAN(channels=32, stages=1, **options)  # it compiles in no time
+    monkeypatch.setitem(DISCRIMINATORS, "patchgan", DISCRIMINATORS["patchgan"]._replace(build=small))
+    tiny_config.loss.update(perceptual_weight=2.0)
+    tiny_config.loss.perceptual.encoder = 1.0
+    run = Run(config_lib.parse(adversarial(tiny_config, adaptive=True, augment=True)))
+    images = run.batch()["image"]
+
+    def step():
+        (grads, gan_grads, metrics), _ = jax.jit(lambda images: gradients(
+            run.config, run.structure, run.state, run.frozen, images, rng=jax.random.key(0), phase="gan"))(images)
+        return grads, gan_grads, metrics
+
+    whole = step()
+    monkeypatch.setattr(slices, "PIXELS", 1)
+    assert slices.count_for(images) == len(images)
+    scale = jax.tree.map(lambda x: np.abs(x).max(), whole)
+    close = lambda x, y, scale: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5 * scale)
+    jax.tree.map(close, step(), whole, scale)
 
 
 def test_usage_is_counted_over_a_window(tiny_config):

@@ -7,6 +7,8 @@ and that a parameter, wherever it is kept, is whole where it is used. Said at ev
 this is all that keeps XLA from splitting tokens by their width, or codes among the devices.
 """
 
+from collections.abc import Callable
+
 import jax
 from jax.sharding import AxisType, PartitionSpec
 
@@ -21,8 +23,27 @@ def whole(x: jax.Array) -> jax.Array:
     return _hint(x, PartitionSpec())
 
 
+def devices() -> int:
+    """How many devices `split_batch` splits a batch over; 1 where it does nothing."""
+    return jax.sharding.get_abstract_mesh().size if on_mesh() else 1
+
+
+def on_each_device(function: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
+    """`function(*arrays)`, rows to rows, made by every device of its own share: of a kernel, which XLA cannot split.
+
+    Args:
+      function: takes and gives arrays whose first dimensions are the same.
+      *arrays: split as by `split_batch`, their first dimension a multiple of `devices()`; only where `on_mesh()`.
+    """
+    rows = PartitionSpec(jax.sharding.get_abstract_mesh().axis_names)
+    return jax.shard_map(function, in_specs=rows, out_specs=rows, check_vma=False)(*arrays)
+
+
 def _hint(x: jax.Array, spec: PartitionSpec) -> jax.Array:
+    return jax.lax.with_sharding_constraint(x, spec) if on_mesh() else x
+
+
+def on_mesh() -> bool:
+    """Whether there is a mesh around, with axes that are left to XLA."""
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or any(kind != AxisType.Auto for kind in mesh.axis_types):
-        return x
-    return jax.lax.with_sharding_constraint(x, spec)
+    return not mesh.empty and all(kind == AxisType.Auto for kind in mesh.axis_types)

@@ -19,6 +19,7 @@ import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from vqrae_jax.models import placement
 from vqrae_jax.models.flops import Work, dense
 from vqrae_jax.models.placement import split_batch, whole
 
@@ -38,6 +39,8 @@ REMAT_POLICIES = {  # by the names that configs have for them
     "minimal": SAVE_MATMULS,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
+# Tokens from which on a TPU attends by a kernel: fewer bytes are moved and kept from there on (docs/measurements.md).
+LONG = 512
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -127,8 +130,9 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, *, causal: bool = False) ->
     With `causal` a query sees the keys of its own and of earlier positions; there are as many of one as of the other.
 
     The backward pass computes the weights anew, as FlashAttention does (arXiv 2205.14135), so that nothing of size
-    N x N outlives the layer. On NVIDIA GPUs both passes are cuDNN's flash attention where it takes the shapes: 16-bit
-    floats, and d a multiple of 8 up to 128.
+    N x N outlives the layer. Where they take the shapes (16-bit floats, d a multiple of 8 up to 128) both passes are
+    kernels in which nothing of that size exists at all: on NVIDIA GPUs cuDNN's flash attention, on TPUs JAX's splash
+    attention from `LONG` tokens on.
     """
     return _attend(q, k, v, causal)
 
@@ -144,8 +148,9 @@ def _attend_forward(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool):
         y = _matmul("bqk,bkd->bqd", weights.astype(v.dtype), v) / jnp.sum(weights, axis=-1, keepdims=True)
         return y.astype(v.dtype)
 
-    flash = lambda q, k, v: _flash(q, k, v, causal)
-    y = checkpoint_name(_on_nvidia(flash, plain, q, k, v), "attended")
+    kernels = {name: functools.partial(kernel, causal=causal) for name, kernel in _kernels(q).items()}
+    y = jax.lax.platform_dependent(q, k, v, **kernels, default=plain) if kernels else plain(q, k, v)
+    y = checkpoint_name(y, "attended")
     return y, (q, k, v, y)
 
 
@@ -165,11 +170,11 @@ def _attend_backward(causal: bool, residuals, dy: jax.Array) -> tuple[jax.Array,
         dq = jnp.einsum("bkq,bkd->bqd", dlogits, k) * q.shape[-1]**-0.5
         return dq, jnp.einsum("bkq,bqd->bkd", dlogits, q), dv
 
-    def flash(q, k, v, y, dy):
-        del y
-        return jax.vjp(lambda q, k, v: _flash(q, k, v, causal), q, k, v)[1](dy)
+    def pulled_back(kernel):
+        return lambda q, k, v, y, dy: jax.vjp(functools.partial(kernel, causal=causal), q, k, v)[1](dy)
 
-    return _on_nvidia(flash, plain, *residuals, dy)
+    kernels = {name: pulled_back(kernel) for name, kernel in _kernels(residuals[0]).items()}
+    return jax.lax.platform_dependent(*residuals, dy, **kernels, default=plain) if kernels else plain(*residuals, dy)
 
 
 _attend = jax.custom_vjp(lambda q, k, v, causal: _attend_forward(q, k, v, causal)[0], nondiff_argnums=(3,))
@@ -186,18 +191,42 @@ def _without_later(logits: jax.Array, *, queries: int, keys: int) -> jax.Array:
     return jnp.where(position(keys) <= position(queries), logits, -jnp.inf)
 
 
-def _flash(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool) -> jax.Array:
+def _kernels(q: jax.Array) -> dict[str, Callable[..., jax.Array]]:
+    """What attends in place of XLA's matmuls, by platform."""
+    if q.dtype not in (jnp.bfloat16, jnp.float16) or q.shape[-1] % 8 or q.shape[-1] > 128:
+        return {}
+    kernels = {}
+    if _has_cudnn():  # without it, it cannot even be traced
+        kernels["cuda"] = _cudnn
+    # Over which devices the program is split must be known.
+    if q.shape[1] >= LONG and placement.on_mesh() and len(q) % placement.devices() == 0:
+        kernels["tpu"] = _splash
+    return kernels
+
+
+def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, *, causal: bool) -> jax.Array:
     q, k, v = (x[:, :, None] for x in (q, k, v))  # one head, for heads are part of the batch
     return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn")[:, :, 0]
 
 
-def _on_nvidia(flash: Callable, plain: Callable, q: jax.Array, *arrays: jax.Array):
-    """`flash(q, *arrays)` where the program is compiled for a GPU that has cuDNN and the type fits, else `plain`."""
-    fits = q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
-    # Without cuDNN it cannot even be traced.
-    if not fits or not _has_cudnn():
-        return plain(q, *arrays)
-    return jax.lax.platform_dependent(q, *arrays, cuda=flash, default=plain)
+def _splash(q: jax.Array, k: jax.Array, v: jax.Array, *, causal: bool) -> jax.Array:
+    # Not above: to import Pallas takes long, and only long sequences need it.
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    tokens, head_dim = q.shape[1:]
+    padding = -tokens % 128  # a TPU's lanes; keys there are seen by no query, and what such queries see is cut off
+    side = tokens + padding
+    block = next(size for size in (512, 384, 256, 128) if side % size == 0)
+    seen = np.broadcast_to(np.arange(side) < tokens, (side, side))
+    mask = masks.MultiHeadMask([masks.NumpyMask(np.tril(seen) if causal else seen)])
+    kernel = kernels.make_splash_mha_single_device(mask, block_sizes=kernels.BlockSizes(
+        block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block, block_kv_dq=block))
+
+    def rows(*arrays: jax.Array) -> jax.Array:
+        return jax.vmap(kernel)(*(jnp.pad(x, ((0, 0), (0, padding), (0, 0)))[:, None] for x in arrays))[:, 0, :tokens]
+
+    return placement.on_each_device(rows, q * head_dim**-0.5, k, v)
 
 
 def _has_cudnn() -> bool:

@@ -1,6 +1,7 @@
 """Adversarial training: a discriminator that learns beside the model, and what the decoder gains from it."""
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +15,7 @@ from vqrae_jax.models.discriminators import DISCRIMINATORS, diff_augment, random
 from vqrae_jax.models.flat import Arrays
 from vqrae_jax.models.losses import DISCRIMINATOR_LOSSES, GENERATOR_LOSSES, lecam
 from vqrae_jax.models.placement import split_batch
+from vqrae_jax.tokenizer import slices
 from vqrae_jax.tokenizer.build import Structure
 from vqrae_jax.training import optim, update
 from vqrae_jax.training.update import Losses, Metrics
@@ -87,10 +89,15 @@ class Gan:
         since = step - self.config.gan.start_step
         return jnp.where(since < 0, 0.0, jnp.clip((since + 1) / (self.config.gan.ramp_steps + 1), 0.0, 1.0))
 
-    def generator_loss(self, state: GanState, networks: Arrays, fakes: jax.Array, *, rng: jax.Array) -> jax.Array:
-        """What the decoder gains from being taken for real."""
-        logits = self._discriminator(state.params, state, networks)(self.augmented(fakes, rng))
-        return GENERATOR_LOSSES[self.config.gan.generator_loss](logits)
+    def generator_loss(self, state: GanState, networks: Arrays, fakes: jax.Array, *,
+                       rng: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """What the decoder gains from being taken for real, and its gradient with respect to the reconstructions."""
+        discriminator = self._discriminator(state.params, state, networks)
+        loss = jax.value_and_grad(lambda seen: GENERATOR_LOSSES[self.config.gan.generator_loss](discriminator(seen)))
+        seen, pull_back = jax.vjp(lambda fakes: self.augmented(fakes, rng), fakes)
+        count = slices.count_for(seen)
+        value, cotangent = slices.in_slices(loss, seen, count=count)
+        return value, pull_back(cotangent.reshape(seen.shape) / count)[0]
 
     def weighted_loss(self, state: GanState, networks: Arrays, fakes: jax.Array, other_cotangent: jax.Array, *,
                       decoder: Decoder, hidden: jax.Array, step: jax.Array,
@@ -108,10 +115,15 @@ class Gan:
           rng: a key.
         """
         ramp = self.ramp(step)
-        loss = jax.value_and_grad(lambda fakes: self.generator_loss(state, networks, fakes, rng=rng))
+
+        def loss(fakes: jax.Array) -> tuple[jax.Array, jax.Array]:
+            value, cotangent = self.generator_loss(state, networks, fakes, rng=rng)
+            return value, slices.flat(cotangent)
+
         # While only the discriminator learns, the decoder's pass through it is left out.
         value, cotangent = jax.lax.cond(
-            ramp > 0, loss, lambda fakes: (jnp.zeros(()), jnp.zeros_like(fakes)), fakes)
+            ramp > 0, loss, lambda fakes: (jnp.zeros(()), jnp.zeros_like(slices.flat(fakes))), fakes)
+        cotangent = cotangent.reshape(fakes.shape)
         weight, metrics = self.config.gan.weight * ramp, {}
         if self.config.gan.adaptive:
             adaptive = adaptive_weight(decoder, hidden, other_cotangent, cotangent,
@@ -119,15 +131,31 @@ class Gan:
             weight, metrics["gan/adaptive_weight"] = weight * adaptive, adaptive
         return (weight, value), cotangent, metrics
 
-    def discriminator_loss(self, params: Arrays, state: GanState, networks: Arrays, images: jax.Array,
-                           fakes: jax.Array, *, rngs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, Metrics]:
-        """The discriminator's loss on real images and on reconstructions, rounded to 8 bits like real ones; metrics."""
-        gan = self.config.gan
-        discriminator = self._discriminator(params, state, networks)
+    def gradients(self, state: GanState, networks: Arrays, images: jax.Array, fakes: jax.Array, *,
+                  rngs: tuple[jax.Array, jax.Array]) -> tuple[Arrays, Metrics]:
+        """Of the discriminator's loss on real images and on reconstructions, rounded to 8 bits like real ones; metrics.
+
+        Args:
+          state: of the discriminator.
+          networks: frozen arrays of the losses' networks.
+          images: `[B, H, W, 3]` float32 in [0, 1].
+          fakes: likewise.
+          rngs: a key for either.
+        """
         # One pass, a real image beside each reconstruction: every image is normalised by itself.
         both = jnp.stack([self.augmented(images, rngs[0]), self.augmented(round_to_8_bits(fakes), rngs[1])], axis=1)
-        logits = discriminator(split_batch(both.reshape(-1, *both.shape[2:])))
-        real, fake = jnp.moveaxis(logits.reshape(len(images), 2, *logits.shape[1:]), 1, 0)
+        loss = functools.partial(self._discriminator_loss, state=state, networks=networks)
+        # LeCam's is no mean over images, but a function of the whole batch's mean logits.
+        count = 1 if self.config.gan.lecam_weight else slices.count_for(both)
+        of_slice = lambda both: (jax.grad(loss, has_aux=True)(state.params, both), jnp.zeros(len(both)))
+        return slices.in_slices(of_slice, both, count=count)[0]
+
+    def _discriminator_loss(self, params: Arrays, both: jax.Array, *, state: GanState,
+                            networks: Arrays) -> tuple[jax.Array, Metrics]:
+        """The loss on pairs `[B, 2, H, W, 3]` of a real image and a reconstruction, and metrics."""
+        gan = self.config.gan
+        logits = self._discriminator(params, state, networks)(split_batch(both.reshape(-1, *both.shape[2:])))
+        real, fake = jnp.moveaxis(logits.reshape(len(both), 2, *logits.shape[1:]), 1, 0)
         losses: Losses = {"discriminator": (1.0, DISCRIMINATOR_LOSSES[gan.discriminator_loss](real, fake))}
         if gan.lecam_weight:
             losses["lecam"] = (gan.lecam_weight, lecam(jnp.mean(real), jnp.mean(fake), *state.mean_logits))
@@ -135,7 +163,7 @@ class Gan:
             "gan/logits_real": jnp.mean(real), "gan/logits_fake": jnp.mean(fake)}
 
     def updated(self, state: GanState, networks: Arrays, gradients: Arrays, metrics: Metrics) -> GanState:
-        """The discriminator's state after a step with these gradients and metrics of `discriminator_loss`."""
+        """The discriminator's state after a step with these gradients and metrics of `gradients`."""
         updates, opt_state = self.optimizer().update(gradients, state.opt_state, state.params)
         params: Any = optax.apply_updates(state.params, updates)
         discriminator = self._discriminator(params, state, networks)

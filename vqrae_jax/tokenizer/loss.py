@@ -31,7 +31,7 @@ from vqrae_jax.models.perceptual import ENCODER, token_distance
 from vqrae_jax.models.placement import split_batch
 from vqrae_jax.models.quantizers import with_gradient_of
 from vqrae_jax.models.vqrae import VQRAE, Output
-from vqrae_jax.tokenizer import build, init
+from vqrae_jax.tokenizer import build, init, slices
 from vqrae_jax.tokenizer.build import Structure, perceptual_shares
 from vqrae_jax.tokenizer.gan import Gan
 from vqrae_jax.tokenizer.train_state import Frozen, TrainState
@@ -106,11 +106,17 @@ def model_loss(config: Config, structure: Structure, model: VQRAE, teacher: Enco
     encoder = jax.lax.stop_gradient(teacher or model.encoder)
     features = jax.lax.stop_gradient(teacher(images) if teacher else output.features)
 
-    def of_pixels(fakes: jax.Array):
+    def of_pixels(fakes: jax.Array, images: jax.Array, features: jax.Array):
         losses, metrics = image_losses(config, structure, networks, images, fakes, encoder=encoder, features=features)
         return update.total(losses), (losses, metrics)
 
-    cotangent, (losses, metrics) = jax.grad(of_pixels, has_aux=True)(fakes)
+    def of_slice(rows: tuple[jax.Array, jax.Array, jax.Array]):
+        cotangent, means = jax.grad(of_pixels, has_aux=True)(*rows)
+        return means, cotangent
+
+    count = slices.count_for(images)
+    (losses, metrics), cotangent = slices.in_slices(of_slice, (fakes, images, features), count=count)
+    cotangent = cotangent.reshape(fakes.shape) / count
     if generator:
         losses["gan"], gan_cotangent, gan_metrics = generator(fakes, cotangent, decoder=model.decoder,
                                                               hidden=output.hidden)
@@ -244,7 +250,6 @@ def gradients(config: Config, structure: Structure, state: TrainState, frozen: F
     grads, (metrics, stats, fakes) = jax.grad(loss, has_aux=True)(state.params)
     if phase != "gan":
         return (grads, {}, metrics), stats
-    gan_loss = lambda params: Gan(config, structure).discriminator_loss(
-        params, state.gan, frozen.networks, images, fakes, rngs=(real_rng, fake_rng))
-    gan_grads, gan_metrics = jax.grad(gan_loss, has_aux=True)(state.gan.params)
+    gan_grads, gan_metrics = Gan(config, structure).gradients(
+        state.gan, frozen.networks, images, fakes, rngs=(real_rng, fake_rng))
     return (grads, gan_grads, metrics | gan_metrics), stats

@@ -36,6 +36,11 @@ def micro_batches(batch: Any, count: int) -> Any:
     return jax.tree.map(lambda rows: rows.reshape(-1, count, *rows.shape[1:]).swapaxes(0, 1), batch)
 
 
+def whole_batch(micro: Any) -> Any:
+    """The inverse of `micro_batches`."""
+    return jax.tree.map(lambda rows: rows.swapaxes(0, 1).reshape(-1, *rows.shape[2:]), micro)
+
+
 def accumulate(gradients: Callable[[Any, jax.Array], tuple[Any, Tree]], batch: Any, rng: jax.Array, *, count: int,
                add: Callable[[Tree, Tree], Tree]) -> tuple[Any, Tree]:
     """Gradients and metrics of a batch from those of its micro-batches, one after the other.
