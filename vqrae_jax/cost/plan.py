@@ -224,11 +224,12 @@ def collective_bytes(hlo: str) -> dict[str, int]:
             computations[name].append(line)
 
     def trip_count(loop: str) -> int:
-        """The constant that a scan's condition compares its counter with."""
+        """The constant that a scan's condition compares its counter with; 1 where the number depends on data."""
         condition = re.search(r"condition=%([\w.\-]+)", loop)
         assert condition
         lines = "\n".join(computations[condition[1]])
-        return max(int(constant) for constant in re.findall(r" [su]32\[\]\S* constant\((\d+)\)", lines))
+        return max((int(constant) for constant in re.findall(r" [su]32\[\]\S* constant\((\d+)\)", lines)),
+                   default=1)
 
     @functools.cache
     def sent(computation: str) -> dict[str, tuple[str, int]]:

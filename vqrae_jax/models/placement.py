@@ -21,8 +21,15 @@ def whole(x: jax.Array) -> jax.Array:
     return _hint(x, PartitionSpec())
 
 
+def devices() -> int:
+    """Over how many devices `split_batch` splits."""
+    return jax.sharding.get_abstract_mesh().size if _hints() else 1
+
+
 def _hint(x: jax.Array, spec: PartitionSpec) -> jax.Array:
+    return jax.lax.with_sharding_constraint(x, spec) if _hints() else x
+
+
+def _hints() -> bool:
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or any(kind != AxisType.Auto for kind in mesh.axis_types):
-        return x
-    return jax.lax.with_sharding_constraint(x, spec)
+    return not mesh.empty and all(kind == AxisType.Auto for kind in mesh.axis_types)
