@@ -2,10 +2,10 @@
 
 `(high, low)` with |low| at most half a unit in the last place of `high`. Sums and products are those of Dekker, A
 floating-point technique for extending the available precision, Numerische Mathematik 18 (1971), with the error of a
-float32 sum by Knuth (The Art of Computer Programming, volume 2, section 4.2.2, theorem B). Each has a relative error of
-at most 2^-44 where its terms have one sign. A compiler that reorders float32 additions would break them: XLA does not,
-and what it may do, to join a product with an addition without rounding between them, changes nothing where the products
-are exact, as all are here.
+float32 sum by Knuth (The Art of Computer Programming, volume 2, section 4.2.2, theorem B).
+
+XLA does not reorder float32 additions, which would break them. It does join a product with an addition, without
+rounding the product: so no error is taken of a product that needs rounding, only of sums of products that do not.
 """
 
 import jax
@@ -32,10 +32,11 @@ def multiply(a: Pair, b: Pair) -> Pair:
 
 
 def total(a: Pair) -> Pair:
-    """The sum over the last axis, `[..., n] -> [...]`, to (n / 32 + 32) 2^-44 of the sum of absolute values."""
+    """The sum over the last axis, `[..., n] -> [...]`, to (n / 128 + 128) 2^-44 of the sum of absolute values."""
     *outer, size = a[0].shape
-    padding = [(0, 0)] * len(outer) + [(0, -size % 32)]
-    high, low = (jnp.pad(x, padding).reshape(*outer, -1, 32) for x in a)
+    lanes = min(size, 128)
+    padding = [(0, 0)] * len(outer) + [(0, -size % lanes)]
+    high, low = (jnp.pad(x, padding).reshape(*outer, -1, lanes) for x in a)
     for _ in range(2):  # two short sums in turn, for rounding grows with the number of terms
         high, low = jax.lax.reduce((high, low), (jnp.float32(0), jnp.float32(0)), add, (len(outer),))
     return high, low
@@ -49,11 +50,16 @@ def exact_sum(a: jax.Array, b: jax.Array) -> Pair:
 
 
 def _exact_product(a: jax.Array, b: jax.Array) -> Pair:
-    """a b of float32, without any error, of halves with 12 bits each, whose products float32 holds."""
-    high = a * b
-    halves = lambda x: (jax.lax.reduce_precision(x, 8, 11), x - jax.lax.reduce_precision(x, 8, 11))
-    (a1, a2), (b1, b2) = halves(a), halves(b)
-    return high, ((a1 * b1 - high) + a1 * b2 + a2 * b1) + a2 * b2
+    """a b of float32, to 2^-47 of it, by halves of 12 bits each, whose products float32 holds."""
+    (a1, a2), (b1, b2) = _halves(a), _halves(b)
+    high, first = _normal(a1 * b1, a1 * b2)
+    high, second = _normal(high, a2 * b1)
+    return high, first + second + a2 * b2
+
+
+def _halves(x: jax.Array) -> Pair:
+    high = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=11)
+    return high, x - high
 
 
 def _normal(high: jax.Array, low: jax.Array) -> Pair:

@@ -85,7 +85,7 @@ def search_exactly(z: jax.Array, codes: jax.Array, *, metric: Search, block_toke
     """`nearest_code` as if without rounding: a bfloat16 matmul leaves a few codes, which are then compared in 48 bits.
 
     1. Tokens and codes are moved by the mean of the codes, which changes no ranking and makes them, and with them what
-       rounding does, as small as it can be. ("cosine": only codes, of length 1.)
+       rounding does, as small as it can be. ("cosine": only codes, which have length 1.)
     2. With z and c rounded to bfloat16 z', c', the scores |c|^2 / 2 - z'.c' take one pass of a matrix unit. By Cauchy
        and Schwarz they are wrong by at most
 
@@ -94,31 +94,36 @@ def search_exactly(z: jax.Array, codes: jax.Array, *, metric: Search, block_toke
        where all lengths are those of the numbers at hand. The last term is what float32 does. Sums of e products in any
        order err by e 2^-24 |z||c| (Higham, Accuracy and Stability of Numerical Algorithms, 2002, section 3.1), or
        twice that where hardware truncates instead of rounding, as tensor cores do (Fasi, Higham, Mikaitis and Pranesh,
-       PeerJ Computer Science 7:e330, 2021); the rest is for what else is rounded on the way.
+       PeerJ Computer Science 7:e330, 2021); the rest is for what else is rounded on the way. ("cosine": and
+       2^-18 |z|, for codes were divided by their lengths.)
     3. A code may be the nearest if its score less its error is no greater than the least score plus error. On random
        codes of width 1536 that leaves 3 of 16384, 18 at worst; on k-means of features one, 5 at worst.
-    4. These are compared, one after the other, by |a|^2 - |b|^2 - 2 z.(a - b) as a sum of differences' products, with
-       pairs of float32 numbers (`pairs`). What remains is an error of 2^-40 |a - b| |a + b - 2z|.
+    4. These are compared, one after the other, in pairs of float32 numbers: see `_nearer`.
 
     All tokens of a block do as many comparisons as the one with most codes left. Where these are more than `FEW`, the
     block is searched again in float32 (six passes on a TPU) and the same bound without its first two terms, which
     leaves fewer to compare: as many as there are codes that float32 might confuse.
 
-    Squares of lengths must be within the range of float32: a code longer than 1e18 is never found, and below 1e-15
-    products lose digits.
+    Squares of distances must be within the range of float32: a code longer than 1e18 may not be found, and among codes
+    that are all shorter than 1e-12 digits are lost.
     """
     size, dim = codes.shape
-    exact = _unit(codes) if metric == "cosine" else (codes, jnp.zeros((size, 1)))
-    squares = jnp.sum(codes**2, axis=-1)
-    # A mean that a few long codes cannot move.
-    weights = jnp.ones(size) if metric == "cosine" else 1 / jnp.maximum(squares, jnp.median(squares) + 1e-30)
-    centre = jnp.sum(weights[:, None] * exact[0], axis=0) / jnp.sum(weights)
-    moved = (exact[0] - centre) + exact[1]
+    if metric == "cosine":
+        # Powers of two change no digit, and of lengths near 1 no square overflows.
+        z, codes = z / _power_of_two(norm(z)), codes / _power_of_two(norm(codes))
+    one = (codes, jnp.zeros(()))
+    squares = pairs.total(pairs.multiply(one, one))
+    if metric == "cosine":
+        ranked, weights = codes / jnp.sqrt(jnp.maximum(squares[0], 1e-24))[:, None], jnp.ones(size)
+    else:  # a mean that a few long codes cannot move
+        ranked, weights = codes, 1 / jnp.maximum(squares[0], jnp.median(squares[0]) + 1e-30)
+    centre = jnp.sum(weights[:, None] * ranked, axis=0) / jnp.sum(weights)
+    moved = ranked - centre
     lengths = _length(moved)
     offsets = jnp.zeros(size) if metric == "cosine" else 0.5 * lengths**2
     rounded = _to_bfloat16(moved)
     residuals = _length(moved - rounded.astype(jnp.float32))
-    float32_error = (dim + 16) * 2**-22
+    float32_error, normalising_error = (dim + 16) * 2**-22, 2**-18 if metric == "cosine" else 0
     words = math.ceil(size / 32)
 
     def candidates(z, rounded_z, rounded, residuals, precision):
@@ -126,7 +131,8 @@ def search_exactly(z: jax.Array, codes: jax.Array, *, metric: Search, block_toke
         products = jnp.matmul(rounded_z, rounded.T, precision=precision, preferred_element_type=jnp.float32)
         rounded_z = rounded_z.astype(jnp.float32)
         of_z, of_rounded_z = _length(z - rounded_z) + float32_error * _length(z), _length(rounded_z)
-        error = of_z[:, None] * lengths + of_rounded_z[:, None] * residuals + float32_error * offsets
+        error = of_z[:, None] * lengths + of_rounded_z[:, None] * (residuals + normalising_error)
+        error = error + float32_error * offsets
         scores = offsets - products
         near = scores - error <= jnp.min(scores + error, axis=-1, keepdims=True)
         near = jnp.pad(near, ((0, 0), (0, 32 * words - size))).reshape(-1, 32, words)
@@ -146,16 +152,40 @@ def search_exactly(z: jax.Array, codes: jax.Array, *, metric: Search, block_toke
             word = jnp.sum(jnp.where(places == place, bits, 0), axis=-1, dtype=jnp.uint32)
             bit = jax.lax.population_count((word & -word) - 1).astype(jnp.int32)  # of the lowest that is set
             code = jnp.where(word > 0, bit * words + place[:, 0], best)
-            a, b = ((exact[0][index], exact[1][index]) for index in (code, best))
-            # |a|^2 - |b|^2 - 2 z.(a - b), or -z.(a - b) where all have length 1.
-            towards = (-z, jnp.zeros((1, 1))) if metric == "cosine" else pairs.add(pairs.add(a, b), (-2 * z, 0 * z))
-            change, _ = pairs.total(pairs.multiply(pairs.subtract(a, b), towards))
-            best = jnp.where((change < 0) | ((change == 0) & (code < best)), code, best)
+            gain = _nearer(z, codes[code], codes[best], (squares[0][best], squares[1][best]), metric)
+            best = jnp.where((gain > 0) | ((gain == 0) & (code < best)), code, best)
             return jnp.where(places == place, bits & (bits - 1), bits), best
 
         return jax.lax.fori_loop(0, _most(bits), compare, (bits, jnp.zeros(len(z), jnp.int32)))[1]
 
     return _in_blocks(search, z, block_tokens or devices() * max(MAX_SCORES // size, 1))
+
+
+def _nearer(z: jax.Array, a: jax.Array, b: jax.Array, square: pairs.Pair, metric: Search) -> jax.Array:
+    """Above zero where a is nearer to z than b, below it where b is, zero where both are equally near: `[T, e] -> [T]`.
+
+    With d = a - b, |z - b|^2 - |z - a|^2 is d.(2 z - a - b), of which 48-bit sums and products are wrong by less than
+    2^-36 |d| |2 z - a - b|. By cosine, where z.a and z.b have one sign, a's is the larger in size if
+    (z.a)^2 |b|^2 - (z.b)^2 |a|^2 > 0, which is z.b (2 z.d |b|^2 - z.b d.(a + b)) + (z.d)^2 |b|^2. Both are made of d,
+    for then what a and b have in common takes no digits of what they have not.
+
+    Args:
+      z: tokens.
+      a: a code for each.
+      b: another.
+      square: |b|^2, which only "cosine" needs.
+      metric: see `nearest_code`.
+    """
+    z, a, b = ((x, jnp.zeros(())) for x in (z, a, b))
+    multiply, dot = pairs.multiply, lambda x, y: pairs.total(pairs.multiply(x, y))
+    d, both = pairs.subtract(a, b), pairs.add(a, b)
+    if metric == "euclidean":
+        return dot(d, pairs.subtract(pairs.add(z, z), both))[0]
+    of_b, of_d = dot(z, b), dot(z, d)
+    change = pairs.subtract(multiply(pairs.add(of_d, of_d), square), multiply(of_b, dot(d, both)))
+    larger, _ = pairs.add(multiply(of_b, change), multiply(multiply(of_d, of_d), square))
+    sign, sign_of_a = jnp.sign(of_b[0]), jnp.sign(pairs.add(of_b, of_d)[0])
+    return jnp.where(sign * sign_of_a > 0, sign * larger, of_d[0])
 
 
 def _in_blocks(search: Callable[[jax.Array], jax.Array], z: jax.Array, block_tokens: int) -> jax.Array:
@@ -172,16 +202,10 @@ def _in_blocks(search: Callable[[jax.Array], jax.Array], z: jax.Array, block_tok
     return indices.swapaxes(0, 1).reshape(-1)[:tokens]
 
 
-def _unit(codes: jax.Array) -> pairs.Pair:
-    """Vectors divided by their lengths, of which 1e-12 is the least: `norm`, in 48 bits."""
-    one, rows = (jnp.ones(()), jnp.zeros(())), (codes, jnp.zeros_like(codes))
-    high, low = pairs.total(pairs.multiply(rows, rows))
-    square = jnp.maximum(high, 1e-24), jnp.where(high > 1e-24, low, 0)
-    inverse = jax.lax.rsqrt(square[0]), jnp.zeros_like(high)
-    for _ in range(2):  # Newton's method doubles the digits; what rsqrt has of them depends on the hardware
-        missing = pairs.subtract(one, pairs.multiply(square, pairs.multiply(inverse, inverse)))
-        inverse = pairs.add(inverse, pairs.multiply((0.5 * inverse[0], 0.5 * inverse[1]), missing))
-    return pairs.multiply(rows, (inverse[0][:, None], inverse[1][:, None]))
+def _power_of_two(x: jax.Array) -> jax.Array:
+    """The largest power of two that is not above x, a positive float32."""
+    exponent = jax.lax.bitcast_convert_type(x, jnp.int32) & 0x7F800000
+    return jax.lax.bitcast_convert_type(exponent, jnp.float32)
 
 
 def _to_bfloat16(x: jax.Array) -> jax.Array:
