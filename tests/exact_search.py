@@ -9,6 +9,7 @@ compared, and how many blocks of tokens were searched again in float32. Ends wit
 """
 
 import sys
+from collections.abc import Callable
 from fractions import Fraction
 
 import jax
@@ -56,22 +57,23 @@ def float64_search(z: np.ndarray, codes: np.ndarray, metric: str) -> np.ndarray:
 
 def farther(z: np.ndarray, a: np.ndarray, b: np.ndarray, metric: str) -> int:
     """1 if code a is farther from z than b, 0 if both are equally far, and else -1; without rounding."""
-    z, a, b = ([Fraction(float(x)) for x in row] for row in (z, a, b))
-    dot = lambda x, y: sum(p * q for p, q in zip(x, y, strict=True))
+    token, one, other = ([Fraction(float(x)) for x in row] for row in (z, a, b))
+    dot = lambda x, y: sum((p * q for p, q in zip(x, y, strict=True)), Fraction(0))
     if metric == "cosine":
-        of_a, of_b = (dot(z, x) * abs(dot(z, x)) * dot(y, y) for x, y in ((a, b), (b, a)))
+        of_a, of_b = (dot(token, x) * abs(dot(token, x)) * dot(y, y) for x, y in ((one, other), (other, one)))
         return (of_b > of_a) - (of_b < of_a)
-    difference = dot(a, a) - dot(b, b) - 2 * (dot(z, a) - dot(z, b))
+    difference = dot(one, one) - dot(other, other) - 2 * (dot(token, one) - dot(token, other))
     return (difference > 0) - (difference < 0)
 
 
-def counted(seen: list[tuple[int, float]]):
+def counted(seen: list[tuple[int, float]]) -> Callable[..., jax.Array]:
     """`search_exactly`, which tells `seen` of every block how many codes are left at most, and on average."""
     most = search._most
 
     def tell(bits):
         left = jax.lax.population_count(bits).sum(-1)
-        jax.debug.callback(lambda *of: seen.append(tuple(map(float, of))), left.max(), left.mean(), ordered=True)
+        note = lambda most, mean: seen.append((int(most), float(mean)))
+        jax.debug.callback(note, left.max(), left.mean(), ordered=True)
         return most(bits)
 
     search._most = tell
@@ -99,7 +101,7 @@ def main(tokens: int) -> None:
             first, last = seen[::2], seen[1::2]  # of every block: before and after it may be searched again
             print(f"| {kind} | {metric} | {total:,} | {len(verdicts)} "
                   f"| {verdicts.count(0)} | {verdicts.count(-1)} | {verdicts.count(1)} "
-                  f"| {np.mean([mean for _, mean in first]):.2f} | {max(most for most, _ in last):.0f} "
+                  f"| {np.mean([mean for _, mean in first]):.2f} | {max(most for most, _ in last)} "
                   f"| {sum(most > search.FEW for most, _ in first)} of {len(first)} |", flush=True)
             wrong += verdicts.count(1)
     if wrong:

@@ -24,7 +24,7 @@ def nearest_code(z: jax.Array, codes: jax.Array, *, metric: Search = "euclidean"
     """The index of the code nearest to each token, the first one on ties: `[N, e], [K, e] -> [N]` int32.
 
     Ranks by |c|^2 / 2 - z.c, which orders codes as |z - c|^2 does, or by -z.c / |c| for "cosine" (a token's own
-    length changes no ranking). No gradient flows. A token or code that is not finite gets some index below K.
+    length changes no ranking). No gradient flows. Where a token or any code is not finite, some index below K.
 
     On a CPU the ranks are float32: `search_float32`. On accelerators they are exact, at the price of one bfloat16
     matmul: `search_exactly`. So indices differ between the two where float32 cannot tell codes apart, whose squared
@@ -108,15 +108,15 @@ def search_exactly(z: jax.Array, codes: jax.Array, *, metric: Search, block_toke
     that are all shorter than 1e-12 digits are lost.
     """
     size, dim = codes.shape
+    squares = None
     if metric == "cosine":
         # Powers of two change no digit, and of lengths near 1 no square overflows.
         z, codes = z / _power_of_two(norm(z)), codes / _power_of_two(norm(codes))
-    one = (codes, jnp.zeros(()))
-    squares = pairs.total(pairs.multiply(one, one))
-    if metric == "cosine":
+        squares = _dot((codes, jnp.zeros(())), (codes, jnp.zeros(())))
         ranked, weights = codes / jnp.sqrt(jnp.maximum(squares[0], 1e-24))[:, None], jnp.ones(size)
     else:  # a mean that a few long codes cannot move
-        ranked, weights = codes, 1 / jnp.maximum(squares[0], jnp.median(squares[0]) + 1e-30)
+        lengths = _length(codes)
+        ranked, weights = codes, 1 / jnp.maximum(lengths, jnp.median(lengths) + 1e-15) ** 2
     centre = jnp.sum(weights[:, None] * ranked, axis=0) / jnp.sum(weights)
     moved = ranked - centre
     lengths = _length(moved)
@@ -152,7 +152,7 @@ def search_exactly(z: jax.Array, codes: jax.Array, *, metric: Search, block_toke
             word = jnp.sum(jnp.where(places == place, bits, 0), axis=-1, dtype=jnp.uint32)
             bit = jax.lax.population_count((word & -word) - 1).astype(jnp.int32)  # of the lowest that is set
             code = jnp.where(word > 0, bit * words + place[:, 0], best)
-            gain = _nearer(z, codes[code], codes[best], (squares[0][best], squares[1][best]), metric)
+            gain = _nearer(z, codes[code], codes[best], squares and (squares[0][best], squares[1][best]))
             best = jnp.where((gain > 0) | ((gain == 0) & (code < best)), code, best)
             return jnp.where(places == place, bits & (bits - 1), bits), best
 
@@ -161,7 +161,7 @@ def search_exactly(z: jax.Array, codes: jax.Array, *, metric: Search, block_toke
     return _in_blocks(search, z, block_tokens or devices() * max(MAX_SCORES // size, 1))
 
 
-def _nearer(z: jax.Array, a: jax.Array, b: jax.Array, square: pairs.Pair, metric: Search) -> jax.Array:
+def _nearer(z: jax.Array, a: jax.Array, b: jax.Array, square: pairs.Pair | None) -> jax.Array:
     """Above zero where a is nearer to z than b, below it where b is, zero where both are equally near: `[T, e] -> [T]`.
 
     With d = a - b, |z - b|^2 - |z - a|^2 is d.(2 z - a - b), of which 48-bit sums and products are wrong by less than
@@ -173,19 +173,22 @@ def _nearer(z: jax.Array, a: jax.Array, b: jax.Array, square: pairs.Pair, metric
       z: tokens.
       a: a code for each.
       b: another.
-      square: |b|^2, which only "cosine" needs.
-      metric: see `nearest_code`.
+      square: |b|^2 for "cosine", None for "euclidean".
     """
-    z, a, b = ((x, jnp.zeros(())) for x in (z, a, b))
-    multiply, dot = pairs.multiply, lambda x, y: pairs.total(pairs.multiply(x, y))
-    d, both = pairs.subtract(a, b), pairs.add(a, b)
-    if metric == "euclidean":
-        return dot(d, pairs.subtract(pairs.add(z, z), both))[0]
-    of_b, of_d = dot(z, b), dot(z, d)
-    change = pairs.subtract(multiply(pairs.add(of_d, of_d), square), multiply(of_b, dot(d, both)))
-    larger, _ = pairs.add(multiply(of_b, change), multiply(multiply(of_d, of_d), square))
-    sign, sign_of_a = jnp.sign(of_b[0]), jnp.sign(pairs.add(of_b, of_d)[0])
+    add, multiply, subtract = pairs.add, pairs.multiply, pairs.subtract
+    token, code, other = ((x, jnp.zeros(())) for x in (z, a, b))
+    d, both = subtract(code, other), add(code, other)
+    if square is None:
+        return _dot(d, subtract(add(token, token), both))[0]
+    of_b, of_d = _dot(token, other), _dot(token, d)
+    change = subtract(multiply(add(of_d, of_d), square), multiply(of_b, _dot(d, both)))
+    larger, _ = add(multiply(of_b, change), multiply(multiply(of_d, of_d), square))
+    sign, sign_of_a = jnp.sign(of_b[0]), jnp.sign(add(of_b, of_d)[0])
     return jnp.where(sign * sign_of_a > 0, sign * larger, of_d[0])
+
+
+def _dot(a: pairs.Pair, b: pairs.Pair) -> pairs.Pair:
+    return pairs.total(pairs.multiply(a, b))
 
 
 def _in_blocks(search: Callable[[jax.Array], jax.Array], z: jax.Array, block_tokens: int) -> jax.Array:
