@@ -78,7 +78,7 @@ def search_float32(z: jax.Array, codes: jax.Array, *, metric: Search, block_toke
         start = (jnp.full(len(block), jnp.inf), jnp.zeros(len(block), jnp.int32))
         return jax.lax.scan(compare, start, stacked)[0][1]
 
-    return _in_blocks(search, z, block_tokens or MAX_SCORES // width)
+    return _in_blocks(search, z, block_tokens or MAX_SCORES // width, padding=0)
 
 
 def search_exactly(z: jax.Array, codes: jax.Array, *, metric: Search, block_tokens: int | None) -> jax.Array:
@@ -111,7 +111,8 @@ def search_exactly(z: jax.Array, codes: jax.Array, *, metric: Search, block_toke
     squares = None
     if metric == "cosine":
         # Powers of two change no digit, and of lengths near 1 no square overflows.
-        z, codes = z / _power_of_two(norm(z)), codes / _power_of_two(norm(codes))
+        # A token of length 0 becomes NaN, to which nothing is compared: its index is 0.
+        z, codes = z / _power_of_two(_length(z)[:, None]), codes / _power_of_two(norm(codes))
         squares = _dot((codes, jnp.zeros(())), (codes, jnp.zeros(())))
         ranked, weights = codes / jnp.sqrt(jnp.maximum(squares[0], 1e-24))[:, None], jnp.ones(size)
     else:  # a mean that a few long codes cannot move
@@ -158,7 +159,8 @@ def search_exactly(z: jax.Array, codes: jax.Array, *, metric: Search, block_toke
 
         return jax.lax.fori_loop(0, _most(bits), compare, (bits, jnp.zeros(len(z), jnp.int32)))[1]
 
-    return _in_blocks(search, z, block_tokens or devices() * max(MAX_SCORES // size, 1))
+    # Nothing may be nearest to NaN, where to zeros, by cosine, all may.
+    return _in_blocks(search, z, block_tokens or devices() * max(MAX_SCORES // size, 1), padding=jnp.nan)
 
 
 def _nearer(z: jax.Array, a: jax.Array, b: jax.Array, square: pairs.Pair | None) -> jax.Array:
@@ -191,14 +193,14 @@ def _dot(a: pairs.Pair, b: pairs.Pair) -> pairs.Pair:
     return pairs.total(pairs.multiply(a, b))
 
 
-def _in_blocks(search: Callable[[jax.Array], jax.Array], z: jax.Array, block_tokens: int) -> jax.Array:
-    """`search` of so many tokens at once: `[N, e] -> [N]`."""
+def _in_blocks(search: Callable[[jax.Array], jax.Array], z: jax.Array, block_tokens: int, padding: float) -> jax.Array:
+    """`search` of so many tokens at once, `[N, e] -> [N]`; `padding` makes the last block whole."""
     tokens, dim = z.shape
     blocks = math.ceil(tokens / block_tokens)
     if blocks <= 1:
         return search(z)
     block = math.ceil(tokens / blocks)
-    z = jnp.pad(z, ((0, block * blocks - tokens), (0, 0)))
+    z = jnp.pad(z, ((0, block * blocks - tokens), (0, 0)), constant_values=padding)
     # A block takes every `blocks`-th token, not a run of them: where tokens are sharded over devices, each device then
     # has its share of every block.
     indices = jax.lax.map(search, z.reshape(block, blocks, dim).swapaxes(0, 1))
@@ -206,7 +208,7 @@ def _in_blocks(search: Callable[[jax.Array], jax.Array], z: jax.Array, block_tok
 
 
 def _power_of_two(x: jax.Array) -> jax.Array:
-    """The largest power of two that is not above x, a positive float32."""
+    """The largest power of two that is not above x, a positive float32; 0 for 0."""
     exponent = jax.lax.bitcast_convert_type(x, jnp.int32) & 0x7F800000
     return jax.lax.bitcast_convert_type(exponent, jnp.float32)
 
