@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 from scipy.special import erf
 
+from tests import exact_search
 from vqrae_jax import metrics
 from vqrae_jax.models import flat, quantizers
 from vqrae_jax.models.flat import Buffer
@@ -239,6 +240,39 @@ def test_the_score_matrix_stays_below_the_limit(monkeypatch):
     program = jax.jit(nearest).lower(tokens(300, 4), tokens(50, 4)).as_text()
     assert "300x50" not in program
     assert "20x50" in program
+
+
+exactly = jax.jit(search.search_exactly, static_argnames=("metric", "block_tokens"))
+
+
+@pytest.mark.parametrize("kind", exact_search.KINDS)
+@pytest.mark.parametrize(("metric", "block_tokens"), [("euclidean", None), ("euclidean", 37), ("cosine", 100)])
+def test_the_search_of_accelerators_is_the_float64_search(kind, metric, block_tokens):
+    z, codes = exact_search.draw(kind, 500, 12, 100, np.random.default_rng(0))
+    found = np.asarray(exactly(z, codes, metric=metric, block_tokens=block_tokens))
+    best = exact_search.float64_search(z, codes, metric)
+    # Where they differ, both codes are equally near, or float64 is wrong.
+    assert not [i for i in np.flatnonzero(found != best)
+                if exact_search.farther(z[i], codes[found[i]], codes[best[i]], metric) > 0]
+    assert (found == best).mean() > 0.97
+
+
+def test_where_many_codes_are_left_the_search_of_accelerators_compares_them_all():
+    """Two clusters so far from each other that in bfloat16, and in float32, each is one point."""
+    rng = np.random.default_rng(0)
+    z, codes = (1e5 * rng.choice([-1, 1], (n, 1)) + rng.standard_normal((n, 12)) for n in (500, 100))
+    z, codes = z.astype(np.float32), codes.astype(np.float32)
+    found = exactly(z, codes, metric="euclidean", block_tokens=None)
+    np.testing.assert_array_equal(found, exact_search.float64_search(z, codes, "euclidean"))
+
+
+@pytest.mark.parametrize("metric", exact_search.METRICS)
+def test_what_is_not_finite_gets_an_index_on_accelerators_too(metric):
+    z, codes = exact_search.draw("random", 500, 12, 100, np.random.default_rng(0))
+    z[:4], z[4], codes[99] = [[np.nan], [np.inf], [-np.inf], [1e30]], 0, 1e30 if metric == "euclidean" else 1e15
+    found = np.asarray(exactly(z, codes, metric=metric, block_tokens=None if metric == "euclidean" else 100))
+    assert ((found >= 0) & (found < 100)).all()
+    np.testing.assert_array_equal(found[5:], exact_search.float64_search(z[5:], codes, metric))
 
 
 # SimVQ.

@@ -16,10 +16,11 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
+from tests import exact_search
 from tests.conftest import REPOSITORY
 from vqrae_jax import config as config_lib
 from vqrae_jax.models import flat
-from vqrae_jax.models.quantizers.search import kmeans
+from vqrae_jax.models.quantizers.search import kmeans, search_exactly
 from vqrae_jax.tokenizer import build, init, train_state
 from vqrae_jax.tokenizer.inference import decode_codes
 from vqrae_jax.tokenizer.loss import make_train_step
@@ -114,6 +115,18 @@ def move(configs: list[config_lib.Config], folder: Path) -> None:
         chex.assert_trees_all_equal(*(jax.tree.map(lambda leaf: leaf.sharding, tree) for tree in (cast, read)))
 
 
+def search() -> None:
+    """The search of accelerators finds on eight devices what float64 does, and only counts travel between them."""
+    z, codes = exact_search.draw("random", TOKENS, 12, CODES, np.random.default_rng(0))
+    mesh = sharding.make_mesh(config_lib.Mesh(data=2, fsdp=4), jax.devices())
+    exactly = functools.partial(search_exactly, metric="euclidean", block_tokens=TOKENS // 2)
+    compiled = jax.jit(sharding.on(mesh, exactly)).lower(sharding.put_batch(mesh, z), codes).compile()
+    np.testing.assert_array_equal(compiled(sharding.put_batch(mesh, z), codes),
+                                  exact_search.float64_search(z, codes, "euclidean"))
+    moved = set(re.findall(r"= (\S+) (?:all-reduce|all-gather|all-to-all|collective-permute)\(", compiled.as_text()))
+    assert moved == {"u32[]"}
+
+
 def in_a_process_with_eight_devices(*arguments: object, module: str = "tests.training.sharding_test") -> None:
     subprocess.run([sys.executable, "-m", module, *map(str, arguments)], check=True,
                    env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
@@ -163,6 +176,10 @@ def test_a_checkpoint_moves_between_meshes_bit_by_bit(moves, tmp_path):
     assert len(list(tmp_path.glob("*/checkpoints/1"))) == len(MOVES[moves]) - 1
 
 
+def test_the_search_of_accelerators_is_the_same_on_a_mesh():
+    in_a_process_with_eight_devices("search")
+
+
 def test_every_axis_and_rule_says_what_it_means():
     mesh = jax.sharding.AbstractMesh((2, 4), ("data", "fsdp"))
     rules = train_state.rules(config_lib.Config(model=config_lib.Model(quantizer=config_lib.Quantizer(kind="ema"))))
@@ -196,6 +213,9 @@ if __name__ == "__main__":
 
     from tests.conftest import REFERENCE
 
+    if sys.argv[1:] == ["search"]:
+        search()
+        sys.exit()
     kind, out = sys.argv[1:]
     values = json.loads(json.dumps(dataclasses.asdict(config_lib.Config())))
     values["data"]["image_size"] = 32

@@ -43,7 +43,7 @@ class Plan:
     """One compiled step. Sizes are GiB a chip; `temporaries_gib` are activations and what else comes and goes.
 
     `fits` is the compiler's verdict; where the step does not fit, `hbm_gib_per_chip` is what it would have needed, and
-    what only a compiled program tells is None.
+    what only a compiled program tells is None. `search_share` is the code search's part of `compute_seconds`.
     """
 
     topology: str
@@ -65,6 +65,7 @@ class Plan:
     model_flops_per_step: int
     collective_gib_per_step: dict[str, float] | None
     compute_seconds: float
+    search_share: float
     collective_seconds: float | None
 
 
@@ -78,6 +79,7 @@ class Subject(NamedTuple):
       averages: of a state, what the optimizer keeps, and moving averages.
       per_image: operations of an image.
       per_step: of a step.
+      search: of a step, those of the code search: one bfloat16 pass, after which few codes are compared elementwise.
       at_highest: of a step, those of float32 matmuls at highest precision.
     """
 
@@ -87,6 +89,7 @@ class Subject(NamedTuple):
     averages: Callable[[Any], Any]
     per_image: int
     per_step: int
+    search: int
     at_highest: int
 
 
@@ -107,7 +110,7 @@ def _tokenizer(config: Config) -> Subject:
             "teacher": _size(frozen.teacher)},
         averages=lambda state: (state.opt_state, state.gan.opt_state, state.ema),
         per_image=work.train, per_step=work.per_step(config),
-        at_highest=config.train.batch_size * work.search + config.train.accumulate * work.train_codes)
+        search=config.train.batch_size * work.search, at_highest=config.train.accumulate * work.train_codes)
 
 
 def _generator(config: GeneratorConfig) -> Subject:
@@ -118,7 +121,7 @@ def _generator(config: GeneratorConfig) -> Subject:
                                generator_task.abstract_batch(config, structure, mesh)),
         train_step=generator_loss.make_train_step(config, structure), parameters=lambda state, frozen: model,
         averages=lambda state: (state.opt_state, state.ema),
-        per_image=per_image, per_step=config.train.batch_size * per_image, at_highest=0)
+        per_image=per_image, per_step=config.train.batch_size * per_image, search=0, at_highest=0)
 
 
 def _sizes(arrays: flat.Arrays) -> dict[str, int]:
@@ -185,6 +188,7 @@ def plan(config: TaskConfig, topology: str) -> Plan:
         size, unit = found[1] or found[3], found[2] or found[4]
         used = float(size) * {"M": 2**20, "G": GIB}[unit] + (arguments if found[3] else 0)
     seconds = time.perf_counter() - started
+    passes = planned.per_step + (HIGHEST_PASSES - 1) * planned.at_highest
     return Plan(
         topology=topology, chip=devices[0].device_kind, chips=len(devices), batch=config.train.batch_size,
         accumulate=config.train.accumulate, remat=config.model.remat, mesh=dict(mesh.shape),
@@ -196,7 +200,7 @@ def plan(config: TaskConfig, topology: str) -> Plan:
         compile_seconds=seconds, model_flops_per_image=planned.per_image, model_flops_per_step=planned.per_step,
         collective_gib_per_step=None if exchanged is None else {
             name: count / GIB for name, count in exchanged.items()},
-        compute_seconds=(planned.per_step + (HIGHEST_PASSES - 1) * planned.at_highest) / (chip.flops * len(devices)),
+        compute_seconds=passes / (chip.flops * len(devices)), search_share=planned.search / passes,
         collective_seconds=None if exchanged is None else sum(exchanged.values()) / chip.interconnect)
 
 
@@ -224,11 +228,12 @@ def collective_bytes(hlo: str) -> dict[str, int]:
             computations[name].append(line)
 
     def trip_count(loop: str) -> int:
-        """The constant that a scan's condition compares its counter with."""
+        """The constant that a scan's condition compares its counter with; 1 where the number depends on data."""
         condition = re.search(r"condition=%([\w.\-]+)", loop)
         assert condition
         lines = "\n".join(computations[condition[1]])
-        return max(int(constant) for constant in re.findall(r" [su]32\[\]\S* constant\((\d+)\)", lines))
+        return max((int(constant) for constant in re.findall(r" [su]32\[\]\S* constant\((\d+)\)", lines)),
+                   default=1)
 
     @functools.cache
     def sent(computation: str) -> dict[str, tuple[str, int]]:
@@ -328,7 +333,7 @@ def _row(result: Plan) -> str:
 def table(result: Plan) -> str:
     """The plan as text."""
     gib = lambda value: "-" if value is None else f"{value:.2f} GiB"
-    search = f"; the code search, float32, in {HIGHEST_PASSES} passes" if "quantizer" in result.parameters else ""
+    search = f"; {result.search_share:.1%} of it the code search" if result.search_share else ""
     rows = [
         (f"{result.topology}", f"{result.chips} chips ({result.chip}), {_row(result)}"),
         ("images a step", f"{result.batch}, {result.batch // (result.chips * result.accumulate)} a chip at a time"),
