@@ -13,7 +13,6 @@ PyTorch installed; the config of a generator, which has the cases generate and g
 import json
 import sys
 from pathlib import Path
-from typing import get_args
 
 import jax
 from absl import flags
@@ -60,7 +59,7 @@ def main(_) -> None:
 if __name__ == "__main__":
     _CONFIG = cli.config_file()
     _BATCH = flags.DEFINE_integer("batch", 0, "images at once; 0 is train.batch_size", lower_bound=0)
-    _AGAINST = flags.DEFINE_enum("against", None, get_args(bench.Against), "also run the same model in PyTorch")
+    _AGAINST = flags.DEFINE_enum("against", None, bench.FRAMEWORKS, "also run the same model in PyTorch")
     _JSON = flags.DEFINE_string("json", "", "file for the results")
     _REPEATS = flags.DEFINE_integer("repeats", 5, "runs that count", lower_bound=1)
     _DATA = flags.DEFINE_string("data", "", "SPEC of the images of input and tokenize; empty is data.source")

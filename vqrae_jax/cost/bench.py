@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +38,7 @@ from vqrae_jax.tokenizer.loss import make_train_step, phase_of
 from vqrae_jax.tokenizer.task import open_train_batches
 from vqrae_jax.training import sharding
 
-Against = Literal["torch", "torch.compile"]
+FRAMEWORKS = ("torch", "torch.compile")  # what takes turns, the second compiled
 SEARCH_DIM = 1536  # of the code search alone: the width of so400m's codes
 INPUT_BATCHES = 50  # a run of the input pipeline, or it would show what was read ahead
 TOKENIZE_BATCHES = 16  # a run of tokenize at most: more than are read ahead
@@ -295,7 +295,7 @@ def _tokenizer_job(config: Config) -> dict[str, Any]:
                               ema_decay=o.ema_decay)}
 
 
-def measure(config: TaskConfig, case: str, command: list[str], *, repeats: int, against: Against | None,
+def measure(config: TaskConfig, case: str, command: list[str], *, repeats: int, against: str | None,
             seconds: float | None = None) -> dict[str, Any]:
     """Runs a case, in turns with PyTorch where wanted; returns what is written as JSON.
 
@@ -304,7 +304,7 @@ def measure(config: TaskConfig, case: str, command: list[str], *, repeats: int, 
       case: one of `CASES` of its task.
       command: starts a process that calls `serve` with both.
       repeats: runs that count.
-      against: whether PyTorch takes turns, and compiled or not. Where that fails, "torch_error" of the result says why.
+      against: of `FRAMEWORKS`, what takes turns. Where that fails, "torch_error" of the result says why.
       seconds: after which a process is killed; None is never.
 
     Raises:

@@ -67,7 +67,7 @@ def rows(files: Sequence[str]) -> Iterator[tuple[str, str, str]]:
             yield f"{Path(file).stem} {name}", file, name
 
 
-def measure(file: str, name: str, *, batch: int, repeats: int, against: bench.Against | None,
+def measure(file: str, name: str, *, batch: int, repeats: int, against: str | None,
             seconds: float) -> dict[str, Any]:
     """What is found for a row, to be written as JSON.
 

@@ -24,6 +24,7 @@ from typing import Any
 import torch  # pyright: ignore[reportMissingImports]
 import torch.nn.functional as F  # pyright: ignore[reportMissingImports]
 from torch import nn  # pyright: ignore[reportMissingImports]
+from torch.optim.swa_utils import get_ema_multi_avg_fn  # pyright: ignore[reportMissingImports]
 
 
 class Attention(nn.Module):
@@ -145,7 +146,7 @@ class TrainStep:
 
     def __init__(self, model: Model, *, stage: int, lr: float, b1: float, b2: float, weight_decay: float,
                  clip_norm: float, ema_decay: float):
-        self.model, self.clip_norm, self.ema_decay = model, clip_norm, ema_decay
+        self.model, self.clip_norm = model, clip_norm
         self.teacher = copy.deepcopy(model.encoder).requires_grad_(False) if stage == 2 else None
         model.encoder.requires_grad_(stage == 2)
         self.learned = [p for p in model.parameters() if p.requires_grad]
@@ -153,6 +154,7 @@ class TrainStep:
         groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=lr, betas=(b1, b2), fused=True)
         self.ema = [p.detach().clone() for p in self.learned] if ema_decay else []
+        self.average: Any = get_ema_multi_avg_fn(ema_decay)
 
     def __call__(self, images):
         images = images.float() / 255
@@ -170,8 +172,7 @@ class TrainStep:
             torch.nn.utils.clip_grad_norm_(self.learned, self.clip_norm)
         self.optimizer.step()
         if self.ema:
-            with torch.no_grad():
-                torch._foreach_lerp_(self.ema, self.learned, 1 - self.ema_decay)
+            self.average(self.ema, self.learned, None)
         return loss.item()
 
 
