@@ -1,4 +1,4 @@
-"""An estimate of what a step keeps in memory beside its arguments, from its jaxpr: for chips whose compiler is not here.
+"""An estimate of what a step keeps in memory beside its arguments, from its jaxpr, where no compiler is at hand.
 
 A walk over the program in its order, adding up what has been computed and is still to be read. What XLA does is
 imitated in four ways: elementwise operations whose result is read once are part of what reads it; reshapes and updates
