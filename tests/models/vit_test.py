@@ -1,6 +1,7 @@
 """Attention's own backward pass, what the backward pass keeps, and cuDNN where it belongs."""
 
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -70,3 +71,14 @@ def test_a_cpu_program_holds_nothing_of_cudnn(monkeypatch):
     assert "sine" not in jax.jit(lambda x: attend(x, x, x)).lower(x).as_text()
     exported = jax.export.export(jax.jit(lambda x: attend(x, x, x)), platforms=["cuda"])(x)
     assert "sine" in exported.mlir_module()
+
+
+def test_cudnn_can_be_left_out(monkeypatch):
+    device = SimpleNamespace(client=SimpleNamespace(platform_version="cuda 12"), compute_capability="9.0")
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    assert vit._has_cudnn()
+    with vit.without_cudnn():
+        assert not vit._has_cudnn()
+    assert vit._has_cudnn()
