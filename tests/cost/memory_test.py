@@ -37,4 +37,4 @@ def test_a_loop_keeps_what_its_backward_pass_reads():
              for name, policy in (("all", jax.checkpoint_policies.everything_saveable),
                                   ("none", jax.checkpoint_policies.nothing_saveable))}
     assert 100 <= needs["none"] < 110  # a layer's input
-    assert needs["all"] >= needs["none"] + 100
+    assert 200 <= needs["all"] < 210  # and what tanh made
