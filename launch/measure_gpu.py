@@ -36,6 +36,8 @@ def versions() -> dict[str, str]:
 
 def main(_) -> None:
     started, file = time.monotonic(), Path(_JSON.value)
+    if not file.parent.is_dir():  # before the work
+        raise FileNotFoundError(f"--json={file}: there is no folder {file.parent}")
     jax.config.update("jax_platforms", "cpu")  # of this process: the GPU is for those that it starts
     measured, setting = {}, {"versions": versions(), "batch": _BATCH.value}
     if file.exists():
