@@ -107,6 +107,28 @@ def test_gpu_installs_once_and_hands_on_its_arguments(commands, tmp_path):
     assert (ran.returncode, ran.stderr[:36]) == (1, "error: JAX finds no NVIDIA GPU: see ")
 
 
+def test_measuring_downloads_nothing_and_keeps_an_environment_that_is_given(commands, tmp_path):
+    clone = tmp_path / "a clone"
+    (clone / "launch").mkdir(parents=True)
+    script = shutil.copy(LAUNCH / "measure_gpu.sh", clone / "launch")
+    body = ('case "$1 $2" in "-c "*) [ -e installed ];; "-m pip") touch installed;; "-m venv") mkdir -p .venv/bin &&'
+            ' cp "$COMMANDS/python3" .venv/bin/python;; *) echo "on $JAX_PLATFORMS in $PYTHONPATH";; esac')
+    commands.add("python3", body)
+    ran = commands.run("bash", script, "--json=my file.json", cwd=tmp_path)
+    assert (ran.returncode, ran.stdout) == (0, f"on cuda,cpu in {clone}\n"), ran.stderr
+    made, check, pip, gpu, (*measure, seconds, last) = commands.calls()
+    offline = ["python", "-m", "pip", "install", "--quiet", "--no-index", "--find-links", "wheels"]
+    assert made == ["python3", "-m", "venv", ".venv"] and check[:2] == gpu[:2] == ["python", "-c"]
+    assert pip == [*offline, "--requirement", "requirements.txt", "jax[cuda13]", "torch"]
+    assert measure == ["python", "launch/measure_gpu.py"] and last == "--json=my file.json"
+    assert 500 < int(seconds.removeprefix("--seconds=")) <= 540
+    (clone / "installed").unlink()
+    commands.run("bash", script, cwd=tmp_path, PYTHON="python3")
+    assert commands.calls()[6][1:] == [*offline[1:], "--requirement", "requirements.txt"], "its JAX is kept"
+    ran = commands.run("bash", script, "wheels", cwd=tmp_path)
+    assert commands.calls()[-1][:5] == ["python3", "-m", "pip", "wheel", "--wheel-dir"] and ran.returncode == 0
+
+
 def test_ship_nano_packs_before_it_tokenizes_and_goes_on_where_it_ended(commands, tmp_path):
     clone = tmp_path / "a clone"
     (clone / "launch").mkdir(parents=True)

@@ -2,8 +2,8 @@
 
     python -m vqrae_jax.plan --config=configs/x.py --topology=v5e:4x4 [--batch=N] [--search] [--json=FILE]
 
-Needs the TPU compiler (`pip install 'vqrae_jax[tpu]'`), which runs on any Linux machine; no weights are read.
-`cost/plan.py` says where the figures come from.
+Needs the TPU compiler (`pip install 'vqrae_jax[tpu]'`), which runs on any Linux machine; no weights are read. For GPUs,
+`--topology=h100:8`, memory is estimated. `cost/plan.py` says where the figures come from.
 """
 
 import dataclasses
@@ -42,7 +42,7 @@ def main(_) -> None:
 
 if __name__ == "__main__":
     _CONFIG = cli.config_file()
-    _TOPOLOGY = flags.DEFINE_string("topology", None, "a TPU slice, for example v5e:4x4", required=True)
+    _TOPOLOGY = flags.DEFINE_string("topology", None, "a TPU slice or GPUs, such as v5e:4x4 or h100:8", required=True)
     _BATCH = flags.DEFINE_integer("batch", None, "images a step; the config's if not given", lower_bound=1)
     _SEARCH = flags.DEFINE_bool("search", False, "try meshes, rematerialisation and accumulation until something fits")
     _JSON = flags.DEFINE_string("json", "", "a file for the figures")

@@ -82,7 +82,7 @@ def test_pytorch_takes_turns(tmp_path):
 
 
 def test_a_model_that_pytorch_does_not_have_is_refused_in_one_line():
-    done = run("--case=encode", "--against=torch", "--config.model.dtype=bfloat16")
+    done = run("--case=encode", "--against=torch", "--config.train.accumulate=2")
     assert done.returncode == 1
     assert done.stderr.strip().splitlines()[-1].startswith("error: --against=torch knows")
 

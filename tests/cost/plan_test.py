@@ -40,6 +40,17 @@ def test_a_step_is_compiled_for_a_slice_that_is_not_there(tmp_path):
     assert "fits" in process.stdout
 
 
+def test_gpus_are_estimated_without_a_compiler(tmp_path):
+    process = run(*FLAGS, "--topology=h100:4", "--batch=16", f"--json={tmp_path / 'plan.json'}")
+    assert process.returncode == 0, process.stderr
+    result = json.loads((tmp_path / "plan.json").read_text())
+    assert (result["estimated"], result["chip"], result["chips"]) == (True, "NVIDIA H100 80GB HBM3", 4)
+    assert (result["mesh"], result["fits"]) == ({"data": 2, "fsdp": 2}, True)
+    parts = [result[name] for name in ("parameters_gib", "optimizer_gib", "temporaries_gib")]
+    assert min(parts) > 0 and result["hbm_gib_per_chip"] == pytest.approx(sum(parts))
+    assert "estimated" in process.stdout
+
+
 @needs_compiler
 def test_what_does_not_fit_says_by_how_much():
     process = run(*FLAGS, "--topology=v5e:2x2", "--batch=262144")
@@ -57,6 +68,7 @@ def test_search_goes_from_the_fastest_to_the_most_frugal():
 @pytest.mark.parametrize(("flags", "says"), [
     (["--topology=v5e:3x3"], "--topology=v5e:3x3: "),
     (["--topology=nonsense"], "--topology=nonsense: "),
+    (["--topology=h100"], "--topology=h100: how many GPUs? They look like h100:8"),
     (["--topology=v5e:2x2", "--json=/no/where.json"], "--json=/no/where.json: there is no folder /no"),
     pytest.param(["--topology=v3:2x2"], "--topology=v3:2x2: 'TPU v3' cannot be planned", marks=needs_compiler),
     pytest.param(["--topology=v4:2x2x1"], "--topology=v4:2x2x1: 'TPU v4' cannot be planned", marks=needs_compiler),

@@ -1,6 +1,7 @@
 """Attention's own backward pass, what the backward pass keeps, and cuDNN where it belongs."""
 
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -93,3 +94,14 @@ def test_only_a_tpu_attends_by_its_kernel_and_only_to_many_tokens():
         jax.ShapeDtypeStruct((4, tokens, 72), jnp.bfloat16)).mlir_module()
     assert "tpu_custom_call" in module(vit.LONG, "tpu")
     assert "tpu_custom_call" not in module(vit.LONG, "cpu") + module(vit.LONG - 1, "tpu")
+
+
+def test_cudnn_can_be_left_out(monkeypatch):
+    device = SimpleNamespace(client=SimpleNamespace(platform_version="cuda 12"), compute_capability="9.0")
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    assert vit._has_cudnn()
+    with vit.without_cudnn():
+        assert not vit._has_cudnn()
+    assert vit._has_cudnn()

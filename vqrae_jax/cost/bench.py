@@ -1,5 +1,6 @@
 """Measures speed and memory of encode, decode, train steps, input pipeline, tokenize and generate; random weights."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -9,6 +10,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,12 +31,14 @@ from vqrae_jax.generator import init as generator_init
 from vqrae_jax.generator import sampling
 from vqrae_jax.models import flat
 from vqrae_jax.models.quantizers import EMAVQ
+from vqrae_jax.models.vit import without_cudnn
 from vqrae_jax.tokenizer import build, codes, init, train_state
 from vqrae_jax.tokenizer.inference import Tokenizer
 from vqrae_jax.tokenizer.loss import make_train_step, phase_of
 from vqrae_jax.tokenizer.task import open_train_batches
 from vqrae_jax.training import sharding
 
+FRAMEWORKS = ("torch", "torch.compile")  # what takes turns, the second compiled
 SEARCH_DIM = 1536  # of the code search alone: the width of so400m's codes
 INPUT_BATCHES = 50  # a run of the input pipeline, or it would show what was read ahead
 TOKENIZE_BATCHES = 16  # a run of tokenize at most: more than are read ahead
@@ -42,7 +46,7 @@ CASES = {  # by task
     "tokenizer": ("encode", "decode", "search", "train_stage1", "train_stage2", "train_stage2_gan", "input",
                   "tokenize"),
     "generator": ("generate_one", "generate")}
-AGAINST = ("encode", "decode", "search", "train_stage1", *CASES["generator"])  # what pytorch.py has
+AGAINST = ("encode", "decode", "search", "train_stage1", "train_stage2", *CASES["generator"])  # what pytorch.py has
 
 
 def stage(config: Config, case: str) -> Config:
@@ -85,7 +89,7 @@ def prepare(config: TaskConfig, case: str) -> tuple[int, Callable[[], Any]]:
         return INPUT_BATCHES * batch, lambda: [next(batches) for _ in range(INPUT_BATCHES)]
     images = rng.integers(0, 256, (batch, size, size, 3), np.uint8)
     if case.startswith("train"):
-        return batch, _train(stage(config, case), images)
+        return batch, _repeat(*training(stage(config, case), images))
     structure = build.structure(config)
     if case == "search":
         return batch, _search(batch * structure.tokens, config.model.quantizer.size)
@@ -150,7 +154,8 @@ def _search(tokens: int, size: int) -> Callable[[], Any]:
     return _repeat(jax.jit(quantize, donate_argnums=0), buffers, z)
 
 
-def _train(config: Config, images: np.ndarray) -> Callable[[], Any]:
+def training(config: Config, images: np.ndarray) -> tuple[Callable[[Any], tuple[Any, Any]], Any]:
+    """A training step on the same images every time, `state -> (state, metrics)`, and the state it starts from."""
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch_size(mesh, config)
     structure = build.structure(config)
@@ -158,7 +163,7 @@ def _train(config: Config, images: np.ndarray) -> Callable[[], Any]:
     state, frozen = train_state.made(config, structure, mesh, *arrays)
     frozen = sharding.cast(frozen, train_state.in_training(config, structure, mesh)[1])
     step = sharding.jit_step(make_train_step(config, structure, phase_of(config, config.train.steps)), mesh, state)
-    return _repeat(lambda state: step(state, frozen, sharding.put_batch(mesh, {"image": images})), state)
+    return lambda state: step(state, frozen, sharding.put_batch(mesh, {"image": images})), state
 
 
 def _repeat(function: Callable[..., tuple], state: Any, *arguments: Any) -> Callable[[], Any]:
@@ -172,10 +177,15 @@ def _repeat(function: Callable[..., tuple], state: Any, *arguments: Any) -> Call
     return run
 
 
-def serve(config: TaskConfig, case: str) -> None:
-    """The child: a run's images; a line in, one run and its seconds out; at the end of input peak memory and device."""
+def serve(config: TaskConfig, case: str, *, plain_attention: bool) -> None:
+    """The child: its platform; a run's images; a line in, one run's seconds out; at the end peak memory and device.
+
+    With `plain_attention` NVIDIA GPUs do without cuDNN's.
+    """
+    print(jax.default_backend(), flush=True)
     images, run = prepare(config, case)
-    run()
+    with without_cudnn() if plain_attention else contextlib.nullcontext():
+        run()  # traces and compiles it
     print(images, flush=True)
     for _ in sys.stdin:
         start = time.perf_counter()
@@ -190,37 +200,58 @@ def serve(config: TaskConfig, case: str) -> None:
 class Child:
     """A process that runs a case whenever it is told to.
 
-    Attributes:
-      images: of a run.
+    Args:
+      command: of the process.
+      what: it is called in errors.
+      seconds: after which it is killed; None is never.
+      environment: variables beside those of this process.
     """
 
-    def __init__(self, command: list[str], what: str):
-        self._what = what
+    def __init__(self, command: list[str], what: str, *, seconds: float | None = None,
+                 environment: dict[str, str] | None = None):
+        self._what, self._seconds = what, seconds
         self._stderr = tempfile.TemporaryFile("w+")
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._stderr,
-                                         text=True)
-        self.images = int(self._read())
+                                         text=True, env=os.environ | (environment or {}))
+        self._started = time.monotonic()
+        self._timer = threading.Timer(seconds or 0, self._process.kill)
+        if seconds is not None:
+            self._timer.start()
 
     def run(self) -> float:
         """Seconds of one run."""
         assert self._process.stdin
-        self._process.stdin.write("\n")
-        self._process.stdin.flush()
-        return float(self._read())
+        with contextlib.suppress(BrokenPipeError):  # it has ended, and `read` says how
+            self._process.stdin.write("\n")
+            self._process.stdin.flush()
+        return float(self.read())
 
     def end(self) -> list[str]:
         """What the process says at its end: its peak memory in bytes first."""
         assert self._process.stdin
         self._process.stdin.close()
-        last = self._read().split("\t")
+        last = self.read().split("\t")
         self._process.wait()
         return last
 
-    def _read(self) -> str:
+    def stop(self) -> None:
+        """Ends the process if it is there still."""
+        self._timer.cancel()
+        self._process.kill()
+        self._process.wait()
+
+    def read(self) -> str:
+        """The next line that it says.
+
+        Raises:
+          ValueError: it ended without one, for its own reasons or because its time was over.
+        """
         assert self._process.stdout
         line = self._process.stdout.readline()
         if not line:
             code = self._process.wait()
+            if self._seconds is not None and time.monotonic() - self._started >= self._seconds:
+                raise ValueError(f"{self._what} had not finished after {self._seconds:.0f} s")
             self._stderr.seek(0)
             said = self._stderr.read()
             sys.stderr.write(said)  # for --traceback
@@ -229,16 +260,15 @@ class Child:
         return line.rstrip("\n")
 
 
-def pytorch_command(config: TaskConfig, case: str) -> list[str]:
-    """How the same case is run in PyTorch.
+def pytorch_job(config: TaskConfig, case: str, *, compiled: bool) -> dict[str, Any]:
+    """What pytorch.py is told to run the same case, but for the device.
 
     Raises:
       ValueError: a model that pytorch.py does not have.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    job = {"case": case, "threads": cores}
-    job |= _generator_job(config, case) if isinstance(config, GeneratorConfig) else _tokenizer_job(config)
-    return [sys.executable, str(Path(__file__).parent / "pytorch.py"), json.dumps(job)]
+    job = {"case": case, "threads": cores, "dtype": config.model.dtype, "compile": compiled}
+    return job | (_generator_job(config, case) if isinstance(config, GeneratorConfig) else _tokenizer_job(config))
 
 
 def _generator_job(config: GeneratorConfig, case: str) -> dict[str, Any]:
@@ -252,21 +282,22 @@ def _generator_job(config: GeneratorConfig, case: str) -> dict[str, Any]:
 def _tokenizer_job(config: Config) -> dict[str, Any]:
     model, structure = config.model, build.structure(config)
     spec, decoder, patch_size = structure.encoder, structure.decoder, structure.encoder.vit.patch_size
-    if (model.dtype != "float32" or model.quantizer.kind != "simvq" or model.quantizer.dim != spec.vit.width
-            or spec.vit.prefix_tokens or spec.vit.layer_scale or model.decoder.cls_token
+    if (model.quantizer.kind != "simvq" or spec.vit.prefix_tokens or spec.vit.layer_scale
             or model.decoder.patch_size not in (0, patch_size)
             or config.loss.perceptual_weight or config.train.accumulate > 1):
-        raise ValueError("--against=torch knows a SigLIP-like encoder, SimVQ of its width and a plain decoder, in "
-                         "float32, without perceptual losses or accumulation: see configs/bench_medium.py")
+        raise ValueError("--against=torch knows a SigLIP-like encoder, SimVQ and a plain decoder, without perceptual "
+                         "losses or accumulation: see configs/bench_medium.py")
     o = config.optim
     return {"batch": config.train.batch_size, "image_size": config.data.image_size, "patch_size": patch_size,
-            "codes": model.quantizer.size, "dim": SEARCH_DIM, "encoder": dataclasses.asdict(spec.vit),
-            "decoder": dataclasses.asdict(decoder),
+            "codes": model.quantizer.size, "code_dim": model.quantizer.dim, "search_dim": SEARCH_DIM,
+            "encoder": dataclasses.asdict(spec.vit), "decoder": dataclasses.asdict(decoder),
+            "cls_token": model.decoder.cls_token,
             "optimizer": dict(lr=o.lr, b1=o.b1, b2=o.b2, weight_decay=o.weight_decay, clip_norm=o.clip_norm,
                               ema_decay=o.ema_decay)}
 
 
-def measure(config: TaskConfig, case: str, command: list[str], *, repeats: int, against: bool) -> dict[str, Any]:
+def measure(config: TaskConfig, case: str, command: list[str], *, repeats: int, against: str | None,
+            seconds: float | None = None) -> dict[str, Any]:
     """Runs a case, in turns with PyTorch where wanted; returns what is written as JSON.
 
     Args:
@@ -274,31 +305,60 @@ def measure(config: TaskConfig, case: str, command: list[str], *, repeats: int, 
       case: one of `CASES` of its task.
       command: starts a process that calls `serve` with both.
       repeats: runs that count.
-      against: whether PyTorch takes turns.
+      against: of `FRAMEWORKS`, what takes turns. Where that fails, "torch_error" of the result says why.
+      seconds: after which a process is killed; None is never.
+
+    Raises:
+      ValueError: it cannot be run, or not in time.
     """
-    work, commands = model_flops(config, case), {"jax": command}  # a model that cannot be is one line, of this process
-    if against and case in AGAINST:
-        commands["torch"] = pytorch_command(config, case)
-    children = {name: Child(command, f"{name}, {case},") for name, command in commands.items()}
-    for child in children.values():
-        child.run()  # the second run: memory has found its size
-    times = {name: [] for name in children}
-    for _ in range(repeats):
-        for name, child in children.items():
-            times[name].append(child.run())
-    ends = {name: child.end() for name, child in children.items()}
-    seconds = {name: statistics.median(values) for name, values in times.items()}
+    work = model_flops(config, case)  # a model that cannot be is one line, of this process
+    job = pytorch_job(config, case, compiled=against == "torch.compile") if against and case in AGAINST else None
+    children, result = {}, {}
+
+    def each(say: Callable[[Child], Any]) -> dict[str, Any]:
+        """What every process says; PyTorch's is stopped where it fails."""
+        said = {}
+        for name, child in list(children.items()):
+            try:
+                said[name] = say(child)
+            except ValueError as error:
+                if name == "jax":
+                    raise
+                result["torch_error"] = str(error)
+                children.pop(name).stop()
+        return said
+
+    with contextlib.ExitStack() as stack:
+
+        def start(name: str, command: list[str], environment: dict[str, str] | None = None) -> None:
+            # PyTorch's time is over before ours, which then is not lost.
+            limit = seconds and seconds * (1.0 if name == "jax" else 0.7)
+            children[name] = Child(command, f"{name}, {case},", seconds=limit, environment=environment)
+            stack.callback(children[name].stop)
+
+        # JAX would take most of a GPU's memory for itself.
+        start("jax", command, {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} if job else None)
+        platform = children["jax"].read()
+        if job:  # on the same device; both make themselves ready at once
+            job["device"] = "cuda" if platform == "gpu" else "cpu"
+            start("torch", [sys.executable, str(Path(__file__).parent / "pytorch.py"), json.dumps(job)])
+        images = int(each(Child.read)["jax"])
+        each(Child.run)  # the second run: memory has found its size
+        runs = [each(Child.run) for _ in range(repeats)]
+        ends = each(Child.end)
+    times = {name: [run[name] for run in runs] for name in children}
+    median = {name: statistics.median(values) for name, values in times.items()}
     peak, kind, devices = ends["jax"]
-    result = {"seconds": seconds["jax"], "images_per_second": children["jax"].images / seconds["jax"],
-              "peak_bytes": int(peak), "runs": times["jax"]}
+    result |= {"seconds": median["jax"], "images_per_second": images / median["jax"], "peak_bytes": int(peak),
+               "device": kind, "runs": times["jax"]}
     if work:
-        result["flops_per_second"] = work / seconds["jax"]
+        result["flops_per_second"] = work / median["jax"]
         if chip := flops.CHIPS.get(kind):
             used = int(devices) if case.startswith("train") else 1  # the others know no mesh
             result["share_of_peak"] = result["flops_per_second"] / (chip.flops * used)
-    if "torch" in seconds:
-        result |= {"torch_seconds": seconds["torch"], "torch_peak_bytes": int(ends["torch"][0]),
-                   "torch_runs": times["torch"], "ratio": seconds["torch"] / seconds["jax"]}
+    if "torch" in children:
+        result |= {"torch_seconds": median["torch"], "torch_peak_bytes": int(ends["torch"][0]),
+                   "torch_runs": times["torch"], "ratio": median["torch"] / median["jax"]}
     return result
 
 
@@ -313,4 +373,6 @@ def line(case: str, result: dict[str, Any]) -> str:
     if "ratio" in result:
         text += (f"   torch {result['torch_seconds']:.3f} s, {result['torch_peak_bytes'] / 2**20:.0f} MiB: "
                  f"{result['ratio']:.2f}x")
+    if "torch_error" in result:
+        text += f"   {result['torch_error']}"
     return text

@@ -37,16 +37,19 @@ class Chip(NamedTuple):
     interconnect: float
 
 
-# By `jax.Device.device_kind`. https://cloud.google.com/tpu/docs/system-architecture-tpu-vm and NVIDIA's data sheets.
+# By `jax.Device.device_kind`. https://cloud.google.com/tpu/docs/system-architecture-tpu-vm and NVIDIA's data sheets, of
+# B200 that of DGX B200. A TPU7x has two devices, each of which is half of it.
 CHIPS = {
     "TPU v4": Chip(275e12, 32 * 2**30, 1228e9, 300e9),
     "TPU v5 lite": Chip(197e12, 16 * 2**30, 819e9, 200e9),
     "TPU v5": Chip(459e12, 95 * 2**30, 2765e9, 600e9),
     "TPU v6 lite": Chip(918e12, 32 * 2**30, 1640e9, 448e9),
+    "TPU7x": Chip(2307e12 / 2, 96 * 2**30, 7380e9 / 2, 300e9),
     "NVIDIA A100-SXM4-40GB": Chip(312e12, 40 * 2**30, 1555e9, 300e9),
     "NVIDIA A100-SXM4-80GB": Chip(312e12, 80 * 2**30, 2039e9, 300e9),
     "NVIDIA H100 80GB HBM3": Chip(989e12, 80 * 2**30, 3350e9, 450e9),
     "NVIDIA H200": Chip(989e12, 141 * 2**30, 4800e9, 450e9),
+    "NVIDIA B200": Chip(2250e12, 180 * 2**30, 8000e9, 900e9),
 }
 
 

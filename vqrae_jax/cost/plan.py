@@ -2,6 +2,9 @@
 
 Memory is what the TPU compiler assigns on each chip; operations come from the formula in flops.py; the bytes that chips
 exchange are counted in the compiled program, loops multiplied out. The step's time is a lower bound, not a measurement.
+
+For GPUs there is no such compiler. Their arguments are exact, from shapes and shardings; temporaries are memory.py's
+estimate for one GPU's share of the batch, with attention as it is without cuDNN; what GPUs exchange is not known.
 """
 
 import dataclasses
@@ -15,11 +18,11 @@ from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import topologies
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from vqrae_jax import config as config_lib
 from vqrae_jax.config import Config, GeneratorConfig, TaskConfig
-from vqrae_jax.cost import flops
+from vqrae_jax.cost import flops, memory
 from vqrae_jax.cost.flops import CHIPS
 from vqrae_jax.generator import build as generator_build
 from vqrae_jax.generator import loss as generator_loss
@@ -35,6 +38,13 @@ from vqrae_jax.training.task import TrainStep
 HIGHEST_PASSES = 6
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8,
          "s64": 8, "u64": 8}
+# Names of GPUs in --topology, with a colon and their number behind.
+GPUS = {"a100-40gb": "NVIDIA A100-SXM4-40GB", "a100-80gb": "NVIDIA A100-SXM4-80GB", "h100": "NVIDIA H100 80GB HBM3",
+        "h200": "NVIDIA H200", "b200": "NVIDIA B200"}
+# What a compiler assigns to temporaries over memory.py's figure: 1.0 to 2.6 for eleven steps compiled for TPU v5e, the
+# median being 1.46 (docs/cluster-and-plan.md).
+COMPILED_OVER_ESTIMATED = 1.5
+HALVES = ("TPU7x",)  # of whose devices a chip has two
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
 
@@ -43,9 +53,12 @@ class Plan:
     """One compiled step. Sizes are GiB a chip; `temporaries_gib` are activations and what else comes and goes.
 
     `fits` is the compiler's verdict; where the step does not fit, `hbm_gib_per_chip` is what it would have needed, and
-    what only a compiled program tells is None. `search_share` is the code search's part of `compute_seconds`.
+    what only a compiled program tells is None. `estimated` is whether there was no compiler: nothing was compiled then,
+    and `temporaries_gib` is an estimate. `chips` counts devices, of which a TPU7x has two.
+    `search_share` is the code search's part of `compute_seconds`.
     """
 
+    estimated: bool
     topology: str
     chip: str
     chips: int
@@ -83,7 +96,7 @@ class Subject(NamedTuple):
       at_highest: of a step, those of float32 matmuls at highest precision.
     """
 
-    abstract: Callable[[Mesh], tuple[Any, Any, Any]]
+    abstract: Callable[[Mesh | AbstractMesh], tuple[Any, Any, Any]]
     train_step: TrainStep
     parameters: Callable[[Any, Any], dict[str, int]]
     averages: Callable[[Any], Any]
@@ -134,6 +147,40 @@ def _size(arrays: flat.Arrays) -> int:
     return sum(value.size for value in arrays.values())
 
 
+class Slice(NamedTuple):
+    """What a step is planned for.
+
+    Attributes:
+      kind: of its devices, one of `CHIPS`.
+      size: how many there are.
+      devices: those of the TPU compiler; None for GPUs.
+    """
+
+    kind: str
+    size: int
+    devices: list[Any] | None
+
+    def mesh(self, mesh: config_lib.Mesh) -> Mesh | AbstractMesh:
+        if self.devices is None:
+            return sharding.abstract_mesh(mesh, self.size)
+        return sharding.make_mesh(mesh, self.devices)
+
+
+def slice_of(topology: str) -> Slice:
+    """A TPU slice, `v5e:4x4`, or so many GPUs, `h100:8`.
+
+    Raises:
+      ValueError: no TPU compiler, or no such slice or GPU.
+    """
+    name, _, size = topology.partition(":")
+    if name in GPUS:
+        if not re.fullmatch(r"[1-9]\d{0,5}", size):
+            raise ValueError(f"--topology={topology}: how many GPUs? They look like {name}:8")
+        return Slice(GPUS[name], int(size), None)
+    devices = topology_devices(topology)
+    return Slice(devices[0].device_kind, len(devices), devices)
+
+
 def topology_devices(name: str) -> list[Any]:
     """The devices of a TPU slice, `v5e:4x4`, without the slice.
 
@@ -149,59 +196,92 @@ def topology_devices(name: str) -> list[Any]:
     except (RuntimeError, NotImplementedError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"--topology={name}: {reason[:300]}; names look like v5e:4x4, and the compiler comes with "
-                         "pip install 'vqrae_jax[tpu]'") from None
+                         f"pip install 'vqrae_jax[tpu]'; GPUs are {', '.join(GPUS)}, as in h100:8") from None
     known = [kind for kind in CHIPS if kind.startswith("TPU")]
     kind, chips = devices[0].device_kind, {tuple(device.coords) for device in devices}
-    if kind not in known or len(chips) < len(devices):
+    if kind not in known or (len(chips) < len(devices) and kind not in HALVES):
         raise ValueError(f"--topology={name}: {kind!r} cannot be planned, only chips that are one device each, of the "
                          f"kinds {', '.join(known)}")
     return devices
 
 
 def plan(config: TaskConfig, topology: str) -> Plan:
-    """Compiles the training step of a config for a slice.
+    """Compiles the training step of a config for a slice; for GPUs, estimates what it needs.
 
     Raises:
       ValueError: a slice that is not there, or a mesh or batch that does not fit it.
     """
-    devices = topology_devices(topology)
-    chip = CHIPS[devices[0].device_kind]
-    mesh = sharding.make_mesh(config.mesh, devices)
+    chips = slice_of(topology)
+    chip = CHIPS[chips.kind]
+    mesh = chips.mesh(config.mesh)
     sharding.check_batch_size(mesh, config)
     planned = subject(config)
     state, frozen, batch = planned.abstract(mesh)
-    started = time.perf_counter()
-    lowered = sharding.jit_step(planned.train_step, mesh, state).trace(state, frozen, batch).lower()
     optimizer = _bytes_per_chip(planned.averages(state))
     arguments = _bytes_per_chip((state, frozen))
+    started = time.perf_counter()
+    if chips.devices is None:
+        temporaries: int | None = _estimated(config, chips.size, state)
+        used, exchanged = arguments + temporaries, None
+    else:
+        lowered = sharding.jit_step(planned.train_step, mesh, state).trace(state, frozen, batch).lower()
+        used, exchanged = _compiled(lowered, arguments)
+        temporaries = None if exchanged is None else used - arguments
+    seconds = time.perf_counter() - started
+    passes = planned.per_step + (HIGHEST_PASSES - 1) * planned.at_highest
+    return Plan(
+        estimated=chips.devices is None, topology=topology, chip=chips.kind, chips=chips.size,
+        batch=config.train.batch_size, accumulate=config.train.accumulate, remat=config.model.remat,
+        mesh=dict(mesh.shape), parameters=planned.parameters(state, frozen),
+        parameters_gib=(arguments - optimizer) / GIB, optimizer_gib=optimizer / GIB,
+        temporaries_gib=None if temporaries is None else temporaries / GIB,
+        hbm_gib_per_chip=used / GIB, hbm_limit_gib=chip.memory / GIB,
+        fits=temporaries is not None and used <= chip.memory,
+        compile_seconds=seconds, model_flops_per_image=planned.per_image, model_flops_per_step=planned.per_step,
+        collective_gib_per_step=None if exchanged is None else {
+            name: count / GIB for name, count in exchanged.items()},
+        compute_seconds=passes / (chip.flops * chips.size), search_share=planned.search / passes,
+        collective_seconds=None if exchanged is None else sum(exchanged.values()) / chip.interconnect)
+
+
+def _compiled(lowered: Any, arguments: int) -> tuple[int, dict[str, int] | None]:
+    """Bytes of a chip's memory in use, and of what it sends; None where the step does not fit.
+
+    Args:
+      lowered: the step.
+      arguments: bytes of those.
+    """
     try:
         compiled: Any = lowered.compile()
-        memory = compiled.memory_analysis()
-        used = compilation.memory_in_use(memory) + memory.generated_code_size_in_bytes
-        exchanged = collective_bytes(compiled.as_text())
     except jax.errors.JaxRuntimeError as error:
         # The compiler names everything it would have used, or temporaries only.
         found = re.search(r"Used ([\d.]+)([MG]) of [\d.]+[MG] hbm|temporaries \(([\d.]+)([MG])\)", str(error))
         if "RESOURCE_EXHAUSTED" not in str(error) or not found:
             raise
-        compiled, exchanged = None, None
         size, unit = found[1] or found[3], found[2] or found[4]
-        used = float(size) * {"M": 2**20, "G": GIB}[unit] + (arguments if found[3] else 0)
-    seconds = time.perf_counter() - started
-    passes = planned.per_step + (HIGHEST_PASSES - 1) * planned.at_highest
-    return Plan(
-        topology=topology, chip=devices[0].device_kind, chips=len(devices), batch=config.train.batch_size,
-        accumulate=config.train.accumulate, remat=config.model.remat, mesh=dict(mesh.shape),
-        parameters=planned.parameters(state, frozen),
-        parameters_gib=(arguments - optimizer) / GIB, optimizer_gib=optimizer / GIB,
-        temporaries_gib=(used - arguments) / GIB if compiled else None,
-        hbm_gib_per_chip=used / GIB, hbm_limit_gib=chip.memory / GIB,
-        fits=compiled is not None and used <= chip.memory,
-        compile_seconds=seconds, model_flops_per_image=planned.per_image, model_flops_per_step=planned.per_step,
-        collective_gib_per_step=None if exchanged is None else {
-            name: count / GIB for name, count in exchanged.items()},
-        compute_seconds=passes / (chip.flops * len(devices)), search_share=planned.search / passes,
-        collective_seconds=None if exchanged is None else sum(exchanged.values()) / chip.interconnect)
+        return int(float(size) * {"M": 2**20, "G": GIB}[unit]) + (arguments if found[3] else 0), None
+    analysis = compiled.memory_analysis()
+    return (compilation.memory_in_use(analysis) + analysis.generated_code_size_in_bytes,
+            collective_bytes(compiled.as_text()))
+
+
+def _estimated(config: TaskConfig, chips: int, state: Any) -> int:
+    """Bytes of a chip's temporaries, from the program of its share of the batch.
+
+    What has the shape of a parameter, above all its gradient, is split as that is.
+    """
+    shares = {(leaf.shape, leaf.dtype): math.prod(leaf.sharding.shard_shape(leaf.shape)) / max(leaf.size, 1)
+              for leaf in jax.tree.leaves(state)}
+
+    def size(array: Any) -> int:
+        known = (array.shape, array.dtype)
+        return round(memory.nbytes(array) * (shares[known] if known in shares else 1))
+
+    train = dataclasses.replace(config.train, batch_size=config.train.batch_size // chips)
+    planned, mesh = subject(dataclasses.replace(config, train=train)), sharding.abstract_mesh(config_lib.Mesh(), 1)
+    arguments = planned.abstract(mesh)
+    step = sharding.jit_step(planned.train_step, mesh, arguments[0])
+    return round(COMPILED_OVER_ESTIMATED * memory.temporaries(step.trace(*arguments).jaxpr.jaxpr, size))
 
 
 def _bytes_per_chip(tree: Any) -> int:
@@ -299,14 +379,14 @@ def search(config: TaskConfig, topology: str, report: Callable[[str], None]) -> 
 
     What each that was tried needs goes to `report`, a line of text.
     """
-    devices = topology_devices(topology)
+    chips = slice_of(topology)
     once = dataclasses.replace(config, train=dataclasses.replace(config.train, accumulate=1))
-    sharding.check_batch_size(sharding.make_mesh(config_lib.Mesh(), devices), once)
-    limit = CHIPS[devices[0].device_kind].memory
+    sharding.check_batch_size(chips.mesh(config_lib.Mesh()), once)
+    limit = CHIPS[chips.kind].memory
     planned = subject(config)
     needed: dict[tuple[int, str], float] = {}
-    for candidate in candidates(config, len(devices)):
-        abstract, frozen, _ = planned.abstract(sharding.make_mesh(candidate.mesh, devices))
+    for candidate in candidates(config, chips.size):
+        abstract, frozen, _ = planned.abstract(chips.mesh(candidate.mesh))
         state = _bytes_per_chip((abstract, frozen))
         accumulate, remat = candidate.train.accumulate, candidate.model.remat
         # Gradients shrink with the mesh as parameters do, activations with the micro-batch at best in proportion: what
@@ -327,7 +407,8 @@ def _row(result: Plan) -> str:
     verdict = "fits" if result.fits else "does not fit"
     mesh = " x ".join(f"{axis} {size}" for axis, size in result.mesh.items())
     return (f"{mesh}, accumulate {result.accumulate}, remat {result.remat}: {result.hbm_gib_per_chip:.2f} of "
-            f"{result.hbm_limit_gib:.0f} GiB, {verdict} (compiled in {result.compile_seconds:.0f} s)")
+            f"{result.hbm_limit_gib:.0f} GiB, {verdict} "
+            f"({'estimated' if result.estimated else 'compiled'} in {result.compile_seconds:.0f} s)")
 
 
 def table(result: Plan) -> str:

@@ -1,15 +1,19 @@
 """The same model in plain `torch.nn`, as one would write it in PyTorch 2: what `bench --against=torch` runs.
 
 Images are `[B, 3, H, W]` float32. Attention is `scaled_dot_product_attention` on one fused qkv layer, the quantizer is
-SimVQ as published (arXiv 2411.02038), the optimizer the fused AdamW. A generator is Qwen3 in `transformers`, sampled by
-its `generate`. Weights are random.
+SimVQ as published (arXiv 2411.02038), the optimizer the fused AdamW. bfloat16 is autocast; the quantizer stays float32,
+as ours does. What is compiled is a block, once for all that have its shape, and the quantizer: PyTorch's "regional
+compilation", which is ready in a fraction of the time of a whole model. A generator is Qwen3 in `transformers`, sampled
+by its `generate`. Weights are random.
 
 A program of its own, `python pytorch.py JSON`, that imports nothing of ours: JAX must not count as PyTorch's memory.
-The JSON holds `case`, `batch`, `threads`, `image_size`, `patch_size`, `codes`, `dim`, `encoder`, `decoder` (the fields
-of a TransformerSpec each), and `optimizer` (the arguments of `TrainStep`). For a generator it holds `case`, `batch`,
-`threads`, `lm` (the fields of an LMSpec), and the tokens before an image and of an image, `prefix` and `tokens`.
+The JSON holds `case`, `batch`, `threads`, `device`, `dtype`, `compile`, and of a tokenizer `image_size`, `patch_size`,
+`codes`, `code_dim`, `search_dim`, `encoder`, `decoder` (the fields of a TransformerSpec each), `cls_token` and
+`optimizer` (the arguments of `TrainStep`); of a generator `lm` (the fields of an LMSpec), and the tokens before an
+image and of an image, `prefix` and `tokens`.
 """
 
+import copy
 import json
 import resource
 import sys
@@ -20,6 +24,7 @@ from typing import Any
 import torch  # pyright: ignore[reportMissingImports]
 import torch.nn.functional as F  # pyright: ignore[reportMissingImports]
 from torch import nn  # pyright: ignore[reportMissingImports]
+from torch.optim.swa_utils import get_ema_multi_avg_fn  # pyright: ignore[reportMissingImports]
 
 
 class Attention(nn.Module):
@@ -72,12 +77,18 @@ class Encoder(nn.Module):
 class SimVQ(nn.Module):
     codebook: torch.Tensor
 
-    def __init__(self, *, size: int, dim: int):
+    def __init__(self, *, width: int, size: int, dim: int):
         super().__init__()
         self.register_buffer("codebook", dim**-0.5 * torch.randn(size, dim))
         self.projection = nn.Linear(dim, dim)
+        self.into, self.out = (nn.Identity(), nn.Identity()) if dim == width else \
+            (nn.Linear(width, dim), nn.Linear(dim, width))
 
     def forward(self, z):
+        with torch.autocast(z.device.type, enabled=False):
+            return self._quantize(self.into(z.float()))
+
+    def _quantize(self, z):
         codes = self.projection(self.codebook)
         with torch.no_grad():
             flat = z.reshape(-1, z.shape[-1])
@@ -85,32 +96,38 @@ class SimVQ(nn.Module):
             indices = distances.argmin(1).view(z.shape[:-1])
         q = F.embedding(indices, codes)
         loss = F.mse_loss(q, z.detach()) + 0.25 * F.mse_loss(z, q.detach())
-        return z + (q - z).detach(), indices, loss
+        return self.out(z + (q - z).detach()), indices, loss
 
     def lookup(self, indices):
-        return self.projection(F.embedding(indices, self.codebook))
+        return self.out(self.projection(F.embedding(indices, self.codebook)))
 
 
 class Decoder(nn.Module):
-    def __init__(self, spec: SimpleNamespace, *, latent_width: int, grid: int, patch_size: int):
+    def __init__(self, spec: SimpleNamespace, *, latent_width: int, grid: int, patch_size: int, cls_token: bool):
         super().__init__()
         self.grid, self.patch_size = grid, patch_size
+        self.cls = nn.Parameter(0.02 * torch.randn(1, 1, spec.width)) if cls_token else None
         self.embedding = nn.Linear(latent_width, spec.width)
         self.register_buffer("positions", torch.randn(grid**2, spec.width))
         self.transformer = Transformer(spec)
         self.pixels = nn.Linear(spec.width, patch_size**2 * 3)
 
     def forward(self, z):
-        x = self.pixels(self.transformer(self.embedding(z) + self.positions))
+        x = self.embedding(z) + self.positions
+        if self.cls is not None:
+            x = torch.cat([self.cls.expand(len(x), -1, -1), x], dim=1)
+        x = self.pixels(self.transformer(x)[:, 0 if self.cls is None else 1:])
         return F.pixel_shuffle(x.transpose(1, 2).unflatten(2, (self.grid, self.grid)), self.patch_size) * 0.5 + 0.5
 
 
 class Model(nn.Module):
-    def __init__(self, encoder: SimpleNamespace, decoder: SimpleNamespace, *, grid: int, patch_size: int, codes: int):
+    def __init__(self, encoder: SimpleNamespace, decoder: SimpleNamespace, *, grid: int, patch_size: int, codes: int,
+                 code_dim: int, cls_token: bool):
         super().__init__()
         self.encoder = Encoder(encoder, grid=grid, patch_size=patch_size)
-        self.quantizer = SimVQ(size=codes, dim=encoder.width)
-        self.decoder = Decoder(decoder, latent_width=encoder.width, grid=grid, patch_size=patch_size)
+        self.quantizer = SimVQ(width=encoder.width, size=codes, dim=code_dim)
+        self.decoder = Decoder(decoder, latent_width=encoder.width, grid=grid, patch_size=patch_size,
+                               cls_token=cls_token)
 
     @torch.inference_mode()
     def encode_to_indices(self, images):
@@ -122,32 +139,40 @@ class Model(nn.Module):
 
 
 class TrainStep:
-    """Stage 1: the encoder is frozen; pixel loss and the quantizer's, clipped gradient, AdamW, EMA of the weights."""
+    """Pixel loss and the quantizer's, clipped gradient, AdamW, EMA of the weights.
 
-    def __init__(self, model: Model, *, lr: float, b1: float, b2: float, weight_decay: float, clip_norm: float,
-                 ema_decay: float):
-        self.model, self.clip_norm, self.ema_decay = model, clip_norm, ema_decay
-        model.encoder.requires_grad_(False)
+    In stage 1 the encoder is frozen; in stage 2 it learns, and a copy of it as it began is its teacher.
+    """
+
+    def __init__(self, model: Model, *, stage: int, lr: float, b1: float, b2: float, weight_decay: float,
+                 clip_norm: float, ema_decay: float):
+        self.model, self.clip_norm = model, clip_norm
+        self.teacher = copy.deepcopy(model.encoder).requires_grad_(False) if stage == 2 else None
+        model.encoder.requires_grad_(stage == 2)
         self.learned = [p for p in model.parameters() if p.requires_grad]
         matrices, rest = [p for p in self.learned if p.ndim > 1], [p for p in self.learned if p.ndim <= 1]
         groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=lr, betas=(b1, b2), fused=True)
         self.ema = [p.detach().clone() for p in self.learned] if ema_decay else []
+        self.average: Any = get_ema_multi_avg_fn(ema_decay)
 
     def __call__(self, images):
         images = images.float() / 255
-        with torch.no_grad():
+        with torch.set_grad_enabled(self.teacher is not None):
             features = self.model.encoder(images)
         z_q, _, vq_loss = self.model.quantizer(features)
-        loss = F.mse_loss(self.model.decoder(z_q), images) + vq_loss
+        loss = F.mse_loss(self.model.decoder(z_q).float(), images) + vq_loss
+        if self.teacher is not None:
+            with torch.no_grad():
+                targets = self.teacher(images)
+            loss = loss + F.mse_loss(features.float(), targets.float())
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.learned, self.clip_norm)
+        if self.clip_norm:
+            torch.nn.utils.clip_grad_norm_(self.learned, self.clip_norm)
         self.optimizer.step()
         if self.ema:
-            with torch.no_grad():
-                for average, p in zip(self.ema, self.learned, strict=True):
-                    average.lerp_(p, 1 - self.ema_decay)
+            self.average(self.ema, self.learned, None)
         return loss.item()
 
 
@@ -171,20 +196,26 @@ def _case(job: SimpleNamespace):
         return _generate(job, SimpleNamespace(**job.lm))
     grid = job.image_size // job.patch_size
     if job.case == "search":
-        z, codes = torch.randn(job.batch * grid**2, job.dim), torch.randn(job.codes, job.dim)
+        z, codes = torch.randn(job.batch * grid**2, job.search_dim), torch.randn(job.codes, job.search_dim)
         counts, sums = torch.ones(job.codes), codes.clone()
-        return lambda: ema_vq_search(z, codes, counts, sums)
+        search: Any = torch.compile(ema_vq_search) if job.compile else ema_vq_search
+        return lambda: search(z, codes, counts, sums)
     encoder, decoder = SimpleNamespace(**job.encoder), SimpleNamespace(**job.decoder)
-    model = Model(encoder, decoder, grid=grid, patch_size=job.patch_size, codes=job.codes)
+    model = Model(encoder, decoder, grid=grid, patch_size=job.patch_size, codes=job.codes, code_dim=job.code_dim,
+                  cls_token=job.cls_token)
+    if job.compile:
+        for module in model.modules():
+            if isinstance(module, Block | SimVQ):
+                module.compile()
     if job.case == "encode":
         images = torch.rand(job.batch, 3, job.image_size, job.image_size)
         return lambda: model.encode_to_indices(images)
     if job.case == "decode":
         indices = torch.randint(0, job.codes, (job.batch, grid**2))
         return lambda: model.decode_from_indices(indices)
-    step = TrainStep(model, **job.optimizer)
-    images = torch.randint(0, 256, (job.batch, 3, job.image_size, job.image_size), dtype=torch.uint8)
-    return lambda: step(images)
+    step = TrainStep(model, stage=int(job.case.removeprefix("train_stage")), **job.optimizer)
+    images = torch.randint(0, 256, (job.batch, 3, job.image_size, job.image_size), dtype=torch.uint8, device="cpu")
+    return lambda: step(images.to(job.device))
 
 
 def _generate(job: SimpleNamespace, spec: SimpleNamespace):
@@ -205,7 +236,16 @@ def main() -> None:
     """The protocol of `bench.serve`: how many images a run has; a line in, its seconds out; then peak memory."""
     job = SimpleNamespace(**json.loads(sys.argv[1]))
     torch.set_num_threads(job.threads)
-    run = _case(job)
+    torch.set_default_device(job.device)
+    on_gpu = job.device == "cuda"
+    case = _case(job)
+
+    def run():
+        with torch.autocast(job.device, torch.bfloat16, enabled=job.dtype == "bfloat16" and job.case != "search"):
+            case()
+        if on_gpu:
+            torch.cuda.synchronize()
+
     run()
     print(job.batch, flush=True)
     for _ in sys.stdin:
@@ -213,7 +253,8 @@ def main() -> None:
         run()
         print(time.perf_counter() - start, flush=True)
     unit = 1 if sys.platform == "darwin" else 1024
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, flush=True)
+    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    print(torch.cuda.max_memory_allocated() if on_gpu else own, flush=True)
 
 
 if __name__ == "__main__":

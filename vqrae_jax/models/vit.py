@@ -8,9 +8,11 @@ The blocks' parameters are stacked on a leading `depth` axis and scanned over, s
 not grow with depth and one path pattern names a parameter of every layer.
 """
 
+import contextlib
+import contextvars
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, TypeVar
 
 import jax
@@ -229,8 +231,21 @@ def _splash(q: jax.Array, k: jax.Array, v: jax.Array, *, causal: bool) -> jax.Ar
     return placement.on_each_device(rows, q * head_dim**-0.5, k, v)
 
 
+_CUDNN = contextvars.ContextVar("cudnn", default=True)
+
+
+@contextlib.contextmanager
+def without_cudnn() -> Iterator[None]:
+    """What is first traced inside has plain attention on NVIDIA GPUs as well: to measure what cuDNN's brings."""
+    token = _CUDNN.set(False)
+    try:
+        yield
+    finally:
+        _CUDNN.reset(token)
+
+
 def _has_cudnn() -> bool:
-    if jax.default_backend() != "gpu" or "cuda" not in jax.devices()[0].client.platform_version:
+    if not _CUDNN.get() or jax.default_backend() != "gpu" or "cuda" not in jax.devices()[0].client.platform_version:
         return False
     return float(jax.local_devices()[0].compute_capability) >= 8  # Ampere: earlier ones lack its flash attention
 

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from vqrae_jax import config as config_lib
 
@@ -40,14 +40,29 @@ def make_mesh(mesh: config_lib.Mesh, devices: Sequence[Any] | None = None) -> Me
       ValueError: the axes do not multiply to the number of devices; the message names the key.
     """
     devices = jax.devices() if devices is None else devices
+    sizes = _sizes(mesh, len(devices))
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), (AxisType.Auto,) * len(sizes), devices=devices)
+
+
+def abstract_mesh(mesh: config_lib.Mesh, devices: int) -> AbstractMesh:
+    """The mesh of a config over so many devices, none of which is there: enough for shapes and shardings.
+
+    Raises:
+      ValueError: as `make_mesh`.
+    """
+    sizes = _sizes(mesh, devices)
+    return AbstractMesh(tuple(sizes.values()), tuple(sizes), (AxisType.Auto,) * len(sizes))
+
+
+def _sizes(mesh: config_lib.Mesh, devices: int) -> dict[str, int]:
     sizes = {"data": mesh.data, "fsdp": mesh.fsdp}
     known = math.prod(size for size in sizes.values() if size > 0)
     if -1 in sizes.values():
-        sizes = {axis: len(devices) // known if size == -1 else size for axis, size in sizes.items()}
-    if math.prod(sizes.values()) != len(devices):
-        raise ValueError(f"config keys mesh.data {mesh.data} and mesh.fsdp {mesh.fsdp} do not fit {len(devices)} "
-                         f"device{'s' if len(devices) > 1 else ''}: their product must be that number, -1 is the rest")
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), (AxisType.Auto,) * len(sizes), devices=devices)
+        sizes = {axis: devices // known if size == -1 else size for axis, size in sizes.items()}
+    if math.prod(sizes.values()) != devices:
+        raise ValueError(f"config keys mesh.data {mesh.data} and mesh.fsdp {mesh.fsdp} do not fit {devices} "
+                         f"device{'s' if devices > 1 else ''}: their product must be that number, -1 is the rest")
+    return sizes
 
 
 def one_device() -> Mesh:
@@ -60,13 +75,13 @@ def off_mesh(arrays: Mapping[str, Any]) -> dict[str, jax.Array]:
     return {path: jnp.asarray(array).addressable_data(0) for path, array in arrays.items()}
 
 
-def of(mesh: Mesh, tree: Any, rules: Rules) -> Any:
+def of(mesh: Mesh | AbstractMesh, tree: Any, rules: Rules) -> Any:
     """The sharding of every array in a tree of arrays or shapes, by its path in `rules`."""
     return jax.tree.map_with_path(
         lambda path, leaf: NamedSharding(mesh, _spec(_name(path), leaf.shape, mesh.shape["fsdp"], rules)), tree)
 
 
-def placed(mesh: Mesh, shapes: Any, rules: Rules) -> Any:
+def placed(mesh: Mesh | AbstractMesh, shapes: Any, rules: Rules) -> Any:
     """A tree of shapes with the sharding of each."""
     # Said explicitly, or Orbax would look for the devices that a checkpoint was saved from.
     return jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes,
@@ -109,12 +124,12 @@ def _spec(name: str, shape: tuple[int, ...], fsdp: int, rules: Rules) -> Partiti
     return PartitionSpec()
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """A whole copy on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
+def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """The first dimension split over all devices."""
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
@@ -125,7 +140,7 @@ def put_batch(mesh: Mesh, tree: Any) -> Any:
     return jax.tree.map(lambda array: jax.make_array_from_process_local_data(sharding, array), tree)
 
 
-def jit_step(train_step: Callable[..., Any], mesh: Mesh, state: Any) -> Any:
+def jit_step(train_step: Callable[..., Any], mesh: Mesh | AbstractMesh, state: Any) -> Any:
     """A training step, compiled so that the new state lies where the old one did, in its memory.
 
     Args:
@@ -137,7 +152,7 @@ def jit_step(train_step: Callable[..., Any], mesh: Mesh, state: Any) -> Any:
                    out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), replicated(mesh)))
 
 
-def on(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
+def on(mesh: Mesh | AbstractMesh, function: Callable[..., Any]) -> Callable[..., Any]:
     """A function to be jitted that is traced with the mesh around it, which the hints of `models.placement` need."""
 
     @functools.wraps(function)
@@ -148,7 +163,7 @@ def on(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
     return traced
 
 
-def check_batch_size(mesh: Mesh, config: config_lib.Run) -> None:
+def check_batch_size(mesh: Mesh | AbstractMesh, config: config_lib.Run) -> None:
     """Raises ValueError where a micro-batch cannot be split evenly over the devices."""
     micro = config.train.batch_size // config.train.accumulate
     if micro % mesh.size:
