@@ -2,6 +2,7 @@
 
 import errno
 import gc
+import hashlib
 import io
 import json
 import math
@@ -521,6 +522,18 @@ def test_held_out_records_stay_held_out_when_shards_are_added(tmp_path):
                        [serialize_example({"image": jpeg(), "label": i}) for i in range(77)])
     after = open_parts(f"array_record:{tmp_path}/*", holdout=0.1)
     assert labels(before[0]) < labels(after[0]) and labels(before[1]) < labels(after[1])
+
+
+@pytest.mark.parametrize("share", [0.07, 0.5])
+def test_held_out_are_the_images_that_earlier_versions_held_out(tmp_path, share):
+    for shard, count in (("a", 120), ("b", 1), ("c", 79)):
+        write_array_record(tmp_path / f"{shard}.array_record", [jpeg()] * count)
+    for source, folder in ((ArrayRecordSource(f"{tmp_path}/*"), f"{tmp_path}/"), (Numbers(200), "")):
+        names = [source.name(i).removeprefix(folder) for i in range(200)]
+        hashes = [hashlib.blake2b(name.encode(), digest_size=6).digest() for name in names]
+        chosen = np.array([int.from_bytes(value, "big") / 2**48 < share for value in hashes])
+        for part, expected in zip(hold_out(source, share), (~chosen, chosen), strict=True):
+            assert [part.name(i).removeprefix(folder) for i in range(len(part))] == np.array(names)[expected].tolist()
 
 
 def test_sources_with_a_held_out_part_of_their_own_keep_it():

@@ -5,7 +5,7 @@ import contextlib
 import itertools
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TextIO
@@ -47,11 +47,11 @@ class RecordFiles:
         file = bisect.bisect_right(self._ends, index)
         return file, index - (self._ends[file - 1] if file else 0)
 
-    def local_names(self) -> Iterator[str]:
-        """File names and positions in the file, wherever the files lie and however many there are."""
+    def names_by_file(self) -> Iterator[tuple[bytes, Iterable[bytes]]]:
+        """What the names in a file begin with, the file's name without where it lies, and how each goes on."""
         for path, file in zip(self._paths, self._files, strict=True):
-            for position in range(len(file)):
-                yield f"{os.path.basename(path)}/{position}"
+            start = f"{os.path.basename(path)}/".encode(errors="surrogatepass")
+            yield start, (b"%d" % position for position in range(len(file)))
 
     def name(self, index: int) -> str:
         """Path of a record's file, and position in it."""

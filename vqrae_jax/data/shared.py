@@ -31,6 +31,12 @@ class SharedArray:
                 file.write(self.values)
             self._map(descriptor, self.values.format)
 
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.values[index]
+
     def _map(self, descriptor: int, kind: Any) -> None:
         self.values = memoryview(mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)).cast(kind)
         self._descriptor = descriptor

@@ -6,10 +6,12 @@ import functools
 import glob
 import hashlib
 import importlib.resources
+import itertools
+import math
 import os
 import pathlib
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Generic, Literal, NamedTuple, NoReturn, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
@@ -399,24 +401,43 @@ class ArrayRecordSource(RecordFiles):
 
 
 @dataclasses.dataclass(frozen=True)
+class _Rest:
+    """The indices in [0, size) without some, ascending; of those that are left nothing is kept, for they are many.
+
+    Attributes:
+      size: of the range.
+      before: uint32, how many are left before each that is missing, ascending.
+    """
+
+    size: int
+    before: SharedArray
+
+    def __len__(self) -> int:
+        return self.size - len(self.before)
+
+    def __getitem__(self, place: int) -> int:
+        return place + bisect.bisect_right(self.before.values, place)
+
+
+@dataclasses.dataclass(frozen=True)
 class _Part(Generic[Item]):
     """Some images of a source."""
 
     source: Source[Item]
-    indices: SharedArray  # uint32
+    indices: SharedArray | _Rest
 
     @property
     def num_classes(self) -> int | None:
         return self.source.num_classes
 
     def __len__(self) -> int:
-        return len(self.indices.values)
+        return len(self.indices)
 
     def name(self, index: int) -> str:
-        return self.source.name(self.indices.values[index])
+        return self.source.name(self.indices[index])
 
     def __getitem__(self, index: int) -> Item:
-        return self.source[self.indices.values[index]]
+        return self.source[self.indices[index]]
 
 
 def part(source: Source[Item], indices: np.ndarray) -> Source[Item]:
@@ -438,20 +459,34 @@ def hold_out(source: Source[Item], share: float) -> tuple[Source[Item], Source[I
     Returns:
       the images to train on and the held-out ones, in the order that they have in the source.
     """
-    local_names = getattr(source, "local_names", lambda: map(source.name, range(len(source))))
-    held_out = np.zeros(len(source), bool)
-    if share:
-        held_out[:] = np.fromiter((_hash(name) < share for name in local_names()), bool, len(source))
-    if held_out.all():
-        held_out[:] = False
-    training = part(source, np.flatnonzero(~held_out)) if held_out.any() else source
-    return training, part(source, np.flatnonzero(held_out))
+    held_out = np.fromiter(_held_out(source, share) if share else (), np.int64)
+    if len(held_out) in (0, len(source)):
+        return source, part(source, held_out[:0])
+    before = (held_out - np.arange(len(held_out))).astype(np.uint32)
+    return _Part(source, _Rest(len(source), SharedArray(before))), part(source, held_out)
 
 
-def _hash(name: str) -> float:
-    """Uniform in [0, 1), and always the same."""
-    digest = hashlib.blake2b(name.encode(errors="surrogatepass"), digest_size=6).digest()
-    return int.from_bytes(digest, "big") / 2**48
+def _held_out(source: Source, share: float) -> Iterator[int]:
+    """The indices of the images that `hold_out` holds out, ascending."""
+    below = math.ceil(share * 2**48).to_bytes(6, "big")
+    numbers = itertools.count()
+    # Of millions of names a microsecond each counts: what many begin with is hashed once.
+    for start, rests in _local_names(source):
+        begun = hashlib.blake2b(start, digest_size=6)
+        for rest, index in zip(rests, numbers, strict=False):
+            name = begun.copy()
+            name.update(rest)
+            if name.digest() < below:
+                yield index
+
+
+def _local_names(source: Source) -> Iterator[tuple[bytes, Iterable[bytes]]]:
+    """What some names begin with, and how each of them goes on."""
+    if isinstance(source, RecordFiles):
+        yield from source.names_by_file()
+        return
+    names = getattr(source, "local_names", lambda: map(source.name, range(len(source))))
+    yield b"", (name.encode(errors="surrogatepass") for name in names())
 
 
 def _tfds_spec(rest: str) -> tuple[str, str, str | None]:
