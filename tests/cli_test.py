@@ -287,6 +287,33 @@ def test_a_scheduler_can_tell_a_stopped_run_from_a_failed_one(raised, code, says
     assert (result.returncode, result.stderr.strip()) == (code, says)
 
 
+@pytest.mark.parametrize(("raised", "code", "says"), [
+    ("ValueError('no weights')", 1, "error: no weights"),
+    ("KeyboardInterrupt('stopped by a signal')", 75, "stopped by a signal"),
+])
+def test_nobody_waits_for_a_compiler_whose_program_is_not_needed(raised, code, says, tmp_path):
+    (tmp_path / "verb.py").write_text(f"""
+import time
+from vqrae_jax import cli
+from vqrae_jax.training import compilation
+
+class Step:
+    def lower(self):
+        return self
+
+    def compile(self):
+        time.sleep(600)
+
+def main(_):
+    compilation.begin(Step(), name="the step")
+    raise {raised}
+
+cli.run(main)
+""")
+    result = command("verb", PYTHONPATH=str(tmp_path))
+    assert (result.returncode, result.stderr.strip()) == (code, says)
+
+
 @pytest.mark.parametrize("verb", ["main", "evaluate", "reconstruct"])
 def test_help_explains(verb):
     """In a process of its own, as a user starts it."""

@@ -88,7 +88,7 @@ def run(main: Callable[[Sequence[str]], Any], *, arguments: bool = False) -> Non
         app.run(checked, flags_parser=_parse_flags)
     except KeyboardInterrupt as stop:
         _say(str(stop) or "interrupted", stderr)
-        if not str(stop):
+        if not str(stop) or compilation.under_way():
             _leave(STOPPED)
         sys.exit(STOPPED)  # all processes stop here
     except SystemExit as end:

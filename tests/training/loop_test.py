@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -187,6 +188,7 @@ def test_the_number_of_steps_may_be_raised_and_lowered(tmp_path, caplog):
     run = lambda steps: loop.run(toy.NextCharacter(toy.config(steps)), tmp_path)
     run(20)
     run(40)
+    assert len(re.findall(r"the first step ended \d.*\(.*arrays \d.*\) after the start", caplog.text)) == 2
     assert "train.steps: 20 -> 40 from step 20 on" in caplog.text
     assert "the learning rate goes on at 0.0587 instead of 0.01 and reaches optim.end_lr 0.01 at step 40" in caplog.text
     records = [json.loads(line) for line in lines(tmp_path)]

@@ -59,8 +59,9 @@ def _processor() -> str:
 def begin(step: Any, *arguments: Any, name: str) -> Callable[[], Any]:
     """Traces a jitted training step, and begins to compile it in a thread of its own.
 
-    Tracing is Python, which threads do not speed up, and what it sees of JAX's settings may be the caller's thread's
-    own. A compiler is none, runs no collective, and on GPUs XLA itself keeps kernels that it times apart from others.
+    Tracing stays in the caller's thread: it is Python, which threads do not speed up, and settings of JAX may be those
+    of that thread only. Compiling runs nothing on the devices, so it changes no order in which processes talk to each
+    other; where it times kernels, on GPUs, XLA runs nothing else meanwhile (openxla/xla, gpu_executable.cc).
 
     Args:
       step: from `sharding.jit_step`.
