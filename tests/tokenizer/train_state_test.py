@@ -48,13 +48,14 @@ def test_a_module_does_the_same_with_parameters_that_were_cast(name):
 def test_what_does_not_learn_takes_half_the_memory_in_training(name):
     """Encoder or teacher, networks, the discriminator's backbone; not what learns, and nothing in float32."""
     config, mesh = reduced(name), sharding.one_device()
-    assert train_state.in_training(config, (structure := build.structure(config)), mesh) == train_state.abstract(
-        config, structure, mesh)
+    structure = build.structure(config)
+    assert train_state.in_training(config, structure, mesh) == train_state.abstract(config, structure, mesh)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="bfloat16"))
     structure = build.structure(config)
-    (state, frozen), (same_state, saved) = (make(config, structure, mesh)
-                                            for make in (train_state.in_training, train_state.abstract))
-    assert state == same_state and {leaf.dtype for leaf in jax.tree.leaves(saved)} == {jnp.dtype(jnp.float32)}
+    state, frozen = train_state.in_training(config, structure, mesh)
+    as_saved, frozen_as_saved = train_state.abstract(config, structure, mesh)
+    assert state == as_saved
+    assert {leaf.dtype for leaf in jax.tree.leaves(frozen_as_saved)} == {jnp.dtype(jnp.float32)}
     types = {path: leaf.dtype for arrays in frozen for path, leaf in arrays.items()}
     for part in ("encoder/vit", *(("discriminator/backbone", "lpips") if "siglip_l" in name else ("convnext_s",))):
         kernels = {dtype for path, dtype in types.items() if path.startswith(part) and path.endswith("kernel")

@@ -36,8 +36,9 @@ def cast_types(graphdef: nnx.GraphDef, *dictionaries: Mapping[str, Any]) -> dict
     """The types to which a module casts its parameters before it does anything else with them, `{path: dtype}`.
 
     A module says so where it makes one, `nnx.Param(value, cast_to=dtype)`. While such a parameter does not learn it can
-    as well be kept in that type: with the same result, and in less memory. Those that are not in here are used as they
-    are. The dictionaries, of arrays or shapes, are those of `merge`.
+    as well be kept in that type: with the same result, and in less memory. (Where a processor has no bfloat16, XLA may
+    leave out the cast of a float32 one, `xla_allow_excess_precision`, and then has another rounding.) Those that are
+    not in here are used as they are. The dictionaries, of arrays or shapes, are those of `merge`.
     """
     params = nnx.to_flat_state(nnx.state(merge(graphdef, *dictionaries), nnx.Param))
     return {_path(path): variable.cast_to for path, variable in params if variable.has_metadata("cast_to")}

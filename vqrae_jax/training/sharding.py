@@ -98,6 +98,8 @@ def cast(arrays: Tree, shapes: Tree) -> Tree:
     leaves, structure = jax.tree.flatten(arrays)
     wanted = jax.tree.leaves(shapes)
     changed = {i: leaf for i, leaf in enumerate(leaves) if leaf.dtype != wanted[i].dtype}
+    if not changed:
+        return arrays
     # One program for all: to compile one for every shape would take seconds.
     converted = jax.jit(lambda arrays: {i: array.astype(wanted[i].dtype) for i, array in arrays.items()},
                         out_shardings={i: wanted[i].sharding for i in changed})(changed)
