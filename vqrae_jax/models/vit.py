@@ -147,7 +147,8 @@ def _attend_forward(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool):
         y = _matmul("bqk,bkd->bqd", weights.astype(v.dtype), v) / jnp.sum(weights, axis=-1, keepdims=True)
         return y.astype(v.dtype)
 
-    kernels: dict[str, Any] = {name: functools.partial(kernel, causal=causal) for name, kernel in _kernels(q).items()}
+    available = _kernels(q)  # pyright: ignore[reportGeneralTypeIssues]  # it takes this for a circle
+    kernels: dict[str, Any] = {name: functools.partial(kernel, causal=causal) for name, kernel in available.items()}
     y = jax.lax.platform_dependent(q, k, v, **kernels, default=plain) if kernels else plain(q, k, v)
     y = checkpoint_name(y, "attended")
     return y, (q, k, v, y)
