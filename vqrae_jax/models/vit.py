@@ -150,7 +150,8 @@ def _attend_forward(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool):
         y = _matmul("bqk,bkd->bqd", weights.astype(v.dtype), v) / jnp.sum(weights, axis=-1, keepdims=True)
         return y.astype(v.dtype)
 
-    kernels = {name: functools.partial(kernel, causal=causal) for name, kernel in _kernels(q).items()}
+    available = _kernels(q)  # pyright: ignore[reportGeneralTypeIssues]  # it takes this for a circle
+    kernels: dict[str, Any] = {name: functools.partial(kernel, causal=causal) for name, kernel in available.items()}
     y = jax.lax.platform_dependent(q, k, v, **kernels, default=plain) if kernels else plain(q, k, v)
     y = checkpoint_name(y, "attended")
     return y, (q, k, v, y)
@@ -158,7 +159,7 @@ def _attend_forward(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool):
 
 def _attend_backward(causal: bool, residuals, dy: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
 
-    def plain(q, k, v, y, dy):
+    def plain(q, k, v, y, dy) -> tuple[jax.Array, jax.Array, jax.Array]:
         q = q * q.shape[-1]**-0.5
         # Keys before queries throughout: so the large matrices are never read transposed, but for dq.
         logits = _matmul("bkd,bqd->bkq", k, q)
@@ -175,8 +176,9 @@ def _attend_backward(causal: bool, residuals, dy: jax.Array) -> tuple[jax.Array,
     def pulled_back(kernel):
         return lambda q, k, v, y, dy: jax.vjp(functools.partial(kernel, causal=causal), q, k, v)[1](dy)
 
-    kernels = {name: pulled_back(kernel) for name, kernel in _kernels(residuals[0]).items()}
-    return jax.lax.platform_dependent(*residuals, dy, **kernels, default=plain) if kernels else plain(*residuals, dy)
+    kernels: dict[str, Any] = {name: pulled_back(kernel) for name, kernel in _kernels(residuals[0]).items()}
+    arrays: Any = (*residuals, dy)
+    return jax.lax.platform_dependent(*arrays, **kernels, default=plain) if kernels else plain(*arrays)
 
 
 _attend = jax.custom_vjp(lambda q, k, v, causal: _attend_forward(q, k, v, causal)[0], nondiff_argnums=(3,))
@@ -226,7 +228,9 @@ def _splash(q: jax.Array, k: jax.Array, v: jax.Array, *, causal: bool) -> jax.Ar
         block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block, block_kv_dq=block))
 
     def rows(*arrays: jax.Array) -> jax.Array:
-        return jax.vmap(kernel)(*(jnp.pad(x, ((0, 0), (0, padding), (0, 0)))[:, None] for x in arrays))[:, 0, :tokens]
+        padded = (jnp.pad(x, ((0, 0), (0, padding), (0, 0)))[:, None] for x in arrays)
+        y: Any = jax.vmap(kernel)(*padded)  # of one head: heads are part of the batch
+        return y[:, 0, :tokens]
 
     return placement.on_each_device(rows, q * head_dim**-0.5, k, v)
 
