@@ -22,10 +22,7 @@ from vqrae_jax.training import sharding
 
 
 def traced(jaxpr) -> int:
-    """Multiplications and additions of all matmuls and convolutions of a program, loops multiplied out.
-
-    Where platforms differ, of the one that computes least: what the others do more is no mathematics.
-    """
+    """Multiplications and additions of all matmuls and convolutions of a program, loops multiplied out."""
     total = 0
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
@@ -40,8 +37,7 @@ def traced(jaxpr) -> int:
                  for value in equation.params.values() for program in (value if isinstance(value, tuple) else (value,))
                  if hasattr(program, "jaxpr") or hasattr(program, "eqns")]
         times = equation.params["length"] if equation.primitive.name == "scan" else 1
-        chosen = min if equation.params.get("branches_platforms") else max
-        total += times * (chosen(inner) if equation.primitive.name == "cond" else sum(inner))
+        total += times * (max(inner) if equation.primitive.name == "cond" else sum(inner))
     return total
 
 
@@ -80,7 +76,9 @@ def test_the_formula_is_what_a_step_does(changes, learning_parts, tolerance, tin
     step = jax.make_jaxpr(make_train_step(config, structure, phase))(*state, abstract_batch(config, mesh))
     # Attention computes its weights once more in the backward pass: three blocks, 16 tokens, 32 wide, 4 images.
     again = learning_parts * 3 * 2 * 16**2 * 32 * 4
-    formula = flops(config, structure, phase).per_step(config) + again
+    work = flops(config, structure, phase)
+    # And an accelerator may search twice, where bfloat16 leaves too many codes.
+    formula = work.per_step(config) + again + config.train.batch_size * work.search
     assert formula == pytest.approx(traced(step.jaxpr), rel=tolerance, abs=0)
 
 

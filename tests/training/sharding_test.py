@@ -123,7 +123,8 @@ def search() -> None:
     compiled = jax.jit(sharding.on(mesh, exactly)).lower(sharding.put_batch(mesh, z), codes).compile()
     np.testing.assert_array_equal(compiled(sharding.put_batch(mesh, z), codes),
                                   exact_search.float64_search(z, codes, "euclidean"))
-    moved = set(re.findall(r"= (\S+) (?:all-reduce|all-gather|all-to-all|collective-permute)\(", compiled.as_text()))
+    collectives = r"= (\S+) (?:all-reduce|all-gather|all-to-all|collective-permute)\("
+    moved = set(re.findall(collectives, str(compiled.as_text())))
     assert moved == {"u32[]"}
 
 
