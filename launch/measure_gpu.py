@@ -18,7 +18,7 @@ from vqrae_jax import cli, files
 from vqrae_jax.cost import gpu
 
 LEAST_SECONDS = 30  # with less no row is begun
-MOST_SECONDS = 150  # of a row
+MOST_SHARE = 0.3  # of --seconds that a row may take
 
 
 def versions() -> dict[str, str]:
@@ -57,7 +57,7 @@ def main(_) -> None:
                 try:
                     measured[key] = gpu.measure(config, name, batch=_BATCH.value, repeats=_REPEATS.value,
                                                 against=None if _AGAINST.value == "none" else _AGAINST.value,
-                                                seconds=min(left, MOST_SECONDS))
+                                                seconds=min(left, MOST_SHARE * _SECONDS.value))
                 except ValueError as error:
                     measured[key] = {"error": str(error)}
             with files.disk_errors(file.parent), files.whole(file) as unfinished:  # each time: nothing is lost

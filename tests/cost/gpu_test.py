@@ -61,7 +61,8 @@ def test_a_row_that_fails_says_so_and_what_is_there_is_kept(tiny, tmp_path):
 
 @pytest.mark.slow
 def test_every_row_can_be_measured(tiny, tmp_path):
-    lines, found = run(tmp_path, f"--config={tiny('works')}", "--batch=8", "--repeats=1", "--against=torch")
+    lines, found = run(tmp_path, f"--config={tiny('works')}", "--batch=8", "--repeats=1", "--against=torch",
+                       "--seconds=3000")
     assert not [row for row in found["rows"].values() if "error" in row], lines
     assert len(lines) == len(gpu.ROWS)
     parity, determinism = (found["rows"][f"works {name}"] for name in ("parity", "determinism"))
