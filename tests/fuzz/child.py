@@ -68,7 +68,7 @@ class Child:
 
 
 def _serve(pipe) -> None:
-    import huggingface_hub
+    import huggingface_hub.constants
 
     from tests.fuzz.readers import READERS
 
