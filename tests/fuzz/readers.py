@@ -1,6 +1,7 @@
 """What the project does with input of each kind, short of arrays of models."""
 
 import contextlib
+import itertools
 import os
 from pathlib import Path
 
@@ -107,6 +108,7 @@ def tar_report(folder: Path, value: tuple[bytes, bytes]) -> None:
 
 def _read_all(source) -> None:
     """Every record, as the pipeline does: one that is refused is left out."""
+    list(itertools.islice(itertools.chain.from_iterable(names for _, names in sources._local_names(source)), RECORDS))
     for index in range(min(len(source), RECORDS)):
         with contextlib.suppress(ValueError, OSError):
             record = source[index]

@@ -21,6 +21,7 @@ import numpy as np
 from vqrae_jax import config as config_lib
 from vqrae_jax.config import Config
 from vqrae_jax.cost import bench
+from vqrae_jax.foreign import one_line
 from vqrae_jax.models import flat
 from vqrae_jax.tokenizer import build, init
 from vqrae_jax.tokenizer.inference import Tokenizer
@@ -99,7 +100,7 @@ def measure(file: str, name: str, *, batch: int, repeats: int, against: str | No
                f"--batch={measured['batch']}", *(f"--config.{key}={value}" for key, value in changes.items()),
                f"--{'' if row.plain_attention else 'no'}plain_attention"]
     if row.plain_attention or not row.pixels or row.case not in bench.AGAINST:
-        return measured | bench.measure(config, row.case, command, repeats=repeats, against=None, seconds=seconds)
+        against = None
     absent = against is not None and importlib.util.find_spec("torch") is None
     result = bench.measure(config, row.case, command, repeats=repeats, against=None if absent else against,
                            seconds=seconds)
@@ -129,7 +130,7 @@ def _children(what: str, file: str, changes: dict[str, Any], deterministic: Sequ
     """What several processes of this program find, which run at the same time."""
     jobs = [json.dumps({"what": what, "file": file, "changes": changes, "deterministic": is_deterministic})
             for is_deterministic in deterministic]
-    children = [bench.Child([sys.executable, "-m", "vqrae_jax.cost.gpu", job], f"{what}", seconds=seconds,
+    children = [bench.Child([sys.executable, "-m", "vqrae_jax.cost.gpu", job], what, seconds=seconds,
                             environment={"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}) for job in jobs]
     try:
         return [json.loads(child.read()) for child in children]
@@ -194,7 +195,7 @@ def main() -> None:
     try:
         print(json.dumps({"parity": parity, "losses": losses}[job["what"]](config)), flush=True)
     except RuntimeError as error:  # of XLA, above all where memory is full: many lines
-        sys.exit(" ".join(str(error).split())[:300])
+        sys.exit(one_line(error))
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from vqrae_jax import config as config_lib
 from vqrae_jax.config import Config, GeneratorConfig, TaskConfig
 from vqrae_jax.cost import flops, memory
 from vqrae_jax.cost.flops import CHIPS
+from vqrae_jax.foreign import one_line
 from vqrae_jax.generator import build as generator_build
 from vqrae_jax.generator import loss as generator_loss
 from vqrae_jax.generator import task as generator_task
@@ -194,14 +195,13 @@ def topology_devices(name: str) -> list[Any]:
     try:
         devices = list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
     except (RuntimeError, NotImplementedError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"--topology={name}: {reason[:300]}; names look like v5e:4x4, and the compiler comes with "
+        raise ValueError(f"--topology={name}: {one_line(error)}; names look like v5e:4x4, and the compiler comes with "
                          f"pip install 'vqrae_jax[tpu]'; GPUs are {', '.join(GPUS)}, as in h100:8") from None
     known = [kind for kind in CHIPS if kind.startswith("TPU")]
     kind, chips = devices[0].device_kind, {tuple(device.coords) for device in devices}
     if kind not in known or (len(chips) < len(devices) and kind not in HALVES):
-        raise ValueError(f"--topology={name}: {kind!r} cannot be planned, only chips that are one device each, of the "
-                         f"kinds {', '.join(known)}")
+        raise ValueError(f"--topology={name}: {kind!r} cannot be planned, only chips that are one device each, or "
+                         f"TPU7x, of the kinds {', '.join(known)}")
     return devices
 
 
