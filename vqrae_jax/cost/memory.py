@@ -19,10 +19,11 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 _SAME_MEMORY = {"reshape", "squeeze", "expand_dims", "name", "copy", "optimization_barrier", "sharding_constraint",
                 "bitcast_convert_type"}
 _UPDATES = {"dynamic_update_slice", "scatter", "scatter-add"}
-_FUSED = {"abs", "add", "add_any", "and", "broadcast_in_dim", "clamp", "convert_element_type", "cos", "div", "eq",
-          "erf", "exp", "exp2", "expm1", "ge", "gt", "integer_pow", "iota", "is_finite", "le", "log", "log1p",
-          "logistic", "lt", "max", "min", "mul", "ne", "neg", "not", "or", "pow", "rsqrt", "select_n", "sign", "sin",
-          "slice", "sqrt", "square", "sub", "tanh", "transpose"}
+_FUSED = {"abs", "add", "add_any", "and", "broadcast_in_dim", "ceil", "clamp", "convert_element_type", "cos", "div",
+          "eq", "erf", "erfc", "exp", "exp2", "expm1", "floor", "ge", "gt", "integer_pow", "iota", "is_finite", "le",
+          "log", "log1p", "log2", "logistic", "lt", "max", "min", "mul", "ne", "neg", "not", "one_minus_square", "or",
+          "pow", "rem", "round", "rsqrt", "select_n", "shift_left", "shift_right_logical", "sign", "sin", "slice",
+          "sqrt", "square", "sub", "tanh", "transpose", "xor"}
 _CALLS = {"jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2", "custom_jvp_call",
           "custom_vjp_call"}
 _LOOPS = {"scan", "while", "cond"}
