@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from vqrae_jax.models.flat import Buffer
@@ -114,15 +115,18 @@ def adaptive_max_pool(x: jax.Array, size: int) -> jax.Array:
     size does not divide n, and repeat inputs where n is smaller. As there, of equal inputs one gets the gradient.
     """
     # Not `jnp.max`, whose gradient divides by the number of inputs that equal the maximum: where a compiler computes
-    # them a second time and rounds otherwise, none does, and the gradient is NaN.
-    def largest(window: jax.Array, axis: int) -> jax.Array:
-        return jnp.take_along_axis(window, jnp.argmax(window, axis=axis, keepdims=True), axis=axis)
-
+    # them a second time and rounds otherwise, none does, and the gradient is NaN. Nor one gather for every window, which
+    # is long to compile, and slow where gathers are.
     for axis in (1, 2):
         n = x.shape[axis]
-        if n != size:
-            windows = [jax.lax.slice_in_dim(x, i * n // size, -(-(i + 1) * n // size), axis=axis) for i in range(size)]
-            x = jnp.concatenate([largest(window, axis) for window in windows], axis=axis)
+        if n == size:
+            continue
+        first, end = np.arange(size) * n // size, -(-np.arange(1, size + 1) * n // size)
+        longest = np.arange(max(end - first))
+        inputs = np.minimum(first[:, None] + longest, end[:, None] - 1)  # a shorter window has its last input again
+        windows = jnp.take(x, inputs, axis=axis)
+        chosen = jnp.argmax(windows, axis=axis + 1, keepdims=True) == jnp.expand_dims(longest, range(1, x.ndim - axis))
+        x = jnp.sum(windows, axis=axis + 1, where=chosen)
     return x
 
 
