@@ -115,8 +115,8 @@ def adaptive_max_pool(x: jax.Array, size: int) -> jax.Array:
     size does not divide n, and repeat inputs where n is smaller. As there, of equal inputs one gets the gradient.
     """
     # Not `jnp.max`, whose gradient divides by the number of inputs that equal the maximum: where a compiler computes
-    # them a second time and rounds otherwise, none does, and the gradient is NaN. Nor one gather for every window, which
-    # is long to compile, and slow where gathers are.
+    # them a second time and rounds otherwise, none does, and the gradient is NaN. Nor a gather for every window, which
+    # is slow, and long to compile.
     for axis in (1, 2):
         n = x.shape[axis]
         if n == size:
