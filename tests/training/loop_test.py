@@ -266,3 +266,14 @@ def test_a_step_that_is_not_finite_is_skipped_and_too_many_stop_the_run(tmp_path
             loop.run(Broken(toy.config(30)), tmp_path / "to the end")
     records = [json.loads(line) for line in lines(tmp_path)]
     assert [r["loss/next"] is None for r in records if "loss/next" in r] == [False] * 10 + [True] * 20
+
+
+def test_the_log_is_opened_without_pytorch_which_takes_seconds_to_import(tmp_path):
+    (tmp_path / "torch.py").write_text("print('imported')")
+    program = ("import pathlib; from vqrae_jax import config; from vqrae_jax.training.reporting import Reporter\n"
+               "Reporter(pathlib.Path('run'), config.Config(), unit='images', first_step=0, saved_lines=None).close()\n"
+               "print('closed'); import torch")
+    ran = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True,
+                         env={**os.environ, "PYTHONPATH": str(REPOSITORY)})
+    assert ran.stdout == "closed\nimported\n"
+    assert list((tmp_path / "run").glob("events.out.tfevents*"))

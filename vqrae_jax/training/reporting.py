@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -143,7 +144,8 @@ class Reporter:
                 with whole(self._file) as replacement:
                     replacement.write_text("".join(lines))
         if config.log.tensorboard and self._writes:
-            from tensorboardX import SummaryWriter
+            with _not_imported("torch"):  # of which tensorboardX wants the name of one type, for two seconds
+                from tensorboardX import SummaryWriter
 
             self._tensorboard = SummaryWriter(str(workdir), purge_step=first_step + 1)
         if config.log.wandb and self._writes:
@@ -260,6 +262,19 @@ def _evaluation(line: Mapping[str, Any]) -> dict[str, float]:
     """The metrics of a line of metrics.jsonl that reports an evaluation; what is null was not finite."""
     return {name.removeprefix(_EVALUATION): math.nan if value is None else value
             for name, value in line.items() if name.startswith(_EVALUATION)}
+
+
+@contextlib.contextmanager
+def _not_imported(module: str) -> Iterator[None]:
+    """While it lasts, what would import a module goes on without it, unless the process has it already."""
+    if module in sys.modules:
+        yield
+        return
+    sys.modules[module] = None  # pyright: ignore[reportArgumentType]
+    try:
+        yield
+    finally:
+        del sys.modules[module]
 
 
 def _start_wandb(workdir: Path, config: Run):
