@@ -146,6 +146,19 @@ def on_each_mesh(request, tmp_path_factory):
     return {tuple(mesh): run for mesh, run in json.loads(out.read_text())}
 
 
+def test_arrays_are_drawn_to_the_bits_that_an_optimized_program_draws():
+    """`made` asks LLVM for less than users' other programs get."""
+    key = jax.random.key(0)
+    draw = lambda: {"kernel": jax.random.truncated_normal(key, -2, 2, (100, 64)),
+                    "bias": jax.random.normal(key, (64,)), "codes": jax.random.uniform(key, (1001, 7), minval=-1)}
+    fewer_optimizations = jax.config.read("jax_disable_most_optimizations")  # in tests
+    jax.config.update("jax_disable_most_optimizations", False)
+    try:
+        chex.assert_trees_all_equal(sharding.made(draw, sharding.one_device(), sharding.RULES), jax.jit(draw)())
+    finally:
+        jax.config.update("jax_disable_most_optimizations", fewer_optimizations)
+
+
 def test_losses_and_codes_are_the_same_on_every_mesh(on_each_mesh):
     expected = on_each_mesh[1, 1]
     for run in on_each_mesh.values():

@@ -144,7 +144,7 @@ class Reporter:
                 with whole(self._file) as replacement:
                     replacement.write_text("".join(lines))
         if config.log.tensorboard and self._writes:
-            with _not_imported("torch"):  # of which tensorboardX wants the name of one type, for two seconds
+            with _not_imported("torch"):  # tensorboardX would take two seconds to import it, for the name of one type
                 from tensorboardX import SummaryWriter
 
             self._tensorboard = SummaryWriter(str(workdir), purge_step=first_step + 1)
