@@ -13,6 +13,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 # Nearly all the time of tests is that of compiling what then runs a few times. CI runs the parity tests with 0 as well.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
+import jax  # noqa: E402
 import pytest  # noqa: E402
 
 from tests import offline  # noqa: E402
@@ -58,6 +59,17 @@ def tiny():
     config.eval.inception = "/nowhere/inception.pth"
     config.loss.perceptual.lpips_vgg16 = "/nowhere/vgg16.pth"
     return config
+
+
+@contextlib.contextmanager
+def optimizations(*, on: bool):
+    """What is compiled inside is compiled as users compile, or as tests do by default."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", not on)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", before)
 
 
 @contextlib.contextmanager

@@ -7,16 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.conftest import optimizations
 from vqrae_jax.metrics import accumulate
 
 
 @pytest.fixture(params=[False, True], ids=["without optimizations", "with all optimizations"])
 def compiler(request):
     """A compiler that takes a + (b - a) for b would undo the sums."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", not request.param)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+    with optimizations(on=request.param):
+        yield
 
 
 def summed(values: np.ndarray) -> accumulate.Sums:

@@ -17,7 +17,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from tests import exact_search
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, optimizations
 from vqrae_jax import config as config_lib
 from vqrae_jax.models import flat
 from vqrae_jax.models.quantizers.search import kmeans, search_exactly
@@ -151,12 +151,8 @@ def test_arrays_are_drawn_to_the_bits_that_an_optimized_program_draws():
     key = jax.random.key(0)
     draw = lambda: {"kernel": jax.random.truncated_normal(key, -2, 2, (100, 64)),
                     "bias": jax.random.normal(key, (64,)), "codes": jax.random.uniform(key, (1001, 7), minval=-1)}
-    fewer_optimizations = jax.config.read("jax_disable_most_optimizations")  # in tests
-    jax.config.update("jax_disable_most_optimizations", False)
-    try:
+    with optimizations(on=True):
         chex.assert_trees_all_equal(sharding.made(draw, sharding.one_device(), sharding.RULES), jax.jit(draw)())
-    finally:
-        jax.config.update("jax_disable_most_optimizations", fewer_optimizations)
 
 
 def test_losses_and_codes_are_the_same_on_every_mesh(on_each_mesh):
